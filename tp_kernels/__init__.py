@@ -1,0 +1,15 @@
+"""Target propagation by regularized inversion as fused, drop-in PyTorch ops.
+
+>>> import tp_kernels as tp
+>>> layer = tp.nn.RNN(input_size=8, hidden_size=32, rule=tp.TargetProp())
+"""
+
+from tp_kernels import nn
+from tp_kernels._backends import BackendUnavailableError
+from tp_kernels.ops.regularized_inverse import regularized_inverse
+from tp_kernels.ops.rnn import rnn
+from tp_kernels.rules import BackProp, TargetProp
+
+__version__ = "0.1.0"
+
+__all__ = ["BackProp", "BackendUnavailableError", "TargetProp", "nn", "regularized_inverse", "rnn"]

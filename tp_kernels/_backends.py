@@ -1,0 +1,66 @@
+"""Which code runs: the choice of a back-end, and the reason why one cannot run."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+
+Support = tuple[bool, str]
+
+
+class BackendUnavailableError(RuntimeError):
+    """A back-end that was asked for by name cannot run this call. The message gives the reason and the remedy."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
+
+    ``available()`` says whether it can run on this machine at all, ``supports(tensor, ...)`` whether it can run
+    this call; both answer ``(ok, reason)``.
+    """
+
+    forward: Callable
+    backward: Callable
+    available: Callable[[], Support] = lambda: (True, "")
+    supports: Callable[..., Support] = lambda tensor, **options: (True, "")
+
+
+def missing(reason: str) -> Backend:
+    """A back-end that this version does not have."""
+
+    def unavailable(*args: object) -> None:
+        raise BackendUnavailableError(reason)
+
+    return Backend(unavailable, unavailable, available=lambda: (False, reason))
+
+
+@dataclass(frozen=True)
+class BackendTable:
+    """The back-ends of one op, and the measured order in which ``auto`` tries them on each kind of device."""
+
+    op: str
+    backends: Mapping[str, Backend]
+    preference: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"cpu": ("cpu", "reference")})
+
+    def resolve(self, name: str, tensor: torch.Tensor, **options: object) -> Backend:
+        """The back-end for this call. ``auto`` never fails: the reference runs everywhere."""
+        if name == "auto":
+            for candidate in self.preference.get(tensor.device.type, ("reference",)):
+                ok, _ = self._supports(candidate, tensor, options)
+                if ok:
+                    return self.backends[candidate]
+            name = "reference"
+        ok, reason = self._supports(name, tensor, options)
+        if not ok:
+            raise BackendUnavailableError(
+                f"{self.op}: backend {name!r} cannot run this call: {reason}. Use backend='auto' or 'reference'."
+            )
+        return self.backends[name]
+
+    def _supports(self, name: str, tensor: torch.Tensor, options: Mapping[str, object]) -> Support:
+        backend = self.backends[name]
+        ok, reason = backend.available()
+        return backend.supports(tensor, **options) if ok else (ok, reason)

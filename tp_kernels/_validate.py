@@ -1,0 +1,107 @@
+"""User-facing checks. Every message names the op, the argument, what was expected and what came."""
+
+import math
+
+import torch
+
+from tp_kernels._backends import NAMES
+
+NONLINEARITIES = ("tanh", "relu", "identity")
+POWERS = (1.0, 0.5)
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def word(op: str, argument: str, value: object, words: tuple[str, ...]) -> None:
+    if value not in words:
+        raise ValueError(f"{op}: {argument} must be one of {', '.join(map(repr, words))}, got {value!r}")
+
+
+def backend(op: str, value: object) -> None:
+    word(op, "backend", value, ("auto", *NAMES))
+
+
+def floating_tensor(op: str, argument: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {argument} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in _FLOATING:
+        expected = ", ".join(map(_name, _FLOATING))
+        raise TypeError(f"{op}: {argument} must be of dtype {expected}, got {_name(value.dtype)}")
+
+
+def same_kind(op: str, argument: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    if value.dtype != other.dtype:
+        raise TypeError(
+            f"{op}: {argument} must have the dtype of {other_name}, {_name(other.dtype)}, got {_name(value.dtype)}"
+        )
+    if value.device != other.device:
+        raise ValueError(f"{op}: {argument} must be on the device of {other_name}, {other.device}, got {value.device}")
+
+
+def regularization(op: str, value: float | torch.Tensor) -> None:
+    """A number is checked here; a tensor's value is checked by the op itself, when it runs on real data."""
+    if isinstance(value, torch.Tensor):
+        floating_tensor(op, "reg", value)
+        if value.dim() != 0:
+            raise ValueError(f"{op}: reg must be a number or a tensor of shape (), got {_shape(value)}")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: reg must be a number or a tensor, got {type(value).__name__}")
+    elif not 0 < value < math.inf:  # false for NaN too
+        raise ValueError(f"{op}: reg must be positive and finite, got {value!r}")
+
+
+def regularized_inverse(
+    weight: torch.Tensor, reg: float | torch.Tensor, power: float, check_errors: bool, backend_name: str
+) -> None:
+    op = "regularized_inverse"
+    floating_tensor(op, "weight", weight)
+    if weight.dim() < 2:
+        raise ValueError(f"{op}: weight must have shape [..., m, n], got {_shape(weight)}")
+    if weight.shape[-1] == 0 or weight.shape[-2] == 0:
+        raise ValueError(f"{op}: weight must have m >= 1 and n >= 1 in [..., m, n], got {_shape(weight)}")
+    regularization(op, reg)
+    if isinstance(power, bool) or not isinstance(power, (int, float)):
+        raise TypeError(f"{op}: power must be a number, got {type(power).__name__}")
+    if power not in POWERS:
+        raise ValueError(f"{op}: power must be one of {', '.join(map(str, POWERS))}, got {power!r}")
+    if not isinstance(check_errors, bool):
+        raise TypeError(f"{op}: check_errors must be a bool, got {type(check_errors).__name__}")
+    backend(op, backend_name)
+
+
+def rnn(
+    u: torch.Tensor, weight: torch.Tensor, h0: torch.Tensor | None, nonlinearity: str, inverse: str, backend_name: str
+) -> None:
+    op = "rnn"
+    floating_tensor(op, "u", u)
+    floating_tensor(op, "weight", weight)
+    if u.dim() not in (3, 4):
+        raise ValueError(f"{op}: u must have shape [T, B, N] or [T, B, H, N], got {_shape(u)}")
+    if u.shape[0] == 0:
+        raise ValueError(f"{op}: u must have at least one time step (T >= 1), got {_shape(u)}")
+    if u.shape[-1] == 0 or (u.dim() == 4 and u.shape[2] == 0):
+        raise ValueError(f"{op}: u must have N >= 1 (and H >= 1 with heads), got {_shape(u)}")
+    letters = "[N, N]" if u.dim() == 3 else "[H, N, N]"
+    expected = [*u.shape[2:], u.shape[-1]]
+    if list(weight.shape) != expected:
+        raise ValueError(f"{op}: weight must have shape {letters} = {expected}, got {_shape(weight)}")
+    same_kind(op, "weight", weight, "u", u)
+    if h0 is not None:
+        floating_tensor(op, "h0", h0)
+        if h0.shape != u.shape[1:]:
+            letters = "[B, N]" if u.dim() == 3 else "[B, H, N]"
+            raise ValueError(f"{op}: h0 must have shape {letters} = {list(u.shape[1:])}, got {_shape(h0)}")
+        same_kind(op, "h0", h0, "u", u)
+    word(op, "nonlinearity", nonlinearity, NONLINEARITIES)
+    if inverse == "layer" and nonlinearity != "tanh":
+        raise NotImplementedError(
+            f"{op}: inverse='layer' with nonlinearity={nonlinearity!r} is not implemented yet; available: 'tanh'"
+        )
+    backend(op, backend_name)

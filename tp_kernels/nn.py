@@ -1,0 +1,238 @@
+"""Drop-in modules: swap ``torch.nn.RNN`` for ``tp_kernels.nn.RNN(rule=...)``."""
+
+import math
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import PackedSequence
+
+from tp_kernels import _validate
+from tp_kernels.ops.rnn.op import rnn_with_last_state
+from tp_kernels.rules import Rule, resolve
+
+
+def _not_implemented(what: str) -> NotImplementedError:
+    return NotImplementedError(f"nn.RNN: {what} is not implemented yet")
+
+
+class RNN(nn.Module):
+    """Elman recurrent layer with the constructor, shapes and ``state_dict`` of ``torch.nn.RNN``, plus ``rule``.
+
+    ``h_t = a(x_t W_ihᵀ + b_ih + h_{t-1} W_hhᵀ + b_hh)``. Initialization draws the same numbers in the same order as
+    ``torch.nn.RNN``, so one seed gives one network.
+
+    Args:
+        input_size, hidden_size: M and N.
+        num_layers: 1; more is not implemented yet.
+        nonlinearity: "tanh", "relu" or "identity".
+        bias: whether there are ``bias_ih_l0`` and ``bias_hh_l0``.
+        batch_first: inputs and outputs are [B, T, ·] instead of [T, B, ·].
+        dropout: 0; ``torch.nn.RNN`` applies it between layers, so with one layer it has no effect there either.
+        bidirectional: ``False``; ``True`` is not implemented yet.
+        device, dtype: of the parameters.
+        rule: what backward computes: ``TargetProp(...)``, ``BackProp()``; ``None`` is ``TargetProp()``.
+        backend: of the recurrence, as in ``tp_kernels.rnn``.
+
+    Shape:
+        Input ``[T, B, M]`` (``[B, T, M]`` with ``batch_first``) or unbatched ``[T, M]``; ``h0``: ``[1, B, N]`` or
+        ``[1, N]``, zero where it is left out. Output: all states ``[T, B, N]``, ``[B, T, N]`` or ``[T, N]``, and the
+        last one ``[1, B, N]`` or ``[1, N]``.
+
+    Raises:
+        TypeError, ValueError: an argument of another kind, shape or value than stated.
+        NotImplementedError: several layers, two directions, packed sequences.
+
+    Example:
+        >>> import torch, tp_kernels as tp
+        >>> layer = tp.nn.RNN(4, 8, rule=tp.TargetProp())
+        >>> output, last = layer(torch.randn(10, 2, 4))
+        >>> output.shape, last.shape
+        (torch.Size([10, 2, 8]), torch.Size([1, 2, 8]))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rule: Rule | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise TypeError(f"nn.RNN: {name} must be an int, got {type(size).__name__}")
+            if size < 1:
+                raise ValueError(f"nn.RNN: {name} must be at least 1, got {size}")
+        if num_layers > 1:
+            raise _not_implemented(f"num_layers={num_layers}")
+        if bidirectional:
+            raise _not_implemented("bidirectional=True")
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+            raise ValueError(f"nn.RNN: dropout must be a number in [0, 1], got {dropout!r}")
+        _validate.word("nn.RNN", "nonlinearity", nonlinearity, _validate.NONLINEARITIES)
+        _validate.backend("nn.RNN", backend)
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.nonlinearity = nonlinearity
+        self.bias = bias
+        self.batch_first = batch_first
+        self.dropout = float(dropout)
+        self.bidirectional = bidirectional
+        self.rule = resolve("nn.RNN", rule)
+        self.backend = backend
+        kind = {"device": device, "dtype": dtype}
+        self.weight_ih_l0 = nn.Parameter(torch.empty(hidden_size, input_size, **kind))
+        self.weight_hh_l0 = nn.Parameter(torch.empty(hidden_size, hidden_size, **kind))
+        if bias:
+            self.bias_ih_l0 = nn.Parameter(torch.empty(hidden_size, **kind))
+            self.bias_hh_l0 = nn.Parameter(torch.empty(hidden_size, **kind))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform on ±1/√N, as in ``torch.nn.RNN``."""
+        bound = 1 / math.sqrt(self.hidden_size)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def flatten_parameters(self) -> None:
+        """Nothing to do: the kernels take the parameters as they are. Here for code written for ``torch.nn.RNN``."""
+
+    @property
+    def all_weights(self) -> list[list[nn.Parameter]]:
+        return [list(self.parameters())]
+
+    def forward(self, input: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if isinstance(input, PackedSequence):
+            raise _not_implemented("a PackedSequence as input")
+        self._check_input(input, h0)
+        batched = input.dim() == 3
+        x = input if batched else input.unsqueeze(0 if self.batch_first else 1)
+        # The projection runs over the layout at hand; the recurrence takes any strides.
+        u = functional.linear(x, self.weight_ih_l0, self.bias_ih_l0 + self.bias_hh_l0 if self.bias else None)
+        u = u.transpose(0, 1) if self.batch_first else u
+        state = None if h0 is None else h0[0] if batched else h0
+        h, last = rnn_with_last_state(u, self.weight_hh_l0, state, self.nonlinearity, self.rule, self.backend)
+        if not batched:
+            return h.squeeze(1), last
+        return h.transpose(0, 1) if self.batch_first else h, last.unsqueeze(0)
+
+    def _check_input(self, input: Tensor, h0: Tensor | None) -> None:
+        _validate.floating_tensor("nn.RNN", "input", input)
+        letters = "[B, T, M]" if self.batch_first else "[T, B, M]"
+        if input.dim() not in (2, 3):
+            raise ValueError(f"nn.RNN: input must have shape {letters} or [T, M], got {tuple(input.shape)}")
+        if input.shape[-1] != self.input_size:
+            letters = letters if input.dim() == 3 else "[T, M]"
+            raise ValueError(
+                f"nn.RNN: input must have shape {letters} with M = {self.input_size}, got {tuple(input.shape)}"
+            )
+        _validate.same_kind("nn.RNN", "input", input, "weight_ih_l0", self.weight_ih_l0)
+        if h0 is None:
+            return
+        _validate.floating_tensor("nn.RNN", "h0", h0)
+        if input.dim() == 2:
+            letters, expected = "[1, N]", [1, self.hidden_size]
+        else:
+            letters, expected = "[1, B, N]", [1, input.shape[0 if self.batch_first else 1], self.hidden_size]
+        if list(h0.shape) != expected:
+            raise ValueError(f"nn.RNN: h0 must have shape {letters} = {expected}, got {tuple(h0.shape)}")
+        _validate.same_kind("nn.RNN", "h0", h0, "input", input)
+
+    def extra_repr(self) -> str:
+        words = [f"{self.input_size}, {self.hidden_size}"]
+        if self.nonlinearity != "tanh":
+            words.append(f"nonlinearity={self.nonlinearity!r}")
+        if not self.bias:
+            words.append("bias=False")
+        if self.batch_first:
+            words.append("batch_first=True")
+        words.append(f"rule={self.rule!r}")
+        if self.backend != "auto":
+            words.append(f"backend={self.backend!r}")
+        return ", ".join(words)
+
+
+def _why_not(module: nn.RNN) -> str | None:
+    """Why this ``torch.nn.RNN`` cannot be swapped; ``None`` if it can."""
+    if type(module) is not nn.RNN:
+        return f"it is a subclass, {type(module).__name__}, whose own code would be lost"
+    if module.num_layers > 1:
+        return f"num_layers={module.num_layers} is not implemented yet"
+    if module.bidirectional:
+        return "bidirectional=True is not implemented yet"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it has hooks"
+    return None
+
+
+def _swapped(module: nn.RNN, rule: Rule) -> RNN:
+    # On "meta" no memory is taken and no random number is drawn: the parameters are shared below.
+    new = RNN(
+        module.input_size,
+        module.hidden_size,
+        nonlinearity=module.nonlinearity,
+        bias=module.bias,
+        batch_first=module.batch_first,
+        dropout=module.dropout,
+        device="meta",
+        rule=rule,
+    )
+    for name, parameter in module.named_parameters():
+        setattr(new, name, parameter)
+    return new.train(module.training)
+
+
+def convert(model: nn.Module, rule: Rule | None = None) -> nn.Module:
+    """Swap every ``torch.nn.RNN`` in ``model`` for ``tp_kernels.nn.RNN`` in place, sharing the parameters.
+
+    Optimizers that hold the parameters go on as they were. ``tp_kernels.nn.RNN`` modules already there get the new
+    rule. What cannot be swapped (several layers, two directions, a subclass, a module with hooks) stays, with a
+    ``UserWarning`` that names it and says why.
+
+    Args:
+        model: any module. If it is itself a ``torch.nn.RNN``, the swap is the returned module.
+        rule: ``TargetProp(...)``, ``BackProp()``; ``None`` is ``TargetProp()``.
+
+    Returns:
+        ``model``, or its replacement where it is itself a ``torch.nn.RNN``.
+
+    Raises:
+        TypeError: ``model`` is not a module or ``rule`` not a rule.
+
+    Example:
+        >>> import torch, tp_kernels as tp
+        >>> model = torch.nn.ModuleDict({"rnn": torch.nn.RNN(4, 8), "readout": torch.nn.Linear(8, 2)})
+        >>> type(tp.nn.convert(model, tp.BackProp())["rnn"])
+        <class 'tp_kernels.nn.RNN'>
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"nn.convert: model must be a torch.nn.Module, got {type(model).__name__}")
+    rule = resolve("nn.convert", rule)
+    swaps: dict[nn.Module, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, RNN):
+            module.rule = rule
+        elif isinstance(module, nn.RNN):
+            reason = _why_not(module)
+            if reason is None:
+                swaps[module] = _swapped(module, rule)
+            else:
+                where = repr(name) if name else "the model itself"
+                warnings.warn(f"nn.convert: {where} stays a torch.nn.RNN: {reason}", UserWarning, stacklevel=2)
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):  # named_children() leaves out a module's second name
+            if child in swaps:
+                setattr(parent, name, swaps[child])
+    return swaps.get(model, model)

@@ -1,0 +1,175 @@
+"""Batched regularized inverse ``P = (WᵀW + rI)^{-α} Wᵀ``, differentiable in W and r."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tp_kernels import _native, _validate
+from tp_kernels._backends import Backend, BackendTable, missing
+from tp_kernels._library import register
+from tp_kernels.ops.regularized_inverse import reference
+
+# Above this order of the Gram matrix, blocked LAPACK through torch is the faster factorization.
+_NATIVE_ORDER = 128
+
+
+def _solve(weight: Tensor, rhs: Tensor | None, r: Tensor) -> tuple[Tensor, Tensor]:
+    """``(WᵀW + rI)⁻¹ rhs`` for m >= n, and which matrices failed; ``rhs=None`` is Wᵀ."""
+    batch, (m, n) = weight.shape[:-2], weight.shape[-2:]
+    weight = weight.contiguous()
+    rhs = None if rhs is None else rhs.contiguous()
+    solved = weight.new_empty((*batch, n, m))
+    failed = torch.empty(batch, dtype=torch.bool)
+    _native.cpu.regularized_solve(
+        double=_native.is_double(weight),
+        weight=_native.pointer(weight),
+        rhs=_native.pointer(rhs),
+        reg=float(r),
+        solved=_native.pointer(solved),
+        failed=_native.pointer(failed),
+        sizes=(math.prod(batch), m, n),
+        threads=torch.get_num_threads(),
+    )
+    return solved, failed
+
+
+def _native_order(weight: Tensor, power: float) -> bool:
+    return power == 1.0 and min(weight.shape[-2:]) <= _NATIVE_ORDER
+
+
+def _cpu_forward(weight: Tensor, reg: Tensor, power: float) -> tuple[Tensor, Tensor]:
+    if not _native_order(weight, power):
+        return reference.forward(weight, reg, power)
+    if weight.shape[-2] < weight.shape[-1]:
+        inverse, failed = _solve(weight.mT, None, reg)
+        return inverse.mT, failed
+    return _solve(weight, None, reg)
+
+
+def _cpu_backward(grad: Tensor, weight: Tensor, inverse: Tensor, reg: Tensor, power: float) -> tuple[Tensor, Tensor]:
+    if not _native_order(weight, power):
+        return reference.backward(grad, weight, inverse, reg, power)
+    if weight.shape[-2] < weight.shape[-1]:
+        grad_weight, grad_reg = _cpu_backward(grad.mT, weight.mT, inverse.mT, reg, power)
+        return grad_weight.mT, grad_reg
+    solved, _ = _solve(weight, grad, reg)
+    grad_weight, grad_reg = reference.inverse_gradients(solved, weight, inverse)
+    return grad_weight, grad_reg.sum().to(reg)
+
+
+BACKENDS = BackendTable(
+    "regularized_inverse",
+    {
+        "reference": Backend(reference.forward, reference.backward),
+        "cpu": Backend(_cpu_forward, _cpu_backward, _native.cpu_available, _native.cpu_supports),
+        "triton": missing("this version has no Triton kernel for it"),
+        "cuda": missing("this version has no CUDA kernel for it"),
+    },
+)
+
+
+def _forward(weight: Tensor, reg: Tensor, power: float, check_errors: bool, backend: str) -> Tensor:
+    if check_errors or reg.device.type == "cpu":  # elsewhere, reading it waits for the device
+        _validate.regularization("regularized_inverse", float(reg))
+    inverse, failed = BACKENDS.resolve(backend, weight).forward(weight, reg, power)
+    if check_errors and failed.any():
+        index = tuple(failed.nonzero()[0].tolist())
+        where = f" of batch entry {index[0] if len(index) == 1 else index}" if index else ""
+        raise torch.linalg.LinAlgError(
+            f"regularized_inverse: the Gram matrix{where} is not numerically positive definite in "
+            f"{str(weight.dtype).removeprefix('torch.')} at reg={float(reg):g}; use a larger reg or float64"
+        )
+    return inverse.contiguous()
+
+
+def _backward(
+    grad: Tensor, weight: Tensor, inverse: Tensor, reg: Tensor, power: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    grad_weight, grad_reg = BACKENDS.resolve(backend, weight).backward(grad, weight, inverse, reg, power)
+    return grad_weight.contiguous(), grad_reg
+
+
+register(
+    "regularized_inverse_fwd(Tensor weight, Tensor reg, float power, bool check_errors, str backend) -> Tensor",
+    _forward,
+    lambda weight, reg, *rest: weight.new_empty(weight.mT.shape),
+)
+register(
+    "regularized_inverse_bwd(Tensor grad, Tensor weight, Tensor inverse, Tensor reg, float power, str backend) "
+    "-> (Tensor, Tensor)",
+    _backward,
+    lambda grad, weight, inverse, reg, *rest: (weight.new_empty(weight.shape), reg.new_empty(())),
+)
+
+
+class RegularizedInverseFunction(torch.autograd.Function):
+    """Keeps W and P; backward factors the Gram matrix again."""
+
+    @staticmethod
+    def forward(weight: Tensor, reg: Tensor, power: float, check_errors: bool, backend: str) -> Tensor:
+        return torch.ops.tp_kernels.regularized_inverse_fwd(weight, reg, power, check_errors, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        weight, reg, ctx.power, _, ctx.backend = inputs
+        ctx.save_for_backward(weight, reg, output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        weight, reg, inverse = ctx.saved_tensors
+        grad_weight, grad_reg = torch.ops.tp_kernels.regularized_inverse_bwd(
+            grad, weight, inverse, reg, ctx.power, ctx.backend
+        )
+        needs_weight, needs_reg = ctx.needs_input_grad[:2]
+        return grad_weight if needs_weight else None, grad_reg if needs_reg else None, None, None, None
+
+
+def regularized_inverse(
+    weight: Tensor,
+    reg: float | Tensor,
+    *,
+    power: float = 1.0,
+    check_errors: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Regularized inverse of each matrix of a batch.
+
+    ``P = (WᵀW + rI)^{-α} Wᵀ``. At α = 1, ``u = P y`` minimizes ``‖Wu - y‖² + r‖u‖²``; the gains ``s/(s² + r)``
+    over the singular values s of W are at most ``1/(2√r)``. At α = 1/2, P is the transpose of the regularized polar
+    factor, whose gains are 1 for every ``s² ≫ r``. The smaller of the two Gram matrices is factored, in float32 or
+    float64.
+
+    Args:
+        weight: [..., m, n], floating point, any strides. Half precision is factored in float32; the "cpu" back-end
+            takes float32 and float64.
+        reg: r > 0 and finite: a number, or a tensor of shape [] (then P is differentiable in it).
+        power: α, 1 or 1/2.
+        check_errors: raise where a Gram matrix is not numerically positive definite. With ``False`` the inverse of
+            that matrix is NaN, and nothing waits for the device. A matrix that is not finite gives NaN either way.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        P: [..., n, m], contiguous, in the dtype and on the device of ``weight``.
+
+    Raises:
+        TypeError: an argument of another kind or dtype than stated.
+        ValueError: a shape, value or word other than stated.
+        BackendUnavailableError: a back-end asked for by name that cannot run this call.
+        torch.linalg.LinAlgError: a Gram matrix is not numerically positive definite; names the batch index.
+
+    Source: Roulet and Harchaoui, arXiv 2112.01453, section 2; power 1/2 is this library's.
+
+    Example:
+        >>> import torch, tp_kernels as tp
+        >>> weight = torch.tensor([[2.0, 0.0], [0.0, 0.5]])
+        >>> tp.regularized_inverse(weight, 0.25)
+        tensor([[0.4706, 0.0000],
+                [0.0000, 1.0000]])
+    """
+    _validate.regularized_inverse(weight, reg, power, check_errors, backend)
+    r = reg if isinstance(reg, Tensor) else torch.tensor(float(reg), dtype=torch.float64)
+    return RegularizedInverseFunction.apply(weight, r, float(power), check_errors, backend)

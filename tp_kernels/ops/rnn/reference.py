@@ -1,0 +1,95 @@
+"""``rnn`` in plain PyTorch, one step at a time: the specification every other back-end is checked against.
+
+Shapes with heads, ``[T, B, H, N]`` and ``[H, N, N]``, work as without: a product with a weight is over the last axis.
+"""
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "identity": lambda z: z}
+
+
+def forward(u: Tensor, weight: Tensor, h0: Tensor | None, nonlinearity: str) -> Tensor:
+    """States ``h_t = a(u_t + h_{t-1} Wᵀ)``.
+
+    Args:
+        u: [T, B, N] or [T, B, H, N], any floating dtype, any strides.
+        weight: [N, N] or [H, N, N].
+        h0: [B, N] or [B, H, N]; ``None`` is zero.
+        nonlinearity: "tanh", "relu" or "identity".
+
+    Returns:
+        h, of the shape and dtype of ``u``, contiguous.
+    """
+    activation = ACTIVATIONS[nonlinearity]
+    h = u.new_empty(u.shape)
+    state = u.new_zeros(u.shape[1:]) if h0 is None else h0
+    for t in range(u.shape[0]):
+        state = activation(u[t] + _apply(weight, state))
+        h[t] = state
+    return h
+
+
+def backward(
+    grad_h: Tensor | None,
+    grad_last: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    feedback: Tensor | None,
+    nonlinearity: str,
+    inverse: str,
+    update: str,
+    step: float,
+    clip: float,
+) -> tuple[Tensor, Tensor]:
+    """Displacements λ, adjoints μ and pre-activation gradients δ, from the last step to the first.
+
+    ``λ_{t-1} = step g_{t-1} + term(λ_t)``, where the term is 0 (``inverse="none"``), λ_t (``"identity"``),
+    ``P λ_t`` (``"weight"``) or ``P (λ_t / (1 - clip(h_t)²))`` (``"layer"``); ``μ_t = λ_t`` (``update="local"``)
+    or ``μ_t = λ_t + Wᵀ δ_{t+1}`` (``"total"``); ``δ_t = a'(z_t) μ_t``. Back-propagation is "none" with "total".
+
+    Args:
+        grad_h: like ``h``, ∂loss/∂h; ``None`` is zero.
+        grad_last: [B, N] or [B, H, N], added to the gradient of the last state; ``None`` is zero.
+        h: [T, B, N] or [T, B, H, N], the states.
+        weight: [N, N] or [H, N, N], W.
+        feedback: like ``weight``, P; needed by "weight" and "layer", unused otherwise.
+        nonlinearity, inverse, update, step, clip: the rule.
+
+    Returns:
+        ``grad_u``, like ``h``: δ, and ``grad_h0``, like ``h[0]``: ``Wᵀ δ_1`` (total) or λ_0 (local).
+    """
+    grad_u = torch.empty_like(h, memory_format=torch.contiguous_format)
+    carried = torch.zeros_like(h[0])  # the inverse term for the step at hand
+    through = torch.zeros_like(h[0])  # Wᵀ δ of the step after
+    for t in range(h.shape[0] - 1, -1, -1):
+        displacement = carried
+        if grad_h is not None:
+            displacement = displacement + step * grad_h[t]
+        if grad_last is not None and t == h.shape[0] - 1:
+            displacement = displacement + step * grad_last
+        delta = _through_activation(displacement + through, h[t], nonlinearity)
+        grad_u[t] = delta
+        if inverse == "identity":
+            carried = displacement
+        elif inverse == "weight":
+            carried = _apply(feedback, displacement)
+        elif inverse == "layer":
+            carried = _apply(feedback, displacement / (1 - h[t].clamp(clip - 1, 1 - clip).square()))
+        if update == "total":
+            through = _apply(weight.mT, delta)
+    return grad_u, through if update == "total" else carried
+
+
+def _through_activation(adjoint: Tensor, h: Tensor, nonlinearity: str) -> Tensor:
+    """``a'(z) · adjoint`` from ``h = a(z)``: all three activations allow it, so only h is kept for backward."""
+    if nonlinearity == "tanh":
+        return adjoint * (1 - h.square())
+    return torch.where(h <= 0, 0, adjoint) if nonlinearity == "relu" else adjoint
+
+
+def _apply(matrix: Tensor, state: Tensor) -> Tensor:
+    """``matrix · state`` over the last axis, head by head where there are heads."""
+    if matrix.dim() == 2:
+        return state @ matrix.mT
+    return torch.einsum("bhk,hnk->bhn", state, matrix)

@@ -1,0 +1,119 @@
+"""The rules: what ``backward`` computes. Forward passes never depend on them."""
+
+import math
+from dataclasses import dataclass
+
+_INVERSES = ("weight", "layer", "identity", "jacobian")
+_UPDATES = ("total", "local")
+_MODES = ("linearized", "difference", "direct")
+_POWERS = (1.0, 0.5)
+_NOT_IMPLEMENTED = {"inverse": ("jacobian",), "mode": ("difference", "direct")}
+
+
+def _check_word(argument: str, value: object, words: tuple[str, ...]) -> None:
+    if value not in words:
+        raise ValueError(f"TargetProp: {argument} must be one of {', '.join(map(repr, words))}, got {value!r}")
+    missing = _NOT_IMPLEMENTED.get(argument, ())
+    if value in missing:
+        available = ", ".join(repr(word) for word in words if word not in missing)
+        raise NotImplementedError(f"TargetProp: {argument}={value!r} is not implemented yet; available: {available}")
+
+
+def _check_number(argument: str, value: object, low: float, high: float, expected: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"TargetProp: {argument} must be a real number, got {type(value).__name__}")
+    if not low < value < high:  # false for NaN too
+        raise ValueError(f"TargetProp: {argument} must be {expected}, got {value!r}")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class TargetProp:
+    """Target propagation by regularized inversion.
+
+    Going back in time the displacement ``λ_t = h_t - v_t`` between a state and its target follows
+    ``λ_{t-1} = step * g_{t-1} + inverse term(λ_t)``, with ``g_t = ∂loss/∂h_t``; ``update`` then turns displacements
+    into parameter gradients.
+
+    Args:
+        reg: regularization r > 0 of the inverse. ``None``: 1e-4 at power 1/2, 1/4 at power 1 (no direction grows).
+        inverse: what carries a displacement one step back. ``"weight"``: the regularized inverse P of the recurrent
+            weight; ``"layer"``: P after the inverse of the activation (the paper's); ``"identity"``: nothing at all
+            (a control). ``"jacobian"`` is not implemented yet.
+        update: ``"total"``: adjoints through the recurrence (what the authors' code computes); ``"local"``: each
+            layer's own least-squares gradient, previous state held fixed (the paper's formula).
+        mode: ``"linearized"``. ``"difference"`` and ``"direct"`` are not implemented yet.
+        power: 1 or 1/2, the exponent α of ``P = (WᵀW + rI)^{-α} Wᵀ``. ``None``: 1/2 for ``inverse="weight"``
+            (targets keep their length), 1 for the others.
+        step: γ > 0, the step from a state to its target along the negative gradient. A mere scale here.
+        clip: ε in (0, 1): ``inverse="layer"`` divides by ``1 - clip(h, ±(1-ε))²``.
+
+    Raises:
+        TypeError: an argument is not of the stated kind.
+        ValueError: an argument is outside the stated range, or a word is unknown.
+        NotImplementedError: a word that is known but not implemented yet.
+
+    Source: Roulet and Harchaoui, "Target Propagation via Regularized Inversion", arXiv 2112.01453.
+
+    Example:
+        >>> TargetProp()
+        TargetProp(reg=0.0001, inverse='weight', update='total', mode='linearized', power=0.5, step=1.0, clip=0.001)
+        >>> TargetProp(inverse="layer").reg
+        0.25
+    """
+
+    reg: float | None = None
+    inverse: str = "weight"
+    update: str = "total"
+    mode: str = "linearized"
+    power: float | None = None
+    step: float = 1.0
+    clip: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _check_word("inverse", self.inverse, _INVERSES)
+        _check_word("update", self.update, _UPDATES)
+        _check_word("mode", self.mode, _MODES)
+        power = (0.5 if self.inverse == "weight" else 1.0) if self.power is None else self.power
+        if isinstance(power, bool) or not isinstance(power, (int, float)):
+            raise TypeError(f"TargetProp: power must be a real number, got {type(power).__name__}")
+        if power not in _POWERS:
+            raise ValueError(f"TargetProp: power must be one of {', '.join(map(str, _POWERS))}, got {power!r}")
+        reg = (1e-4 if power == 0.5 else 0.25) if self.reg is None else self.reg
+        positive = "positive and finite"
+        object.__setattr__(self, "power", float(power))
+        object.__setattr__(self, "reg", _check_number("reg", reg, 0.0, math.inf, positive))
+        object.__setattr__(self, "step", _check_number("step", self.step, 0.0, math.inf, positive))
+        object.__setattr__(self, "clip", _check_number("clip", self.clip, 0.0, 1.0, "in (0, 1)"))
+
+    @classmethod
+    def paper(cls, reg: float = 1.0, step: float = 1.0) -> "TargetProp":
+        """The paper's own rule: power 1, ``inverse="layer"``, ``update="local"``.
+
+        Example:
+            >>> TargetProp.paper(reg=10.0, step=0.01)
+            TargetProp(reg=10.0, inverse='layer', update='local', mode='linearized', power=1.0, step=0.01, clip=0.001)
+        """
+        return cls(reg=reg, inverse="layer", update="local", power=1.0, step=step)
+
+
+@dataclass(frozen=True)
+class BackProp:
+    """Back-propagation, on the same kernels: the gradients of ``torch.nn.RNN``.
+
+    Example:
+        >>> BackProp()
+        BackProp()
+    """
+
+
+Rule = TargetProp | BackProp
+
+
+def resolve(op: str, rule: Rule | None) -> Rule:
+    """The rule to use: ``None`` means ``TargetProp()``; anything that is not a rule is an error."""
+    if rule is None:
+        return TargetProp()
+    if not isinstance(rule, (TargetProp, BackProp)):
+        raise TypeError(f"{op}: rule must be a TargetProp, a BackProp or None, got {type(rule).__name__}")
+    return rule
