@@ -1,0 +1,143 @@
+// tp_kernels._cpu: one function a launcher, taking addresses and sizes. Python checks and keeps the tensors.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "common/isa.h"
+
+namespace py = pybind11;
+using namespace tpk;
+
+namespace {
+
+template <class T>
+T* at(std::uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+using Array3 = std::array<std::ptrdiff_t, 3>;
+using Array4 = std::array<std::ptrdiff_t, 4>;
+
+Strides strides(const Array3& s) { return {s[0], s[1], s[2]}; }
+
+template <class Word>
+Word word(const char* argument, const std::string& value, std::initializer_list<std::pair<const char*, Word>> words) {
+    for (const auto& [name, result] : words)
+        if (value == name) return result;
+    throw py::value_error(std::string("unknown ") + argument + " '" + value + "'");
+}
+
+Nonlinearity nonlinearity_of(const std::string& value) {
+    return word<Nonlinearity>("nonlinearity", value,
+                              {{"tanh", Nonlinearity::tanh}, {"relu", Nonlinearity::relu}, {"identity", Nonlinearity::identity}});
+}
+
+Inverse inverse_of(const std::string& value) {
+    return word<Inverse>("inverse", value,
+                         {{"none", Inverse::none},
+                          {"identity", Inverse::identity},
+                          {"weight", Inverse::weight},
+                          {"layer", Inverse::layer}});
+}
+
+Update update_of(const std::string& value) {
+    return word<Update>("update", value, {{"total", Update::total}, {"local", Update::local}});
+}
+
+template <class T>
+const Launchers<T>& launchers() {
+    if constexpr (sizeof(T) == sizeof(float))
+        return isa_level().single_precision;
+    else
+        return isa_level().double_precision;
+}
+
+template <class Arguments>
+void launch(bool (*launcher)(const Arguments&), const Arguments& arguments) {
+    py::gil_scoped_release release;
+    if (!launcher(arguments)) throw std::bad_alloc();
+}
+
+template <class F>
+void for_dtype(bool is_double, F f) {
+    if (is_double)
+        f(double{});
+    else
+        f(float{});
+}
+
+void rnn_fwd(bool is_double, std::uintptr_t u, const Array3& u_strides, std::uintptr_t weight, std::uintptr_t h0,
+             std::uintptr_t h, const Array4& sizes, const std::string& nonlinearity, int threads) {
+    for_dtype(is_double, [&](auto zero) {
+        using T = decltype(zero);
+        launch(launchers<T>().rnn_forward,
+               RnnForward<T>{at<const T>(u), strides(u_strides), at<const T>(weight), at<const T>(h0), at<T>(h), sizes[0],
+                             sizes[1], sizes[2], sizes[3], nonlinearity_of(nonlinearity), threads});
+    });
+}
+
+void rnn_bwd(bool is_double, std::uintptr_t grad_h, const Array3& grad_h_strides, std::uintptr_t grad_last, std::uintptr_t h,
+             std::uintptr_t weight, std::uintptr_t feedback, std::uintptr_t grad_u, std::uintptr_t grad_h0,
+             const Array4& sizes, const std::string& nonlinearity, const std::string& inverse, const std::string& update,
+             double step, double clip, int threads) {
+    for_dtype(is_double, [&](auto zero) {
+        using T = decltype(zero);
+        launch(launchers<T>().rnn_backward,
+               RnnBackward<T>{at<const T>(grad_h), strides(grad_h_strides), at<const T>(grad_last), at<const T>(h),
+                              at<const T>(weight), at<const T>(feedback), at<T>(grad_u), at<T>(grad_h0), sizes[0], sizes[1],
+                              sizes[2], sizes[3], nonlinearity_of(nonlinearity), inverse_of(inverse), update_of(update),
+                              static_cast<T>(step), static_cast<T>(clip), threads});
+    });
+}
+
+void regularized_solve(bool is_double, std::uintptr_t weight, std::uintptr_t rhs, double reg, std::uintptr_t solved,
+                       std::uintptr_t failed, const Array3& sizes, int threads) {
+    for_dtype(is_double, [&](auto zero) {
+        using T = decltype(zero);
+        launch(launchers<T>().regularized_solve,
+               RegularizedSolve<T>{at<const T>(weight), at<const T>(rhs), static_cast<T>(reg), at<T>(solved),
+                                   at<bool>(failed), sizes[0], sizes[1], sizes[2], threads});
+    });
+}
+
+py::dict build_info() {
+    py::dict info;
+    info["compiler"] = TPK_COMPILER;
+    info["flags"] = TPK_FLAGS;
+#ifdef _OPENMP
+    info["openmp"] = true;
+#else
+    info["openmp"] = false;
+#endif
+    return info;
+}
+
+std::vector<std::string> level_names() {
+    std::vector<std::string> names;
+    for (const IsaLevel* const* level = isa_levels(); *level; ++level) names.push_back((*level)->name);
+    return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+    m.doc() = "CPU kernels. Takes addresses: call them through tp_kernels, which checks the tensors.";
+    m.def("rnn_fwd", &rnn_fwd, py::kw_only(), py::arg("double"), py::arg("u"), py::arg("u_strides"), py::arg("weight"),
+          py::arg("h0"), py::arg("h"), py::arg("sizes"), py::arg("nonlinearity"), py::arg("threads"));
+    m.def("rnn_bwd", &rnn_bwd, py::kw_only(), py::arg("double"), py::arg("grad_h"), py::arg("grad_h_strides"),
+          py::arg("grad_last"), py::arg("h"), py::arg("weight"), py::arg("feedback"), py::arg("grad_u"), py::arg("grad_h0"),
+          py::arg("sizes"), py::arg("nonlinearity"), py::arg("inverse"), py::arg("update"), py::arg("step"), py::arg("clip"),
+          py::arg("threads"));
+    m.def("regularized_solve", &regularized_solve, py::kw_only(), py::arg("double"), py::arg("weight"), py::arg("rhs"),
+          py::arg("reg"), py::arg("solved"), py::arg("failed"), py::arg("sizes"), py::arg("threads"));
+    m.def("build_info", &build_info);
+    m.def("isa_levels", &level_names, "Instruction sets compiled in that this processor has, best first.");
+    m.def("isa_level", [] { return isa_level().name; }, "The instruction set in use.");
+    m.def("set_isa_level", [](const std::string& name) {
+        if (!set_isa_level(name.c_str())) throw py::value_error("no instruction set '" + name + "' on this machine");
+    });
+}

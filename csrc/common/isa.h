@@ -1,0 +1,30 @@
+// The instruction sets the CPU kernels are compiled for, and the one in use.
+#pragma once
+
+#include "../regularized_inverse/kernel.h"
+#include "../rnn/kernel.h"
+
+namespace tpk {
+
+// The launchers of one instruction set. Each returns false where there is no memory for its scratch.
+template <class T>
+struct Launchers {
+    bool (*rnn_forward)(const RnnForward<T>&);
+    bool (*rnn_backward)(const RnnBackward<T>&);
+    bool (*regularized_solve)(const RegularizedSolve<T>&);
+};
+
+struct IsaLevel {
+    const char* name;
+    Launchers<float> single_precision;
+    Launchers<double> double_precision;
+};
+
+// Levels that are compiled in and that this processor has, best first; null-terminated.
+const IsaLevel* const* isa_levels();
+
+// Level in use: the best one, or the one that was set. set_isa_level is false for a name that isa_levels() lacks.
+const IsaLevel& isa_level();
+bool set_isa_level(const char* name);
+
+}  // namespace tpk

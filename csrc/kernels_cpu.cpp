@@ -1,0 +1,18 @@
+// Every CPU kernel, for the instruction set TPK_ISA. CMakeLists.txt compiles this file once for each.
+#include "common/isa.h"
+#include "regularized_inverse/kernel_cpu.inl"
+#include "rnn/kernel_cpu.inl"
+
+#define TPK_STRING_OF(x) #x
+#define TPK_STRING(x) TPK_STRING_OF(x)
+
+namespace tpk::TPK_ISA {
+
+extern const IsaLevel level;
+const IsaLevel level = {
+    TPK_STRING(TPK_ISA),
+    {rnn_forward<float>, rnn_backward<float>, regularized_solve<float>},
+    {rnn_forward<double>, rnn_backward<double>, regularized_solve<double>},
+};
+
+}  // namespace tpk::TPK_ISA

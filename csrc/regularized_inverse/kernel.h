@@ -1,0 +1,20 @@
+// Batched regularized solve: the factorization behind the regularized inverse and its gradient.
+#pragma once
+
+#include <stddef.h>
+
+namespace tpk {
+
+// solved = (WᵀW + rI)⁻¹ rhs for each matrix W [m][n] of a batch, m >= n. All arrays contiguous.
+template <class T>
+struct RegularizedSolve {
+    const T* weight;  // [batch][m][n]
+    const T* rhs;     // [batch][n][m] or null: Wᵀ
+    T reg;
+    T* solved;     // [batch][n][m]; NaN where the matrix failed or is not finite
+    bool* failed;  // [batch]: finite, and its Gram matrix not numerically positive definite
+    ptrdiff_t batch, m, n;
+    int threads;
+};
+
+}  // namespace tpk

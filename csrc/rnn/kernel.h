@@ -1,0 +1,47 @@
+// The recurrent layer's launchers. Letters as in tp_kernels/ops/rnn/README.md: T steps, B sequences, H heads, N units.
+// Arrays are [T][B][H][N], contiguous unless strides (in elements, over time, batch, heads) are given; absent ones null.
+#pragma once
+
+#include <stddef.h>
+
+namespace tpk {
+
+enum class Nonlinearity { tanh, relu, identity };
+enum class Inverse { none, identity, weight, layer };
+enum class Update { total, local };
+
+struct Strides {
+    ptrdiff_t time, batch, head;
+};
+
+template <class T>
+struct RnnForward {
+    const T* u;
+    Strides u_strides;
+    const T* weight;  // [H][N][N]
+    const T* h0;      // [B][H][N] or null: zero
+    T* h;
+    ptrdiff_t T_, B, H, N;
+    Nonlinearity nonlinearity;
+    int threads;
+};
+
+template <class T>
+struct RnnBackward {
+    const T* grad_h;  // or null: zero
+    Strides grad_h_strides;
+    const T* grad_last;  // [B][H][N], added to the last step's gradient, or null: zero
+    const T* h;
+    const T* weight;    // [H][N][N]
+    const T* feedback;  // [H][N][N]: P, for the inverses "weight" and "layer"
+    T* grad_u;
+    T* grad_h0;  // [B][H][N]
+    ptrdiff_t T_, B, H, N;
+    Nonlinearity nonlinearity;
+    Inverse inverse;
+    Update update;
+    T step, clip;
+    int threads;
+};
+
+}  // namespace tpk

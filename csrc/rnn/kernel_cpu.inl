@@ -1,0 +1,174 @@
+// A tile of batch rows of one head runs all T steps on one thread: threads split tiles and never wait for one another.
+// The weights are packed once a call. A step is one small product into scratch, then one pass over its elements.
+
+#include "../common/gemm.h"
+#include "../common/memory.h"
+#include "../common/tanh.h"
+#include "../common/threads.h"
+#include "kernel.h"
+
+namespace tpk::TPK_ISA {
+
+struct Tiles {
+    ptrdiff_t rows, per_head, count;  // rows of a tile, tiles of a head, tiles in all
+
+    Tiles(ptrdiff_t B, ptrdiff_t H, int threads) {
+        constexpr ptrdiff_t largest = 48;  // enough to hide the weights' trip from the second-level cache
+        const ptrdiff_t fair = divide_up(B * H, threads > 0 ? threads : 1);
+        per_head = divide_up(B, fair < largest ? fair : largest);
+        rows = divide_up(B, per_head);
+        per_head = divide_up(B, rows);
+        count = per_head * H;
+    }
+};
+
+// packed[head] of a weight [H][N][N]: the right-hand matrix of a row vector times Wᵀ (transposed) or times W.
+template <class T>
+void pack_heads(const T* weight, bool transposed, ptrdiff_t H, ptrdiff_t N, T* packed) {
+    for (ptrdiff_t head = 0; head < H; ++head)
+        pack(weight + head * N * N, transposed ? 1 : N, transposed ? N : 1, N, N, packed + head * N * padded<T>(N));
+}
+
+template <Nonlinearity a, class T, class V>
+inline V activation(V z) {
+    if constexpr (a == Nonlinearity::tanh) return tanh<T>(z);
+    if constexpr (a == Nonlinearity::relu) return z < 0 ? V{} : z;  // NaN stays
+    return z;
+}
+
+template <Nonlinearity a, class V>
+inline V through_activation(V adjoint, V h) {
+    if constexpr (a == Nonlinearity::tanh) return adjoint * (1 - h * h);
+    if constexpr (a == Nonlinearity::relu) return h <= 0 ? V{} : adjoint;
+    return adjoint;
+}
+
+template <class T, Nonlinearity a>
+void forward_tile(const RnnForward<T>& f, const T* packed, ptrdiff_t head, ptrdiff_t first, ptrdiff_t rows, T* product) {
+    const ptrdiff_t N = f.N, row = f.H * N, time = f.B * row, columns = padded<T>(N);
+    const ptrdiff_t offset = first * row + head * N;
+    const T* state = f.h0 ? f.h0 + offset : nullptr;
+    for (ptrdiff_t t = 0; t < f.T_; ++t) {
+        const T* u = f.u + t * f.u_strides.time + first * f.u_strides.batch + head * f.u_strides.head;
+        T* h = f.h + t * time + offset;
+        if (state) multiply_packed(state, row, rows, packed, N, N, product, columns);
+        for (ptrdiff_t i = 0; i < rows; ++i) {
+            for_columns<T>(N, [&](auto zero, ptrdiff_t j) {
+                using V = decltype(zero);
+                V z = load<V>(u + i * f.u_strides.batch + j);
+                if (state) z += load<V>(product + i * columns + j);
+                store(h + i * row + j, activation<a, T>(z));
+            });
+        }
+        state = h;
+    }
+}
+
+template <class T, Nonlinearity a>
+void backward_tile(const RnnBackward<T>& f, const T* packed_feedback, const T* packed_weight, ptrdiff_t head, ptrdiff_t first,
+                   ptrdiff_t rows, T* scratch) {
+    const ptrdiff_t N = f.N, row = f.H * N, time = f.B * row, columns = padded<T>(N), size = rows * columns;
+    const ptrdiff_t offset = first * row + head * N;
+    const bool total = f.update == Update::total, product = f.inverse == Inverse::weight || f.inverse == Inverse::layer;
+    T* inverse_term = scratch;            // of λ_{t+1}, for the step at hand
+    T* through = scratch + size;          // Wᵀ δ_{t+1}
+    T* displacement = scratch + 2 * size;  // λ_t, or what "layer" makes of it
+    const T* delta = nullptr;             // δ_{t+1}
+    const T low = f.clip - 1, high = 1 - f.clip;
+    for (ptrdiff_t t = f.T_ - 1; t >= 0; --t) {
+        const bool inner = t < f.T_ - 1;  // steps that follow this one have sent something back
+        const bool carried = inner && f.inverse != Inverse::none;
+        if (inner && product) multiply_packed(displacement, columns, rows, packed_feedback, N, N, inverse_term, columns);
+        if (inner && total) multiply_packed(delta, row, rows, packed_weight, N, N, through, columns);
+        const T* term = product ? inverse_term : displacement;
+        T* next = product ? displacement : inverse_term;  // never what is read: overlapping vectors are computed twice
+        const T* g = f.grad_h
+                         ? f.grad_h + t * f.grad_h_strides.time + first * f.grad_h_strides.batch + head * f.grad_h_strides.head
+                         : nullptr;
+        const T* last = !inner && f.grad_last ? f.grad_last + offset : nullptr;
+        const T* h = f.h + t * time + offset;
+        T* grad_u = f.grad_u + t * time + offset;
+        for (ptrdiff_t i = 0; i < rows; ++i) {
+            for_columns<T>(N, [&](auto zero, ptrdiff_t j) {
+                using V = decltype(zero);
+                V lambda = carried ? load<V>(term + i * columns + j) : V{};
+                if (g) lambda += f.step * load<V>(g + i * f.grad_h_strides.batch + j);
+                if (last) lambda += f.step * load<V>(last + i * row + j);
+                const V state = load<V>(h + i * row + j);
+                const V adjoint = inner && total ? lambda + load<V>(through + i * columns + j) : lambda;
+                store(grad_u + i * row + j, through_activation<a>(adjoint, state));
+                if (f.inverse == Inverse::layer) {
+                    V clipped = state < low ? V{} + low : state;
+                    clipped = clipped > high ? V{} + high : clipped;
+                    lambda /= 1 - clipped * clipped;
+                }
+                store(next + i * columns + j, lambda);
+            });
+        }
+        delta = grad_u;
+        if (!product) {
+            inverse_term = displacement;
+            displacement = next;
+        }
+    }
+    const T* result = displacement;
+    if (total) {
+        multiply_packed(delta, row, rows, packed_weight, N, N, through, columns);
+        result = through;
+    } else if (product) {
+        multiply_packed(displacement, columns, rows, packed_feedback, N, N, inverse_term, columns);
+        result = inverse_term;
+    }
+    for (ptrdiff_t i = 0; i < rows; ++i)
+        for_columns<T>(N, [&](auto zero, ptrdiff_t j) {
+            using V = decltype(zero);
+            store(f.grad_h0 + offset + i * row + j, load<V>(result + i * columns + j));
+        });
+}
+
+// False: no memory for the packed weights.
+template <class T>
+bool rnn_forward(const RnnForward<T>& f) {
+    if (f.B == 0) return true;
+    const Tiles tiles(f.B, f.H, f.threads);
+    const ptrdiff_t columns = padded<T>(f.N), scratch = tiles.rows * columns;
+    const int threads = static_cast<int>(tiles.count < f.threads ? tiles.count : f.threads);
+    Scratch<T> packed(f.H * f.N * columns), products(threads * scratch);
+    if (!packed || !products) return false;
+    pack_heads(f.weight, true, f.H, f.N, packed.get());
+    const auto tile = f.nonlinearity == Nonlinearity::tanh   ? forward_tile<T, Nonlinearity::tanh>
+                      : f.nonlinearity == Nonlinearity::relu ? forward_tile<T, Nonlinearity::relu>
+                                                             : forward_tile<T, Nonlinearity::identity>;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (ptrdiff_t index = 0; index < tiles.count; ++index) {
+        const ptrdiff_t head = index / tiles.per_head, first = index % tiles.per_head * tiles.rows;
+        const ptrdiff_t rest = f.B - first, rows = rest < tiles.rows ? rest : tiles.rows;
+        tile(f, packed.get() + head * f.N * columns, head, first, rows, products.get() + thread_number() * scratch);
+    }
+    return true;
+}
+
+template <class T>
+bool rnn_backward(const RnnBackward<T>& f) {
+    if (f.B == 0) return true;
+    const Tiles tiles(f.B, f.H, f.threads);
+    const ptrdiff_t columns = padded<T>(f.N), matrix = f.N * columns, scratch = 3 * tiles.rows * columns;
+    const int threads = static_cast<int>(tiles.count < f.threads ? tiles.count : f.threads);
+    Scratch<T> feedback(f.feedback ? f.H * matrix : 0), weight(f.H * matrix), products(threads * scratch);
+    if (!feedback || !weight || !products) return false;
+    if (f.feedback) pack_heads(f.feedback, true, f.H, f.N, feedback.get());
+    pack_heads(f.weight, false, f.H, f.N, weight.get());
+    const auto tile = f.nonlinearity == Nonlinearity::tanh   ? backward_tile<T, Nonlinearity::tanh>
+                      : f.nonlinearity == Nonlinearity::relu ? backward_tile<T, Nonlinearity::relu>
+                                                             : backward_tile<T, Nonlinearity::identity>;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (ptrdiff_t index = 0; index < tiles.count; ++index) {
+        const ptrdiff_t head = index / tiles.per_head, first = index % tiles.per_head * tiles.rows;
+        const ptrdiff_t rest = f.B - first, rows = rest < tiles.rows ? rest : tiles.rows;
+        tile(f, feedback.get() + head * matrix, weight.get() + head * matrix, head, first, rows,
+             products.get() + thread_number() * scratch);
+    }
+    return true;
+}
+
+}  // namespace tpk::TPK_ISA
