@@ -1,7 +1,7 @@
 // Products of small matrices: one register-blocked micro-kernel, and the loops around it.
 //
-// Every element of a result is one chain of fused multiply-adds in the order of k, whatever the block it falls in: a row's
-// result does not depend on the rows beside it, nor on the number of threads.
+// Every element of a result is one chain of fused multiply-adds in the order of k, whatever the block it falls in: a
+// row's result does not depend on the rows beside it, nor on the number of threads.
 #pragma once
 
 #include "vector.h"
@@ -83,18 +83,19 @@ void multiply(const T* a, ptrdiff_t a_row, ptrdiff_t a_k, ptrdiff_t rows, const 
         for (ptrdiff_t block = 0; block < row_blocks; ++block) {  // rows split evenly: no block is a mere remainder
             const ptrdiff_t first = rows * block / row_blocks, last = rows * (block + 1) / row_blocks;
             block_function<T, into>(static_cast<int>(last - first), width)(a + first * a_row, a_row, a_k, panel, stride,
-                                                                        k_size, c + first * c_row + v * L, c_row);
+                                                                           k_size, c + first * c_row + v * L, c_row);
         }
     }
 }
 
-// A matrix [k][n] at source[k·k_stride + n·n_stride], packed in panels of block_vectors vectors of columns; a panel's rows lie
-// one after another, and columns beyond n are zero. Takes k_size × padded(n) elements.
+// A matrix [k][n] at source[k·k_stride + n·n_stride], packed in panels of block_vectors vectors of columns; a panel's
+// rows lie one after another, and columns beyond n are zero. Takes k_size × padded(n) elements.
 template <class T>
 void pack(const T* source, ptrdiff_t k_stride, ptrdiff_t n_stride, ptrdiff_t k_size, ptrdiff_t n, T* packed) {
     const ptrdiff_t columns = padded<T>(n);
     for (ptrdiff_t first = 0; first < columns; first += block_vectors * lanes<T>) {
-        const ptrdiff_t rest = columns - first, width = rest < block_vectors * lanes<T> ? rest : block_vectors * lanes<T>;
+        const ptrdiff_t rest = columns - first,
+                        width = rest < block_vectors * lanes<T> ? rest : block_vectors * lanes<T>;
         for (ptrdiff_t k = 0; k < k_size; ++k)
             for (ptrdiff_t j = first; j < first + width; ++j)
                 *packed++ = j < n ? source[k * k_stride + j * n_stride] : T(0);
@@ -105,7 +106,8 @@ void pack(const T* source, ptrdiff_t k_stride, ptrdiff_t n_stride, ptrdiff_t k_s
 template <class T>
 inline void multiply_packed(const T* a, ptrdiff_t a_row, ptrdiff_t rows, const T* packed, ptrdiff_t k_size, ptrdiff_t n,
                             T* c, ptrdiff_t c_row) {
-    multiply<T, Into::store>(a, a_row, 1, rows, packed, 0, k_size * block_vectors * lanes<T>, k_size, padded<T>(n), c, c_row);
+    multiply<T, Into::store>(a, a_row, 1, rows, packed, 0, k_size * block_vectors * lanes<T>, k_size, padded<T>(n), c,
+                             c_row);
 }
 
 }  // namespace tpk::TPK_ISA

@@ -29,8 +29,9 @@ struct Levels {
         __builtin_cpu_init();
 #endif
 #ifdef TPK_HAVE_V4
-        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+            __builtin_cpu_supports("avx512vl"))
             list[count++] = &v4::level;
 #endif
 #ifdef TPK_HAVE_V3

@@ -13,7 +13,8 @@ template <>
 struct TanhConstants<float> {
     typedef int32_t bits;
     static constexpr float saturation = 9.1f;  // tanh rounds to 1 from here
-    static constexpr float round_magic = 12582912.0f;  // 1.5 · 2^23: adding it leaves the nearest integer in the low bits
+    static constexpr float round_magic =
+        12582912.0f;  // 1.5 · 2^23: adding it leaves the nearest integer in the low bits
     static constexpr int mantissa_bits = 23;
     static constexpr int exponent_bias = 127;
     static constexpr float coefficients[] = {1.3882516650482e-3f, 8.3665475249290e-3f, 4.1667200624943e-2f,
@@ -27,10 +28,17 @@ struct TanhConstants<double> {
     static constexpr double round_magic = 6755399441055744.0;  // 1.5 · 2^52
     static constexpr int mantissa_bits = 52;
     static constexpr int exponent_bias = 1023;
-    static constexpr double coefficients[] = {0x1.78283c15501b5p-30, 0x1.aad8f0f6330dap-26, 0x1.280d56f987206p-22,
-                                              0x1.71e0698a51e35p-19, 0x1.a019fc3929e3ep-16, 0x1.a01a00d84b402p-13,
-                                              0x1.6c16c16a240ddp-10, 0x1.11111111285aep-7,  0x1.555555555603fp-5,
-                                              0x1.5555555555534p-3,  0x1.0p-1};
+    static constexpr double coefficients[] = {0x1.78283c15501b5p-30,
+                                              0x1.aad8f0f6330dap-26,
+                                              0x1.280d56f987206p-22,
+                                              0x1.71e0698a51e35p-19,
+                                              0x1.a019fc3929e3ep-16,
+                                              0x1.a01a00d84b402p-13,
+                                              0x1.6c16c16a240ddp-10,
+                                              0x1.11111111285aep-7,
+                                              0x1.555555555603fp-5,
+                                              0x1.5555555555534p-3,
+                                              0x1.0p-1};
 };
 
 template <class V>

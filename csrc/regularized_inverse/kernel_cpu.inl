@@ -1,5 +1,5 @@
-// One thread a matrix: Gram matrix, Cholesky factor and two triangular solves, all by the blocked micro-kernel of gemm.h.
-// Rows are padded to whole vectors, so that no product has a remainder.
+// One thread a matrix: Gram matrix, Cholesky factor and two triangular solves, all by the blocked micro-kernel of
+// gemm.h. Rows are padded to whole vectors, so that no product has a remainder.
 
 #include "../common/gemm.h"
 #include "../common/memory.h"
@@ -18,7 +18,8 @@ inline bool is_finite(const T* values, ptrdiff_t n) {
 // y[j] -= factor · x[j] and y[j] *= factor, over whole vectors.
 template <class T>
 inline void subtract_row(T* y, const T* x, T factor, ptrdiff_t first, ptrdiff_t columns) {
-    for (ptrdiff_t j = first; j < columns; j += lanes<T>) store(y + j, load<Vec<T>>(y + j) - factor * load<Vec<T>>(x + j));
+    for (ptrdiff_t j = first; j < columns; j += lanes<T>)
+        store(y + j, load<Vec<T>>(y + j) - factor * load<Vec<T>>(x + j));
 }
 
 template <class T>
@@ -29,18 +30,20 @@ inline void scale_row(T* y, T factor, ptrdiff_t first, ptrdiff_t columns) {
 inline double root(double x) { return __builtin_sqrt(x); }
 inline float root(float x) { return __builtin_sqrtf(x); }
 
-// G = UᵀU in place, in the upper triangle, `columns` apart; inverse_diagonal[i] = 1/U[i][i]. False: a pivot is not positive.
+// G = UᵀU in place, in the upper triangle, `columns` apart; inverse_diagonal[i] = 1/U[i][i]. False: a pivot is not
+// positive.
 template <class T>
 bool cholesky(T* gram, ptrdiff_t n, ptrdiff_t columns, T* inverse_diagonal) {
     for (ptrdiff_t first = 0; first < n; first += block_rows) {
         const ptrdiff_t rows = n - first < block_rows ? n - first : block_rows;
         const ptrdiff_t start = first / lanes<T> * lanes<T>;  // the vector that holds the block's first column
         // Rows of the block less what the rows above contribute; only columns from the diagonal on are used.
-        multiply<T, Into::subtract>(gram + first, 1, columns, rows, gram + start, columns, block_vectors * lanes<T>, first,
-                                    columns - start, gram + first * columns + start, columns);
+        multiply<T, Into::subtract>(gram + first, 1, columns, rows, gram + start, columns, block_vectors * lanes<T>,
+                                    first, columns - start, gram + first * columns + start, columns);
         for (ptrdiff_t i = first; i < first + rows; ++i) {
             T* row = gram + i * columns;
-            for (ptrdiff_t p = first; p < i; ++p) subtract_row(row, gram + p * columns, gram[p * columns + i], start, columns);
+            for (ptrdiff_t p = first; p < i; ++p)
+                subtract_row(row, gram + p * columns, gram[p * columns + i], start, columns);
             const T pivot = row[i];
             if (!(pivot > 0)) return false;  // NaN too
             const T scale = 1 / root(pivot);
@@ -57,8 +60,8 @@ void solve(const T* factor, ptrdiff_t n, ptrdiff_t stride, const T* inverse_diag
     const ptrdiff_t panel = block_vectors * lanes<T>;
     for (ptrdiff_t first = 0; first < n; first += block_rows) {
         const ptrdiff_t rows = n - first < block_rows ? n - first : block_rows;
-        multiply<T, Into::subtract>(factor + first, 1, stride, rows, x, columns, panel, first, columns, x + first * columns,
-                                    columns);
+        multiply<T, Into::subtract>(factor + first, 1, stride, rows, x, columns, panel, first, columns,
+                                    x + first * columns, columns);
         for (ptrdiff_t i = first; i < first + rows; ++i) {
             for (ptrdiff_t p = first; p < i; ++p)
                 subtract_row(x + i * columns, x + p * columns, factor[p * stride + i], 0, columns);
@@ -67,8 +70,8 @@ void solve(const T* factor, ptrdiff_t n, ptrdiff_t stride, const T* inverse_diag
     }
     for (ptrdiff_t end = n; end > 0;) {
         const ptrdiff_t first = (end - 1) / block_rows * block_rows;
-        multiply<T, Into::subtract>(factor + first * stride + end, stride, 1, end - first, x + end * columns, columns, panel,
-                                    n - end, columns, x + first * columns, columns);
+        multiply<T, Into::subtract>(factor + first * stride + end, stride, 1, end - first, x + end * columns, columns,
+                                    panel, n - end, columns, x + first * columns, columns);
         for (ptrdiff_t i = end - 1; i >= first; --i) {
             for (ptrdiff_t p = i + 1; p < end; ++p)
                 subtract_row(x + i * columns, x + p * columns, factor[i * stride + p], 0, columns);

@@ -1,5 +1,6 @@
 // The recurrent layer's launchers. Letters as in tp_kernels/ops/rnn/README.md: T steps, B sequences, H heads, N units.
-// Arrays are [T][B][H][N], contiguous unless strides (in elements, over time, batch, heads) are given; absent ones null.
+// Arrays are [T][B][H][N], contiguous unless strides (in elements, over time, batch, heads) are given; absent ones
+// null.
 #pragma once
 
 #include <stddef.h>

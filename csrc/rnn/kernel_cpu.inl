@@ -1,6 +1,7 @@
 // A tile of batch rows of one head runs all T steps on one thread: threads split tiles and never wait for one another.
 // The weights are packed once a call. A step is one small product into scratch, then one pass over its elements.
 
+#include "../common/denormals.h"
 #include "../common/gemm.h"
 #include "../common/memory.h"
 #include "../common/tanh.h"
@@ -44,7 +45,8 @@ inline V through_activation(V adjoint, V h) {
 }
 
 template <class T, Nonlinearity a>
-void forward_tile(const RnnForward<T>& f, const T* packed, ptrdiff_t head, ptrdiff_t first, ptrdiff_t rows, T* product) {
+void forward_tile(const RnnForward<T>& f, const T* packed, ptrdiff_t head, ptrdiff_t first, ptrdiff_t rows,
+                  T* product) {
     const ptrdiff_t N = f.N, row = f.H * N, time = f.B * row, columns = padded<T>(N);
     const ptrdiff_t offset = first * row + head * N;
     const T* state = f.h0 ? f.h0 + offset : nullptr;
@@ -65,26 +67,27 @@ void forward_tile(const RnnForward<T>& f, const T* packed, ptrdiff_t head, ptrdi
 }
 
 template <class T, Nonlinearity a>
-void backward_tile(const RnnBackward<T>& f, const T* packed_feedback, const T* packed_weight, ptrdiff_t head, ptrdiff_t first,
-                   ptrdiff_t rows, T* scratch) {
+void backward_tile(const RnnBackward<T>& f, const T* packed_feedback, const T* packed_weight, ptrdiff_t head,
+                   ptrdiff_t first, ptrdiff_t rows, T* scratch) {
     const ptrdiff_t N = f.N, row = f.H * N, time = f.B * row, columns = padded<T>(N), size = rows * columns;
     const ptrdiff_t offset = first * row + head * N;
     const bool total = f.update == Update::total, product = f.inverse == Inverse::weight || f.inverse == Inverse::layer;
-    T* inverse_term = scratch;            // of λ_{t+1}, for the step at hand
-    T* through = scratch + size;          // Wᵀ δ_{t+1}
+    T* inverse_term = scratch;             // of λ_{t+1}, for the step at hand
+    T* through = scratch + size;           // Wᵀ δ_{t+1}
     T* displacement = scratch + 2 * size;  // λ_t, or what "layer" makes of it
-    const T* delta = nullptr;             // δ_{t+1}
+    const T* delta = nullptr;              // δ_{t+1}
     const T low = f.clip - 1, high = 1 - f.clip;
     for (ptrdiff_t t = f.T_ - 1; t >= 0; --t) {
         const bool inner = t < f.T_ - 1;  // steps that follow this one have sent something back
         const bool carried = inner && f.inverse != Inverse::none;
-        if (inner && product) multiply_packed(displacement, columns, rows, packed_feedback, N, N, inverse_term, columns);
+        if (inner && product)
+            multiply_packed(displacement, columns, rows, packed_feedback, N, N, inverse_term, columns);
         if (inner && total) multiply_packed(delta, row, rows, packed_weight, N, N, through, columns);
         const T* term = product ? inverse_term : displacement;
         T* next = product ? displacement : inverse_term;  // never what is read: overlapping vectors are computed twice
-        const T* g = f.grad_h
-                         ? f.grad_h + t * f.grad_h_strides.time + first * f.grad_h_strides.batch + head * f.grad_h_strides.head
-                         : nullptr;
+        const T* g = f.grad_h ? f.grad_h + t * f.grad_h_strides.time + first * f.grad_h_strides.batch +
+                                    head * f.grad_h_strides.head
+                              : nullptr;
         const T* last = !inner && f.grad_last ? f.grad_last + offset : nullptr;
         const T* h = f.h + t * time + offset;
         T* grad_u = f.grad_u + t * time + offset;
@@ -141,6 +144,7 @@ bool rnn_forward(const RnnForward<T>& f) {
                                                              : forward_tile<T, Nonlinearity::identity>;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (ptrdiff_t index = 0; index < tiles.count; ++index) {
+        const FlushDenormals flush;
         const ptrdiff_t head = index / tiles.per_head, first = index % tiles.per_head * tiles.rows;
         const ptrdiff_t rest = f.B - first, rows = rest < tiles.rows ? rest : tiles.rows;
         tile(f, packed.get() + head * f.N * columns, head, first, rows, products.get() + thread_number() * scratch);
@@ -163,6 +167,7 @@ bool rnn_backward(const RnnBackward<T>& f) {
                                                              : backward_tile<T, Nonlinearity::identity>;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (ptrdiff_t index = 0; index < tiles.count; ++index) {
+        const FlushDenormals flush;
         const ptrdiff_t head = index / tiles.per_head, first = index % tiles.per_head * tiles.rows;
         const ptrdiff_t rest = f.B - first, rows = rest < tiles.rows ? rest : tiles.rows;
         tile(f, feedback.get() + head * matrix, weight.get() + head * matrix, head, first, rows,

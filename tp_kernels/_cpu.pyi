@@ -1,0 +1,55 @@
+"""CPU kernels. Every function takes addresses: call them through ``tp_kernels``, which checks and keeps the tensors."""
+
+from typing import TypedDict
+
+class BuildInfo(TypedDict):
+    compiler: str
+    flags: str
+    openmp: bool
+
+def rnn_fwd(
+    *,
+    double: bool,
+    u: int,
+    u_strides: tuple[int, int, int],
+    weight: int,
+    h0: int,
+    h: int,
+    sizes: tuple[int, int, int, int],
+    nonlinearity: str,
+    threads: int,
+) -> None: ...
+def rnn_bwd(
+    *,
+    double: bool,
+    grad_h: int,
+    grad_h_strides: tuple[int, int, int],
+    grad_last: int,
+    h: int,
+    weight: int,
+    feedback: int,
+    grad_u: int,
+    grad_h0: int,
+    sizes: tuple[int, int, int, int],
+    nonlinearity: str,
+    inverse: str,
+    update: str,
+    step: float,
+    clip: float,
+    threads: int,
+) -> None: ...
+def regularized_solve(
+    *,
+    double: bool,
+    weight: int,
+    rhs: int,
+    reg: float,
+    solved: int,
+    failed: int,
+    sizes: tuple[int, int, int],
+    threads: int,
+) -> None: ...
+def build_info() -> BuildInfo: ...
+def isa_levels() -> list[str]: ...
+def isa_level() -> str: ...
+def set_isa_level(name: str) -> None: ...
