@@ -5,7 +5,6 @@ seeds of its own; the chosen point then runs on fresh seeds and the test set. Co
 same weights and see the same batches.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import tp_kernels as tp
+from tp_kernels.regimes.store import key_of
 from tp_kernels.regimes.tasks import TASKS, Task, make_task
 from tp_kernels.rules import BackProp, Rule, TargetProp
 
@@ -137,7 +137,7 @@ class RaceSpec:
         content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "grid"}
         content["step_sizes"] = self.step_sizes.to_dict()
         content["rule"] = None if self.rule is None else {"name": type(self.rule).__name__, **asdict(self.rule)}
-        return json.dumps({"kind": "run", **content}, sort_keys=True, separators=(",", ":"))
+        return key_of({"kind": "run", **content})
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ PRESETS: dict[str, tuple[dict[str, Any], ...]] = {
             "T": 64,
             "B": 50,
             "initialization": "orthogonal",
-            "steps": 600,
+            "steps": 800,
             "evaluate_every": 25,
             "floor": 100,
             "bar": 0.8,
