@@ -1,0 +1,188 @@
+"""What is compared: the shapes (cases), the contenders, and the presets that name a whole grid of them."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+import tp_kernels
+from tp_kernels.rules import BackProp, Rule, TargetProp
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PIXELS = 784  # a 28 x 28 image, read in T chunks of 784/T pixels
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape on one device: T steps, batch B, hidden size N, input size M, and the number of CPU threads."""
+
+    T: int
+    N: int
+    B: int
+    M: int = 1
+    dtype: str = "float32"
+    device: str = "cpu"
+    threads: int = 1
+
+    def __str__(self) -> str:
+        return f"T={self.T} N={self.N} B={self.B}"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute the same training step.
+
+    Args:
+        name: short, as on the command line.
+        role: "tp" or "bp".
+        label: for a reader.
+        rule: what its gradients must be; the float64 reference computes them for the check.
+        build: (M, N, backend) -> module that takes [T, B, M] and returns the last state, [B, N].
+        fused: runs on this library's kernels, so that the cost model speaks about it.
+    """
+
+    name: str
+    role: str
+    label: str
+    rule: Rule
+    build: Callable[[int, int, str], nn.Module]
+    fused: bool = False
+
+    def why_not(self, case: Case, compile_max_T: int) -> str | None:
+        """Why this contender is left out of this case; ``None`` if it takes part."""
+        if self.name == "compile" and compile_max_T < case.T:
+            return (
+                f"T={case.T} is over --compile-max-T={compile_max_T}: "
+                "torch.compile unrolls the loop, and compiling takes minutes"
+            )
+        return None
+
+
+class LastState(nn.Module):
+    """The last state, [B, N], of a layer with the interface of ``torch.nn.RNN``."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[1][0]
+
+
+class CellLoop(nn.Module):
+    """What one writes without a fused layer: ``torch.nn.RNNCell`` in a Python loop over time."""
+
+    def __init__(self, M: int, N: int) -> None:
+        super().__init__()
+        self.cell = nn.RNNCell(M, N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = None
+        for x_t in x.unbind(0):
+            state = self.cell(x_t, state)
+        return state
+
+
+def _layer(rule: Rule) -> Callable[[int, int, str], nn.Module]:
+    return lambda M, N, backend: LastState(tp_kernels.nn.RNN(M, N, rule=rule, backend=backend))
+
+
+CONTENDERS = {
+    contender.name: contender
+    for contender in (
+        Contender("tp", "tp", "TP", TargetProp(), _layer(TargetProp()), fused=True),
+        Contender(
+            "tp-local", "tp", "TP, local update", TargetProp(update="local"), _layer(TargetProp(update="local")), True
+        ),
+        Contender("tp-layer", "tp", "TP as in the paper", TargetProp.paper(), _layer(TargetProp.paper()), True),
+        Contender("bp", "bp", "BP, same kernels", BackProp(), _layer(BackProp()), fused=True),
+        Contender("nn.RNN", "bp", "torch.nn.RNN", BackProp(), lambda M, N, _: LastState(nn.RNN(M, N))),
+        Contender("eager", "bp", "loop of RNNCell", BackProp(), lambda M, N, _: CellLoop(M, N)),
+        Contender(
+            "compile", "bp", "torch.compile of the loop", BackProp(), lambda M, N, _: torch.compile(CellLoop(M, N))
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The whole map: every T with every N and every B. ``M=None`` reads an image of 784 pixels: M = 784/T."""
+
+    T: tuple[int, ...]
+    N: tuple[int, ...]
+    B: tuple[int, ...]
+    M: int | None = 1
+    dtype: str = "float32"
+    device: str = "cpu"
+    threads: int = 1
+    contenders: tuple[str, ...] = ("tp", "tp-local", "bp", "nn.RNN", "eager")
+
+    def cases(self) -> list[Case]:
+        """Smallest first, so that an interrupted run leaves a whole corner of the map."""
+        cases = [
+            Case(T, N, B, PIXELS // T if self.M is None else self.M, self.dtype, self.device, self.threads)
+            for T, N, B in itertools.product(self.T, self.N, self.B)
+        ]
+        return sorted(cases, key=lambda case: (case.T * case.B * case.N**2, case.T))
+
+    def override(self, **values: object) -> "Grid":
+        """The same grid with every value that is not ``None`` taken instead."""
+        return replace(self, **{name: value for name, value in values.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to look at one cell.
+
+    Args:
+        seconds: aimed at for the timed rounds of one cell, all contenders together.
+        min_rounds, max_rounds: the number of rounds stays between them.
+        step_limit: a contender whose one step takes longer, in seconds, is left out with the reason.
+        memory: whether peak memory is measured.
+        compile_max_T: longest T for which the "compile" contender takes part.
+    """
+
+    seconds: float = 4.0
+    min_rounds: int = 5
+    max_rounds: int = 50
+    step_limit: float = 30.0
+    memory: bool = True
+    compile_max_T: int = 64
+
+
+@dataclass(frozen=True)
+class Preset:
+    grid: Grid
+    effort: Effort = field(default_factory=Effort)
+
+
+PRESETS = {
+    "quick": Preset(Grid(T=(16, 64, 256, 784), N=(32, 64, 128), B=(1, 16)), Effort(seconds=0.6, max_rounds=25)),
+    "default": Preset(
+        Grid(
+            T=(4, 16, 64, 256, 784, 3072),
+            N=(16, 32, 64, 100, 128, 256, 512),
+            B=(1, 16, 128),
+            contenders=("tp", "tp-local", "tp-layer", "bp", "nn.RNN", "eager", "compile"),
+        ),
+        Effort(compile_max_T=16),
+    ),
+    # Length x width of Roulet and Harchaoui: 28 x 28 images in chunks of 196 ... 1 pixels.
+    "paper": Preset(
+        Grid(
+            T=(4, 14, 49, 196, 392, 784),
+            N=(16, 32, 64, 128, 256, 512),
+            B=(512,),
+            M=None,
+            contenders=("tp", "tp-local", "tp-layer", "bp", "nn.RNN", "eager"),
+        )
+    ),
+}
+
+
+def spec(case: Case, contender: str, backend: str) -> dict:
+    """What identifies one measurement; its canonical JSON is the key of its record."""
+    return {"kind": "cell", **asdict(case), "contender": contender, "backend": backend}
