@@ -7,7 +7,6 @@ import torch
 from tp_kernels._backends import NAMES
 
 NONLINEARITIES = ("tanh", "relu", "identity")
-POWERS = (1.0, 0.5)
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -69,8 +68,8 @@ def regularized_inverse(
     regularization(op, reg)
     if isinstance(power, bool) or not isinstance(power, (int, float)):
         raise TypeError(f"{op}: power must be a number, got {type(power).__name__}")
-    if power not in POWERS:
-        raise ValueError(f"{op}: power must be one of {', '.join(map(str, POWERS))}, got {power!r}")
+    if power not in (1.0, 0.5):  # no global floats: with dynamic=True torch.compile makes symbols of them
+        raise ValueError(f"{op}: power must be one of 1.0, 0.5, got {power!r}")
     if not isinstance(check_errors, bool):
         raise TypeError(f"{op}: check_errors must be a bool, got {type(check_errors).__name__}")
     backend(op, backend_name)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 _INVERSES = ("weight", "layer", "identity", "jacobian")
 _UPDATES = ("total", "local")
 _MODES = ("linearized", "difference", "direct")
-_POWERS = (1.0, 0.5)
 _NOT_IMPLEMENTED = {"inverse": ("jacobian",), "mode": ("difference", "direct")}
 
 
@@ -77,8 +76,8 @@ class TargetProp:
         power = (0.5 if self.inverse == "weight" else 1.0) if self.power is None else self.power
         if isinstance(power, bool) or not isinstance(power, (int, float)):
             raise TypeError(f"TargetProp: power must be a real number, got {type(power).__name__}")
-        if power not in _POWERS:
-            raise ValueError(f"TargetProp: power must be one of {', '.join(map(str, _POWERS))}, got {power!r}")
+        if power not in (1.0, 0.5):  # no global floats: with dynamic=True torch.compile makes symbols of them
+            raise ValueError(f"TargetProp: power must be one of 1.0, 0.5, got {power!r}")
         reg = (1e-4 if power == 0.5 else 0.25) if self.reg is None else self.reg
         positive = "positive and finite"
         object.__setattr__(self, "power", float(power))

@@ -57,7 +57,7 @@ def backward(
         nonlinearity, inverse, update, step, clip: the rule.
 
     Returns:
-        ``grad_u``, like ``h``: δ, and ``grad_h0``, like ``h[0]``: ``Wᵀ δ_1`` (total) or λ_0 (local).
+        ``grad_u``, like ``h``: δ, and ``grad_h0``, like ``h[0]``: ``Wᵀ δ_1`` (total) or λ_0 (local). Both contiguous.
     """
     grad_u = torch.empty_like(h, memory_format=torch.contiguous_format)
     carried = torch.zeros_like(h[0])  # the inverse term for the step at hand
@@ -78,7 +78,7 @@ def backward(
             carried = _apply(feedback, displacement / (1 - h[t].clamp(clip - 1, 1 - clip).square()))
         if update == "total":
             through = _apply(weight.mT, delta)
-    return grad_u, through if update == "total" else carried
+    return grad_u, (through if update == "total" else carried).contiguous()
 
 
 def _through_activation(adjoint: Tensor, h: Tensor, nonlinearity: str) -> Tensor:
