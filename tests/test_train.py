@@ -4,6 +4,7 @@ import copy
 import json
 from collections import Counter
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from tp_kernels import TargetProp
 from tp_kernels.regimes import train
-from tp_kernels.regimes.tasks import TemporalOrder
+from tp_kernels.regimes.tasks import TemporalOrder, make_task
 from tp_kernels.regimes.train import CONTENDERS, PRESETS, RacePlan, RaceSpec, StepSizes, choose, passed_at, plan, race
 
 ALL = tuple(CONTENDERS)
@@ -152,6 +153,7 @@ def test_frozen_leaves_the_recurrent_layer_bit_for_bit(nets) -> None:
     before, model = nets[0]
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]) == name.startswith("rnn.")
+    assert all(parameter.grad is None for parameter in model["rnn"].parameters()), "nothing is sent back through it"
 
 
 @pytest.mark.parametrize("contender", [name for name in ALL if name != "frozen"])
@@ -176,6 +178,25 @@ def test_bp_on_our_kernels_is_torchs_bp() -> None:
     assert [point["loss"] for point in bp] == pytest.approx([point["loss"] for point in torchs], rel=1e-4)
     tp = train.run(spec_of("tp", steps=20, stop_at_bar=False))["curve"]
     assert [point["loss"] for point in tp] != pytest.approx([point["loss"] for point in torchs], rel=1e-4)
+
+
+def test_training_is_the_plain_loop(nets) -> None:
+    """Twelve steps of Adam written out with torch alone end at the weights of a run."""
+    spec = spec_of("nn.RNN", steps=12, stop_at_bar=False, step_sizes=StepSizes(all=0.03))
+    train.run(spec)
+    task = make_task(spec.task, spec.T)
+    first, trained = nets[0]
+    plain = nn.ModuleDict({"rnn": nn.RNN(task.input_size, spec.N), "readout": nn.Linear(spec.N, task.output_size)})
+    plain.load_state_dict(first)
+    optimizer = torch.optim.Adam(plain.parameters(), lr=0.03)
+    for x, y in islice(train.batches(spec, task), 12):
+        _, last = plain["rnn"](x)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(plain["readout"](last[0]), y).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(trained.state_dict()[name], value)
 
 
 def test_the_gradient_is_clipped_to_its_global_norm(nets) -> None:
@@ -323,6 +344,8 @@ def test_the_papers_settings() -> None:
         ("adding-squared", 30): TargetProp(inverse="layer", reg=1.0, step=0.1),
         ("digits28", 784): TargetProp(inverse="layer", reg=1.0, step=1e-4),
     }
+    assert small_plan(contenders=["tp-paper"], gamma=0.5).settings[0].rules == (TargetProp(inverse="layer", step=0.5),)
+    assert small_plan(contenders=["tp"], gamma=0.5, reg=3.0).settings[0].rules == (TargetProp(),)
 
 
 @pytest.mark.parametrize(
@@ -459,7 +482,9 @@ def test_an_interrupted_race_keeps_its_records_and_goes_on(runs, interrupted_aft
     with pytest.raises(KeyboardInterrupt):
         race(made, {}, interrupt)
     assert len(records) == interrupted_after
-    race(made, records, keep)
+    calls = []
+    race(made, records, keep, lambda *call: calls.append(call))
+    assert calls[0][1] == interrupted_after * SMALL["steps"], "progress goes on from where it was"
     in_parts = [spec.key for spec in runs]
     runs.clear()
     race(made, {}, resumable({}))
