@@ -105,6 +105,12 @@ void regularized_solve(bool is_double, std::uintptr_t weight, std::uintptr_t rhs
     });
 }
 
+double multiply_add_loop(bool is_double, long iterations) {
+    py::gil_scoped_release release;
+    return is_double ? launchers<double>().multiply_add_loop(iterations)
+                     : launchers<float>().multiply_add_loop(iterations);
+}
+
 py::dict build_info() {
     py::dict info;
     info["compiler"] = TPK_COMPILER;
@@ -135,6 +141,8 @@ PYBIND11_MODULE(_cpu, m) {
           py::arg("step"), py::arg("clip"), py::arg("threads"));
     m.def("regularized_solve", &regularized_solve, py::kw_only(), py::arg("double"), py::arg("weight"), py::arg("rhs"),
           py::arg("reg"), py::arg("solved"), py::arg("failed"), py::arg("sizes"), py::arg("threads"));
+    m.def("multiply_add_loop", &multiply_add_loop, py::kw_only(), py::arg("double"), py::arg("iterations"),
+          "Fused multiply-adds on registers only; returns how many floating-point operations that took.");
     m.def("build_info", &build_info);
     m.def("isa_levels", &level_names, "Instruction sets compiled in that this processor has, best first.");
     m.def("isa_level", [] { return isa_level().name; }, "The instruction set in use.");

@@ -1,5 +1,6 @@
 // Every CPU kernel, for the instruction set TPK_ISA. CMakeLists.txt compiles this file once for each.
 #include "common/isa.h"
+#include "common/peak.inl"
 #include "regularized_inverse/kernel_cpu.inl"
 #include "rnn/kernel_cpu.inl"
 
@@ -11,8 +12,8 @@ namespace tpk::TPK_ISA {
 extern const IsaLevel level;
 const IsaLevel level = {
     TPK_STRING(TPK_ISA),
-    {rnn_forward<float>, rnn_backward<float>, regularized_solve<float>},
-    {rnn_forward<double>, rnn_backward<double>, regularized_solve<double>},
+    {rnn_forward<float>, rnn_backward<float>, regularized_solve<float>, multiply_add_loop<float>},
+    {rnn_forward<double>, rnn_backward<double>, regularized_solve<double>, multiply_add_loop<double>},
 };
 
 }  // namespace tpk::TPK_ISA

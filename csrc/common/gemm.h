@@ -31,7 +31,7 @@ void multiply_block(const T* a, ptrdiff_t a_row, ptrdiff_t a_k, const T* b, ptrd
         for (int v = 0; v < V; ++v) column[v] = load<Lane>(b + k * b_k + v * L);
 #pragma GCC unroll 16
         for (int i = 0; i < R; ++i) {
-            const Lane value = Lane{} + a[i * a_row + k * a_k];
+            const Lane value = broadcast<Lane>(a[i * a_row + k * a_k]);
 #pragma GCC unroll 16
             for (int v = 0; v < V; ++v) {
                 if (into == Into::store)

@@ -6,12 +6,13 @@
 
 namespace tpk {
 
-// The launchers of one instruction set. Each returns false where there is no memory for its scratch.
+// What one instruction set offers. Launchers return false where there is no memory for their scratch.
 template <class T>
 struct Launchers {
     bool (*rnn_forward)(const RnnForward<T>&);
     bool (*rnn_backward)(const RnnBackward<T>&);
     bool (*regularized_solve)(const RegularizedSolve<T>&);
+    double (*multiply_add_loop)(long iterations);  // the ceiling; returns the operations it took
 };
 
 struct IsaLevel {

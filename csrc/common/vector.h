@@ -33,21 +33,32 @@ inline void store(T* p, V v) {
     *reinterpret_cast<typename Vector<T, sizeof(V) / sizeof(T)>::unaligned*>(p) = v;
 }
 
-// Calls f(zero vector, first column) so that vectors cover columns 0 … n-1. Where n is no multiple of the vector, the
-// last two overlap: f must not read what it writes.
+// x in every lane. x - 0 is x for every x, which the compiler knows; 0 + x is not, for x = -0.
+template <class V, class T>
+inline V broadcast(T x) {
+    return x - V{};
+}
+
+// Calls f(zero vector, row, first column) so that vectors cover rows × n elements. Where n is no multiple of the
+// vector, the last two of a row overlap: f must not read what it writes.
 template <class T, class F>
-inline void for_columns(ptrdiff_t n, F f) {
+inline void for_elements(ptrdiff_t rows, ptrdiff_t n, F f) {
     constexpr int full = lanes<T>;
     if (n >= full) {
-        ptrdiff_t i = 0;
-        for (; i + full <= n; i += full) f(Vec<T>{}, i);
-        if (i < n) f(Vec<T>{}, n - full);
+        for (ptrdiff_t i = 0; i < rows; ++i) {
+            ptrdiff_t j = 0;
+            for (; j + full <= n; j += full) f(Vec<T>{}, i, j);
+            if (j < n) f(Vec<T>{}, i, n - full);
+        }
     } else if (n >= 4 && full > 4) {
-        ptrdiff_t i = 0;
-        for (; i + 4 <= n; i += 4) f(Vec<T, 4>{}, i);
-        if (i < n) f(Vec<T, 4>{}, n - 4);
+        for (ptrdiff_t i = 0; i < rows; ++i) {
+            ptrdiff_t j = 0;
+            for (; j + 4 <= n; j += 4) f(Vec<T, 4>{}, i, j);
+            if (j < n) f(Vec<T, 4>{}, i, n - 4);
+        }
     } else {
-        for (ptrdiff_t i = 0; i < n; ++i) f(Vec<T, 1>{}, i);
+        for (ptrdiff_t i = 0; i < rows; ++i)
+            for (ptrdiff_t j = 0; j < n; ++j) f(Vec<T, 1>{}, i, j);
     }
 }
 

@@ -47,19 +47,22 @@ inline V through_activation(V adjoint, V h) {
 template <class T, Nonlinearity a>
 void forward_tile(const RnnForward<T>& f, const T* packed, ptrdiff_t head, ptrdiff_t first, ptrdiff_t rows,
                   T* product) {
-    const ptrdiff_t N = f.N, row = f.H * N, time = f.B * row, columns = padded<T>(N);
+    const ptrdiff_t N = f.N, row = f.H * N, time = f.B * row, columns = padded<T>(N), u_row = f.u_strides.batch;
     const ptrdiff_t offset = first * row + head * N;
     const T* state = f.h0 ? f.h0 + offset : nullptr;
     for (ptrdiff_t t = 0; t < f.T_; ++t) {
-        const T* u = f.u + t * f.u_strides.time + first * f.u_strides.batch + head * f.u_strides.head;
+        const T* u = f.u + t * f.u_strides.time + first * u_row + head * f.u_strides.head;
         T* h = f.h + t * time + offset;
-        if (state) multiply_packed(state, row, rows, packed, N, N, product, columns);
-        for (ptrdiff_t i = 0; i < rows; ++i) {
-            for_columns<T>(N, [&](auto zero, ptrdiff_t j) {
+        if (state) {
+            multiply_packed(state, row, rows, packed, N, N, product, columns);
+            for_elements<T>(rows, N, [=](auto zero, ptrdiff_t i, ptrdiff_t j) {
                 using V = decltype(zero);
-                V z = load<V>(u + i * f.u_strides.batch + j);
-                if (state) z += load<V>(product + i * columns + j);
+                const V z = load<V>(u + i * u_row + j) + load<V>(product + i * columns + j);
                 store(h + i * row + j, activation<a, T>(z));
+            });
+        } else {
+            for_elements<T>(rows, N, [=](auto zero, ptrdiff_t i, ptrdiff_t j) {
+                store(h + i * row + j, activation<a, T>(load<decltype(zero)>(u + i * u_row + j)));
             });
         }
         state = h;
@@ -70,44 +73,42 @@ template <class T, Nonlinearity a>
 void backward_tile(const RnnBackward<T>& f, const T* packed_feedback, const T* packed_weight, ptrdiff_t head,
                    ptrdiff_t first, ptrdiff_t rows, T* scratch) {
     const ptrdiff_t N = f.N, row = f.H * N, time = f.B * row, columns = padded<T>(N), size = rows * columns;
-    const ptrdiff_t offset = first * row + head * N;
-    const bool total = f.update == Update::total, product = f.inverse == Inverse::weight || f.inverse == Inverse::layer;
+    const ptrdiff_t offset = first * row + head * N, g_row = f.grad_h_strides.batch;
+    const Inverse inverse = f.inverse;
+    const bool total = f.update == Update::total, product = inverse == Inverse::weight || inverse == Inverse::layer;
     T* inverse_term = scratch;             // of λ_{t+1}, for the step at hand
     T* through = scratch + size;           // Wᵀ δ_{t+1}
     T* displacement = scratch + 2 * size;  // λ_t, or what "layer" makes of it
     const T* delta = nullptr;              // δ_{t+1}
-    const T low = f.clip - 1, high = 1 - f.clip;
+    const T step = f.step, low = f.clip - 1, high = 1 - f.clip;
     for (ptrdiff_t t = f.T_ - 1; t >= 0; --t) {
-        const bool inner = t < f.T_ - 1;  // steps that follow this one have sent something back
-        const bool carried = inner && f.inverse != Inverse::none;
+        const bool inner = t < f.T_ - 1;  // a step that follows has sent something back
+        const bool carried = inner && inverse != Inverse::none, adjoint = inner && total;
         if (inner && product)
             multiply_packed(displacement, columns, rows, packed_feedback, N, N, inverse_term, columns);
-        if (inner && total) multiply_packed(delta, row, rows, packed_weight, N, N, through, columns);
+        if (adjoint) multiply_packed(delta, row, rows, packed_weight, N, N, through, columns);
         const T* term = product ? inverse_term : displacement;
         T* next = product ? displacement : inverse_term;  // never what is read: overlapping vectors are computed twice
-        const T* g = f.grad_h ? f.grad_h + t * f.grad_h_strides.time + first * f.grad_h_strides.batch +
-                                    head * f.grad_h_strides.head
-                              : nullptr;
+        const T* g =
+            !f.grad_h ? nullptr : f.grad_h + t * f.grad_h_strides.time + first * g_row + head * f.grad_h_strides.head;
         const T* last = !inner && f.grad_last ? f.grad_last + offset : nullptr;
         const T* h = f.h + t * time + offset;
         T* grad_u = f.grad_u + t * time + offset;
-        for (ptrdiff_t i = 0; i < rows; ++i) {
-            for_columns<T>(N, [&](auto zero, ptrdiff_t j) {
-                using V = decltype(zero);
-                V lambda = carried ? load<V>(term + i * columns + j) : V{};
-                if (g) lambda += f.step * load<V>(g + i * f.grad_h_strides.batch + j);
-                if (last) lambda += f.step * load<V>(last + i * row + j);
-                const V state = load<V>(h + i * row + j);
-                const V adjoint = inner && total ? lambda + load<V>(through + i * columns + j) : lambda;
-                store(grad_u + i * row + j, through_activation<a>(adjoint, state));
-                if (f.inverse == Inverse::layer) {
-                    V clipped = state < low ? V{} + low : state;
-                    clipped = clipped > high ? V{} + high : clipped;
-                    lambda /= 1 - clipped * clipped;
-                }
-                store(next + i * columns + j, lambda);
-            });
-        }
+        for_elements<T>(rows, N, [=](auto zero, ptrdiff_t i, ptrdiff_t j) {
+            using V = decltype(zero);
+            V lambda = carried ? load<V>(term + i * columns + j) : zero;
+            if (g) lambda += step * load<V>(g + i * g_row + j);
+            if (last) lambda += step * load<V>(last + i * row + j);
+            const V mu = adjoint ? lambda + load<V>(through + i * columns + j) : lambda;
+            const V state = load<V>(h + i * row + j);
+            store(grad_u + i * row + j, through_activation<a>(mu, state));
+            if (inverse == Inverse::layer) {
+                V clipped = state < low ? broadcast<V>(low) : state;
+                clipped = clipped > high ? broadcast<V>(high) : clipped;
+                lambda /= 1 - clipped * clipped;
+            }
+            if (inverse != Inverse::none) store(next + i * columns + j, lambda);
+        });
         delta = grad_u;
         if (!product) {
             inverse_term = displacement;
@@ -122,11 +123,10 @@ void backward_tile(const RnnBackward<T>& f, const T* packed_feedback, const T* p
         multiply_packed(displacement, columns, rows, packed_feedback, N, N, inverse_term, columns);
         result = inverse_term;
     }
-    for (ptrdiff_t i = 0; i < rows; ++i)
-        for_columns<T>(N, [&](auto zero, ptrdiff_t j) {
-            using V = decltype(zero);
-            store(f.grad_h0 + offset + i * row + j, load<V>(result + i * columns + j));
-        });
+    T* grad_h0 = f.grad_h0 + offset;
+    for_elements<T>(rows, N, [=](auto zero, ptrdiff_t i, ptrdiff_t j) {
+        store(grad_h0 + i * row + j, load<decltype(zero)>(result + i * columns + j));
+    });
 }
 
 // False: no memory for the packed weights.
