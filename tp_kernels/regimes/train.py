@@ -290,6 +290,7 @@ PRESETS: dict[str, tuple[dict[str, Any], ...]] = {
         {**_BASE, "task": "temporal-order", "T": 60},
         {**_BASE, "task": "temporal-order", "T": 120, "initialization": "orthogonal"},
         {**_BASE, "task": "adding", "T": 30},
+        {**_BASE, "task": "adding-squared", "T": 30},
         {**_BASE, "task": "digits", "T": 64, "B": 50, "steps": 4000},
     ),
     "paper": (
