@@ -10,7 +10,10 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from tp_kernels._backends import NAMES
 from tp_kernels.regimes import measure, report, tasks, train
@@ -35,7 +38,7 @@ examples:
   python -m tp_kernels.regimes report --out regimes_out/quick
 """
 
-console = Console()
+console = Console(highlight=False)
 
 
 # --- flags: what a reader raises, argparse prints with the name of its flag ----------------------------------
@@ -237,6 +240,7 @@ def run_map(args: argparse.Namespace, store: Store) -> None:
         for case in cases
         if not all(store.has(key_of(spec(case, name, backend)), here) for name in grid.contenders)
     ]
+    _mention_others(store, here)
     if len(missing) < len(cases):
         console.print(f"map: {len(cases) - len(missing)} of {len(cases)} cells measured before, kept")
     with _progress() as progress:
@@ -246,6 +250,18 @@ def run_map(args: argparse.Namespace, store: Store) -> None:
             for record in measure.measure_cell(case, grid.contenders, effort, backend):
                 store.append(record)
             progress.advance(bar)
+
+
+def _mention_others(store: Store, here: dict) -> None:
+    versions = {name: here[name] for name in ("device_name", "torch", "tp_kernels", "isa", "revision")}
+    others = sum(
+        any(record["environment"].get(name) != value for name, value in versions.items())
+        for record in store.records.values()
+    )
+    if others:
+        console.print(
+            f"{others} records in {store.folder} are of another machine or version: measured again if asked for"
+        )
 
 
 _RACE_FLAGS = (
@@ -283,10 +299,13 @@ def run_report(store: Store) -> None:
     if not store.records:
         raise ValueError(f"report: --out must be a run folder with finished records in {RECORDS}, got {store.folder}")
     findings = report.write(list(store.records.values()), store.folder)
-    console.print()
-    for finding in findings:
-        console.print(f"[{report.COLOURS[finding.kind]}]●[/] {finding.text}", highlight=False)
-    console.print(f"\n[bold]{store.folder / 'index.html'}[/bold]", highlight=False, soft_wrap=True)
+    for topic, found in report.by_topic(findings):
+        console.print(f"\n[bold]{topic}[/bold]")
+        for finding in found:
+            line = Table.grid(padding=(0, 2))
+            line.add_row(f"[{report.COLOURS[finding.kind]}]{finding.kind:7}[/]", escape(finding.text))
+            console.print(Padding.indent(line, 2))
+    console.print(f"\n[bold]{store.folder / 'index.html'}[/bold]", soft_wrap=True)
 
 
 def _latest_run() -> Path:

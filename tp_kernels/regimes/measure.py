@@ -81,14 +81,14 @@ class Gate:
         error: ‖output - float64 reference‖ / ‖float64 reference‖ of the worst output.
         budget: twice the error of the reference in the same dtype, plus the dtype's floor.
         output: the name of that output.
-        B: number of sequences whose gradients were checked, of the B that the contender ran.
+        B: how many of the sequences that the contender ran were checked; ``None`` where there are none to count.
     """
 
     passed: bool
     error: float
     budget: float
     output: str
-    B: int
+    B: int | None = None
 
 
 def compare(outputs: Mapping[str, Tensor], same_dtype: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> Gate:
@@ -98,7 +98,7 @@ def compare(outputs: Mapping[str, Tensor], same_dtype: Mapping[str, Tensor], exa
         scale = true.norm().clamp_min(torch.finfo(torch.float64).tiny)
         error = float((outputs[name].double() - true).norm() / scale)
         budget = 2 * float((same_dtype[name].double() - true).norm() / scale) + FLOORS[outputs[name].dtype]
-        gate = Gate(error <= budget, error, budget, name, 0)  # false for NaN too
+        gate = Gate(error <= budget, error, budget, name)  # false for NaN too
         if worst is None or not gate.passed or (worst.passed and gate.error / gate.budget > worst.error / worst.budget):
             worst = gate
     return worst
@@ -157,7 +157,7 @@ class Cell:
                 self._reference(contender.rule, dtype) for dtype in (self.dtype, torch.float64)
             )
         gate = compare(outputs, *self._references[contender.rule])
-        return Gate(**(asdict(gate) | {"B": len(self.checked)}))
+        return replace(gate, B=len(self.checked))
 
     def _reference(self, rule: Rule, dtype: torch.dtype) -> dict[str, Tensor]:
         layer = tp_kernels.nn.RNN(self.case.M, self.case.N, rule=rule, backend="reference")
@@ -187,6 +187,16 @@ def _outputs(module: nn.Module, x: Tensor, grad: Tensor, checked: Tensor | slice
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def synchronized(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """``step``, and the device waited for."""
+
+    def run() -> None:
+        step()
+        _synchronize(device)
+
+    return run
 
 
 def seconds_of(step: Callable[[], None], device: torch.device) -> float:

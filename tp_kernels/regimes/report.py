@@ -25,7 +25,7 @@ from tp_kernels.regimes.cases import CONTENDERS
 MIN_SEEDS = 3
 """With fewer seeds there is no spread to speak of, and no win or loss is called."""
 
-RESOLUTION = 2**20
+RESOLUTION = 4 * 2**20
 """Peak memory below this many bytes is not compared: pages and libraries' own buffers weigh as much."""
 
 COLOURS = {"win": "#5b3a8c", "loss": "#b35806", "level": "#6b7280", "note": "#2563eb", "failure": "#dc2626"}
@@ -55,6 +55,9 @@ _RACE_LABELS = {
     "frozen": "readout only",
 }
 
+COMPARED = {"bp": "BP on the same kernels", "nn.RNN": "torch.nn.RNN"}
+"""The BP contenders that get pictures and a place in the summary; the others are in the table."""
+
 Cell = dict[str, dict]  # one cell's records by contender
 
 
@@ -62,6 +65,7 @@ Cell = dict[str, dict]  # one cell's records by contender
 class Finding:
     """A sentence of the summary: "win", "loss" or "level" for TP, "note", or "failure" of a check."""
 
+    topic: str
     kind: str
     text: str
 
@@ -107,7 +111,7 @@ def duration(seconds: float) -> str:
 
 
 def mebibytes(count: float) -> str:
-    return f"{count / 2**20:.3g} MiB" if count >= RESOLUTION else "< 1 MiB"
+    return f"{count / 2**20:.3g} MiB" if count >= RESOLUTION else f"< {RESOLUTION >> 20} MiB"
 
 
 def _count(number: int, noun: str) -> str:
@@ -166,14 +170,14 @@ def _shape(record: dict) -> str:
 # --- summary of the map -----------------------------------------------------------------------------------------------
 
 
+STEP, MEMORY, MODEL, RACE = "Time per step", "Peak memory", "Cost model", "Time to accuracy"
+
+
 def _map_findings(cells: list[Cell]) -> list[Finding]:
-    if not cells:
-        return []
     findings = _gate_findings(cells)
     for name in _present(cells, "tp"):
         findings += _time_findings(cells, name)
-    findings += _memory_findings(cells)
-    return findings
+    return findings + _skipped_findings(cells) + _memory_findings(cells)
 
 
 def _present(cells: list[Cell], role: str) -> list[str]:
@@ -185,27 +189,42 @@ def _present(cells: list[Cell], role: str) -> list[str]:
 
 
 def _gate_findings(cells: list[Cell]) -> list[Finding]:
+    """What must be known before any number is believed."""
+    findings = []
     records = [record for cell in cells for record in cell.values()]
-    checked = [record for record in records if record["gate"]]
-    failed = [record for record in checked if not record["gate"]["passed"]]
-    findings = [
-        Finding(
-            "failure",
-            f"{record['label']} failed its check at {_shape(record)}: the error of its {record['gate']['output']} is "
-            f"{_error(record['gate']['error'])}, its budget {record['gate']['budget']:.1e}. It was not timed there.",
-        )
-        for record in failed
-    ]
+    for record in records:
+        gate = record["gate"]
+        if gate and not gate["passed"]:
+            text = (
+                f"{record['label']} failed its check at {_shape(record)}: the error of its {gate['output']} is "
+                f"{_error(gate['error'])}, its budget {_error(gate['budget'])}. It was not timed there."
+            )
+            findings.append(Finding(STEP, "failure", text))
     fallen_back = [r for r in records if r["backend"] == "reference" and CONTENDERS[r["contender"]].fused]
     if fallen_back:
-        findings.append(
-            Finding(
-                "failure",
-                f"{_count(len(fallen_back), 'number')} of this library's contenders came from the plain-PyTorch "
-                "reference back-end, not from its kernels: they say what the rule computes, not how fast it can be.",
-            )
+        text = (
+            f"{_count(len(fallen_back), 'number')} of this library's contenders came from the plain-PyTorch "
+            "reference back-end, not from its kernels: they say what the rule computes, not how fast it can be."
         )
+        findings.append(Finding(STEP, "failure", text))
     return findings
+
+
+def _skipped_findings(cells: list[Cell]) -> list[Finding]:
+    """Contenders that were left out, each with the number of cells and a reason."""
+    skipped: dict[str, list[dict]] = {}
+    for record in (record for cell in cells for record in cell.values()):
+        if record["skipped"]:
+            skipped.setdefault(record["label"], []).append(record)
+    return [
+        Finding(
+            STEP,
+            "note",
+            f"{label} was left out of {_count(len(records), 'cell')}, for example at {_shape(records[0])}: "
+            f"{records[0]['skipped']}.",
+        )
+        for label, records in skipped.items()
+    ]
 
 
 def _error(error: float | None) -> str:
@@ -216,52 +235,40 @@ def _ratio_words(cells: list[Cell], name: str, other: str) -> str | None:
     ratios = [found for cell in cells if (found := ratio(cell, name, other)) is not None]
     if not ratios:
         return None
-    label = {"bp": "BP on the same kernels"}.get(other, CONTENDERS[other].label)
     spread = "" if len(ratios) == 1 else f" ({times(min(ratios))} to {times(max(ratios))})"
-    return f"{times(statistics.median(ratios))} {label}{spread}"
+    return f"{times(statistics.median(ratios))} {COMPARED[other]}{spread}"
 
 
 def _time_findings(cells: list[Cell], name: str) -> list[Finding]:
     label = CONTENDERS[name].label
-    costs = [words for other in ("bp", "nn.RNN") if (words := _ratio_words(cells, name, other))]
     verdicts = [(cell, found) for cell in cells if (found := verdict(cell, name))]
     if not verdicts:
         return []
     counts = Counter(found for _, found in verdicts)
-    findings = []
-    if costs:
-        median = "the median over the cells of its time per step is" if len(verdicts) > 1 else "its time per step is"
-        findings.append(Finding("note", f"{label}: {median} {_join(costs)}."))
-    against = [CONTENDERS[rival].label for rival in _present([cell for cell, _ in verdicts], "bp")]
-    rivals = f"every BP contender ({_join(against)})"
+    among = f"in {{}} of {_count(len(verdicts), 'cell')}"
+    texts = {}
+    if costs := [words for other in COMPARED if (words := _ratio_words(cells, name, other))]:
+        median = ", in the median over the cells" if len(verdicts) > 1 else ""
+        texts["note"] = f"A step of {label} costs {_join(costs)}{median}."
     if counts["win"]:
-        findings.append(
-            Finding(
-                "win",
-                f"{label} is faster per step than {rivals}, by more than the spread, in {counts['win']} of "
-                f"{_count(len(verdicts), 'cell')}: {_where(verdicts, 'win')}.",
-            )
+        rivals = _join([CONTENDERS[rival].label for rival in _present([cell for cell, _ in verdicts], "bp")])
+        texts["win"] = (
+            f"{label} is faster per step than every BP contender ({rivals}), by more than the spread, "
+            f"{among.format(counts['win'])}: {_where(verdicts, 'win')}."
         )
     if counts["loss"]:
-        slower = [(cell, _best_rival(cell)) for cell, found in verdicts if found == "loss"]
-        worst, rival = max(slower, key=lambda pair: pair[0][name]["median_s"] / pair[1]["median_s"])
-        findings.append(
-            Finding(
-                "loss",
-                f"{label} is slower per step than the fastest BP contender, by more than the spread, in "
-                f"{counts['loss']} of {_count(len(verdicts), 'cell')}; at worst "
-                f"{times(worst[name]['median_s'] / rival['median_s'])} {rival['label']}, at {_shape(rival)}.",
-            )
+        slower = [(cell[name], _best_rival(cell)) for cell, found in verdicts if found == "loss"]
+        worst, rival = max(slower, key=lambda pair: pair[0]["median_s"] / pair[1]["median_s"])
+        texts["loss"] = (
+            f"{label} is slower per step than the fastest BP contender, by more than the spread, "
+            f"{among.format(counts['loss'])}; at worst {times(worst['median_s'] / rival['median_s'])} "
+            f"{rival['label']}, at {_shape(rival)}."
         )
     if counts["level"]:
-        findings.append(
-            Finding(
-                "level",
-                f"{label} is level with the fastest BP contender, within the spread, in {counts['level']} of "
-                f"{_count(len(verdicts), 'cell')}.",
-            )
+        texts["level"] = (
+            f"{label} is level with the fastest BP contender, within the spread, {among.format(counts['level'])}."
         )
-    return findings
+    return [Finding(STEP, kind, text) for kind, text in texts.items()]
 
 
 def _best_rival(cell: Cell) -> dict:
@@ -275,11 +282,27 @@ def _where(verdicts: list[tuple[Cell, str]], kind: str) -> str:
 
 def _memory_findings(cells: list[Cell]) -> list[Finding]:
     parts = []
-    for other, words in (("bp", "BP on the same kernels"), ("nn.RNN", "torch.nn.RNN")):
+    for other, words in COMPARED.items():
         ratios = [found for cell in cells if (found := ratio(cell, "tp", other, "peak_bytes")) is not None]
         if ratios:
             parts.append(f"{times(statistics.median(ratios))} that of {words}")
-    return [Finding("note", f"TP's peak memory is, in the median over the cells, {_join(parts)}.")] if parts else []
+    if not parts:
+        return []
+    return [Finding(MEMORY, "note", f"TP's peak memory is {_join(parts)}, in the median over the cells.")]
+
+
+def fit(cells: list[Cell]) -> model.Fit | None:
+    return model.fit(record for cell in cells for record in cell.values())
+
+
+def _model_finding(fitted: model.Fit) -> Finding:
+    tp = f" and by {fitted.errors['tp']:.0%} for TP, which it has not seen" if "tp" in fitted.errors else ""
+    text = (
+        f"Fitted to BP's cells: {duration(fitted.seconds_per_call)} for a call, {duration(fitted.seconds_per_step)} "
+        f"for a sequential step and {fitted.operations_per_second / 1e9:.3g} GFLOP/s. In the median it is off by "
+        f"{fitted.errors['bp']:.0%} for BP{tp}."
+    )
+    return Finding(MODEL, "note", text)
 
 
 # --- summary of the race ----------------------------------------------------------------------------------------------
@@ -326,7 +349,7 @@ def _reached(runs: list[dict]) -> str:
         if len(runs) > 1 or len(passed) < len(runs)
         else "with its one seed"
     )
-    return f"{which}, after {duration(seconds)} and {steps:g} steps in the median"
+    return f"{which}, after {duration(seconds)} and {steps:.0f} steps in the median"
 
 
 def _race_name(race: list[dict]) -> str:
@@ -351,8 +374,8 @@ def race_verdict(finals: dict[str, list[dict]], name: str) -> tuple[str, str]:
         return "note", best
     if all(beats(finals[name], runs) for runs in rivals.values()):
         return "win", best
-    beaten = next((rival for rival, runs in rivals.items() if beats(runs, finals[name])), None)
-    return ("level", best) if beaten is None else ("loss", beaten)
+    beaten_by = [rival for rival, runs in rivals.items() if beats(runs, finals[name])]
+    return ("loss", best if best in beaten_by else beaten_by[0]) if beaten_by else ("level", best)
 
 
 def _best(runs: list[dict]) -> float:
@@ -377,7 +400,7 @@ def _race_findings(race: list[dict]) -> list[Finding]:
             if rival
             else ". No BP contender ran, so there is nothing to beat.",
         }[kind]
-        findings.append(Finding(kind, text))
+        findings.append(Finding(RACE, kind, text))
         findings.append(_inverse_finding(finals, name, kind))
     return findings
 
@@ -391,19 +414,20 @@ def _inverse_finding(finals: dict[str, list[dict]], name: str, kind: str) -> Fin
     if kind == "win" and not lacking:
         if beats(finals[name], identity) and beats(finals[name], random):
             return Finding(
-                "win", f"Here the win is the inverse's: {_label(name)} beats both feedback controls.{compared}"
+                RACE, "win", f"Here the win is the inverse's: {_label(name)} beats both feedback controls.{compared}"
             )
-        return Finding("level", f"That the inverse is what helps is not shown here: a control is as fast.{compared}")
+        return Finding(
+            RACE, "level", f"That the inverse is what helps is not shown here: a control is as fast.{compared}"
+        )
     if kind == "win" and identity and not beats(finals[name], identity):
-        return Finding("level", f"But that the inverse is what helps is not shown here.{compared}")
+        return Finding(RACE, "level", f"But that the inverse is what helps is not shown here.{compared}")
     missing = f" {_join([word.capitalize() for word in lacking])} feedback did not run." if lacking else ""
-    return Finding("level", f"Nothing is claimed for the inverse itself here.{compared}{missing}")
+    return Finding(RACE, "note", f"Nothing is claimed for the inverse itself here.{compared}{missing}")
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 _INK, _FAINT, _RED = "#1f2937", "#9ca3af", "#dc2626"
-_STYLE = {"family": "DejaVu Sans"}
 
 
 def _png(figure: Figure) -> bytes:
@@ -477,7 +501,7 @@ def _annotate(
         return
     if value is None:
         small = quantity == "peak_bytes" and cell[name]["peak_bytes"] is not None
-        axis.text(x, y, "< 1 MiB" if small else "–", color=_FAINT, **(style | {"fontsize": 7}))
+        axis.text(x, y, f"< {RESOLUTION >> 20} MiB" if small else "–", color=_FAINT, **(style | {"fontsize": 7}))
         return
     dark = value > 0 and abs(math.log2(value)) > 0.62 * norm.vmax
     level = quantity == "median_s" and _pair_verdict(cell, name, other) == "level"
@@ -565,10 +589,11 @@ def race_picture(race: list[dict]) -> bytes:
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         _bare(axis)
     figure.axes[0].set_ylabel("accuracy on the test set", fontsize=9)
-    figure.axes[0].annotate(
-        f"bar {race[0]['bar']:.0%}", (0.995, race[0]["bar"]), xycoords=("axes fraction", "data"),
-        ha="right", va="bottom", fontsize=8, color=_INK,
+    figure.axes[1].annotate(
+        f"bar {race[0]['bar']:.0%}", (1.01, race[0]["bar"]), xycoords=("axes fraction", "data"),
+        va="center", fontsize=8, color=_INK,
     )  # fmt: skip
+    figure.suptitle(_race_name(race), fontsize=11, color=_INK, x=0.01, ha="left", weight="bold")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     return _png(figure)
 
@@ -582,14 +607,16 @@ def _time_section(cells: list[Cell]) -> Section:
         [
             "Each number is the median time of TP's step over that of another contender, from rounds in which all "
             "contenders take turns. “Level”: the middle halves of the two overlap. Dashed line: to its right the "
-            f"inverse is predicted to cost less than {model.INVERSE_SHARE:.0%} of BP's operations.",
+            f"inverse is predicted to cost less than {model.INVERSE_SHARE:.0%} of BP's operations. "
+            f"{_join(sorted({r['dtype'] for c in cells for r in c.values()}))}, input size M = "
+            f"{_join([str(M) for M in sorted({r['M'] for c in cells for r in c.values()})])}.",
         ],
     )
     for name in _present(cells, "tp"):
-        for other in _present(cells, "bp"):
+        for other in COMPARED if name == "tp" else ("bp",):
             title = f"Time per step: {CONTENDERS[name].label} over {CONTENDERS[other].label}"
             picture = heat_maps(cells, name, other, "median_s", title)
-            if picture and (name == "tp" or other == "bp"):
+            if picture:
                 section.pictures.append((f"time_{name}_over_{other}.png", title, picture))
     section.tables.append(_cell_table(cells))
     return section
@@ -606,8 +633,8 @@ def _cell_table(cells: list[Cell]) -> Table:
         else:
             measured = [record["skipped"] or "check failed: not timed", "", ""]
         peak = record["peak_bytes"]
-        check = f"{_error(gate['error'])} ≤ {gate['budget']:.1e}" if gate and gate["passed"] else "–"
-        check = f"{_error(gate['error'])} > {gate['budget']:.1e}" if gate and not gate["passed"] else check
+        check = f"{_error(gate['error'])} ≤ {_error(gate['budget'])}" if gate and gate["passed"] else "–"
+        check = f"{_error(gate['error'])} > {_error(gate['budget'])}" if gate and not gate["passed"] else check
         rows.append(
             [
                 *(str(record[letter]) for letter in "TNBM"),
@@ -629,10 +656,11 @@ def _memory_section(cells: list[Cell]) -> Section:
         "Peak memory of the same step",
         [
             "The most memory that one step takes on top of parameters and input: on CUDA what the allocator handed "
-            "out, on the CPU the growth of the resident memory in a fresh process. Under 1 MiB nothing is compared."
+            "out, on the CPU the growth of the resident memory in a fresh process. Under "
+            f"{RESOLUTION >> 20} MiB nothing is compared."
         ],
     )
-    for other in _present(cells, "bp"):
+    for other in COMPARED:
         title = f"Peak memory: TP over {CONTENDERS[other].label}"
         picture = heat_maps(cells, "tp", other, "peak_bytes", title)
         if picture:
@@ -654,7 +682,6 @@ def _model_section(cells: list[Cell], fitted: model.Fit) -> Section:
         for name, record in cell.items()
         if name in model.FUSED and record["median_s"]
     ]
-    columns = ("measured", "predicted", "predicted over measured")
     return Section(
         "Cost model",
         [
@@ -680,8 +707,8 @@ def _race_section(races: list[list[dict]]) -> Section:
         [
             "Every contender searched as many step sizes, on a validation set and with seeds of its own; the chosen "
             "one then ran on fresh seeds and the test set. Lines: median over the seeds; bands: all of them, as far as "
-            "all ran; ticks: where a seed passed the bar. Seconds are those of training alone. “Identity feedback” is TP "
-            "without the inverse, “readout only” leaves the recurrent layer as it was born."
+            "all ran; ticks: where a seed passed the bar. Seconds are those of training alone. “Identity feedback” is "
+            "TP without the inverse, “readout only” leaves the recurrent layer as it was born."
         ],
     )
     for index, race in enumerate(races):
@@ -741,17 +768,25 @@ def _search_table(race: list[dict]) -> Table:
 
 def summarize(records: list[dict]) -> list[Finding]:
     """The summary: what the numbers say in words, map first."""
-    findings = _map_findings(cells_of(records))
+    cells = cells_of(records)
+    findings = _map_findings(cells)
+    if fitted := fit(cells):
+        findings.append(_model_finding(fitted))
     for race in races_of(records):
         findings += _race_findings(race)
-    order = list(COLOURS)
-    # A failed check comes before everything else; the rest stays in the order of the story.
-    return sorted(findings, key=lambda finding: order.index(finding.kind) != order.index("failure"))
+    return findings
+
+
+def by_topic(findings: list[Finding]) -> list[tuple[str, list[Finding]]]:
+    """The findings under their topics, failures first in each."""
+    ordered = sorted(findings, key=lambda finding: finding.kind != "failure")
+    topics = dict.fromkeys(finding.topic for finding in findings)
+    return [(topic, [finding for finding in ordered if finding.topic == topic]) for topic in topics]
 
 
 def _tiles(cells: list[Cell], races: list[list[dict]]) -> list[Tile]:
     tiles = []
-    for other, words in (("bp", "BP on the same kernels"), ("nn.RNN", "torch.nn.RNN")):
+    for other, words in COMPARED.items():
         ratios = [found for cell in cells if (found := ratio(cell, "tp", other)) is not None]
         if ratios:
             tiles.append(Tile(times(statistics.median(ratios)), f"TP's time per step over {words}, median of cells"))
@@ -778,25 +813,15 @@ def _environments(records: list[dict]) -> list[tuple[str, int]]:
         extra = [f"{label} {found[name]}" for name, label in (("isa", "instruction set"), ("revision", "revision"),
                  ("cuda", "CUDA")) if found.get(name)]  # fmt: skip
         threads = record.get("threads") or found.get("threads")
-        set_up = [found["device_name"], *([record["dtype"]] if "dtype" in record else [])]
-        words[" · ".join([*set_up, *([_count(threads, "thread")] if threads else []), *versions, *extra])] += 1
+        threads = [_count(threads, "thread")] if threads else []
+        words[" · ".join([found["device_name"], *threads, *versions, *extra])] += 1
     return words.most_common()
 
 
 def write(records: list[dict], folder: Path) -> list[Finding]:
     """Write results.json, results.csv, the pictures and index.html into ``folder``; returns the summary."""
     cells, races, findings = cells_of(records), races_of(records), summarize(records)
-    fitted = model.fit(record for cell in cells for record in cell.values())
-    if fitted:
-        tp = f"; it is off by {fitted.errors['tp']:.0%} for TP" if "tp" in fitted.errors else ""
-        findings.append(
-            Finding(
-                "note",
-                f"Cost model fitted to BP: {duration(fitted.seconds_per_step)} for a sequential step and "
-                f"{fitted.operations_per_second / 1e9:.3g} GFLOP/s, off by {fitted.errors['bp']:.0%} for BP in the "
-                f"median{tp}.",
-            )
-        )
+    fitted = fit(cells)
     sections = []
     if races:
         sections.append(_race_section(races))
@@ -845,6 +870,7 @@ def _page(
 ) -> str:
     template = importlib.resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["by_topic"] = by_topic
     environment.filters["base64"] = lambda content: base64.b64encode(content).decode()
     return environment.from_string(template).render(
         findings=findings, tiles=tiles, sections=sections, environments=environments, colours=COLOURS
