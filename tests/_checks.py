@@ -1,0 +1,90 @@
+"""One call of an op, on one back-end, held against the reference and the exact answer."""
+
+import numpy as np
+import torch
+from _cases import LAYOUTS, RNNCase, matrices, rule_words
+from _compare import assert_average_budget, assert_budget, assert_near, assert_residual, assert_tanh
+from _oracle import extended, regularized_inverse, regularized_inverse_gradients, rnn_backward, rnn_forward
+from torch import Tensor
+
+import tp_kernels as tp
+
+ops = torch.ops.tp_kernels
+
+
+def rnn_forward_check(case: RNNCase, dtype: torch.dtype, backend: str, layout: str = "contiguous") -> None:
+    tensors = case.tensors(dtype)
+    placed = [None if tensor is None else LAYOUTS[layout](tensor) for tensor in tensors]
+    found, reference = (
+        ops.rnn_fwd(*given, case.nonlinearity, name) for given, name in ((placed, backend), (tensors, "reference"))
+    )
+    exact = rnn_forward(*map(extended, tensors), case.nonlinearity)
+    assert_budget(found, reference, exact, "h")
+    assert found.is_contiguous()
+
+
+def rnn_backward_check(
+    case: RNNCase, rule: tp.BackProp | tp.TargetProp, dtype: torch.dtype, backend: str, layout: str = "contiguous"
+) -> None:
+    """The backward op by itself, on given states and a given P."""
+    u, weight, h0 = case.tensors(dtype)
+    h = ops.rnn_fwd(u, weight, h0, case.nonlinearity, "reference")
+    words = case.nonlinearity, *rule_words(rule)
+    feedback = 0.6 * case.tensors(dtype, seed=2)[1] if words[1] in ("weight", "layer") else None
+    grad, last = case.gradient(dtype), case.gradient(dtype, seed=3)[0]
+    tensors = grad, last, h, weight, feedback
+    placed = [None if tensor is None else LAYOUTS[layout](tensor) for tensor in tensors]
+    found = ops.rnn_bwd(*placed, *words, backend)
+    reference = ops.rnn_bwd(*tensors, *words, "reference")
+    whole = extended(grad)
+    whole[-1] += extended(last)
+    exact = rnn_backward(whole, *map(extended, (h, h0, weight, feedback)), *words)
+    condition = 10 if words[1] == "layer" else 1  # 1 - h² loses digits where h is near 1
+    for what, *parts in zip(("grad_u", "grad_h0"), found, reference, (exact[0], exact[2]), strict=True):
+        assert_budget(*parts, what, condition)
+        assert parts[0].is_contiguous()
+
+
+def tanh_check(dtype: torch.dtype, backend: str) -> None:
+    """With a zero weight the layer is tanh: a dense sweep over all magnitudes, and the special values."""
+    info = torch.finfo(dtype)
+    magnitudes = torch.logspace(np.log10(info.smallest_normal), 2.5, 200_001, dtype=torch.float64)
+    dense = torch.linspace(0, 20, 300_001, dtype=torch.float64)
+    special = torch.tensor([0.0, info.tiny * info.eps, info.tiny / 2, info.tiny, 1e3, info.max, torch.inf])
+    positive = torch.cat([magnitudes.to(dtype), dense.to(dtype), special.to(dtype)])
+    argument = torch.cat([positive, -positive, torch.tensor([torch.nan], dtype=dtype)])
+    n = 8
+    argument = torch.nn.functional.pad(argument, (0, -len(argument) % n))
+    h = tp.rnn(argument.view(1, -1, n), torch.zeros(n, n, dtype=dtype), backend=backend)
+    assert_tanh(h.flatten(), argument)
+
+
+def inverse_check(
+    weight: Tensor, reg: float, power: float, backend: str, layout: str = "contiguous", on_average: bool = False
+) -> None:
+    """Forward, backward and the residual of the defining equation, all within the error budget."""
+    r = torch.tensor(reg, dtype=weight.dtype)
+    reg = float(r)
+    largest = torch.linalg.matrix_norm(weight.double(), 2).flatten().tolist()
+    condition = 1 + max(largest, default=0) ** 2 / reg
+    exact = regularized_inverse(extended(weight), reg, power)
+    grad = matrices(weight.mT.shape, weight.dtype, seed=5)
+    inverse = torch.from_numpy(exact.astype(np.float64)).to(weight.dtype)
+    given = LAYOUTS[layout](weight), LAYOUTS[layout](grad), LAYOUTS[layout](inverse)
+    results = []
+    for (w, g, p), name in ((given, backend), ((weight, grad, inverse), "reference")):
+        forward = ops.regularized_inverse_fwd(w, r, power, True, name)
+        results.append((forward, *ops.regularized_inverse_bwd(g, w, p, r, power, name)))
+    *exact_grads, size = regularized_inverse_gradients(extended(grad), extended(weight), reg, power)
+    found, reference = results
+    for what, *parts in zip(("P", "grad_weight"), found, reference, (exact, exact_grads[0]), strict=False):
+        if on_average:
+            assert_average_budget(*parts, what, condition)
+        else:
+            assert_budget(*parts, what, condition)
+        assert parts[0].is_contiguous()
+    if on_average:  # grad_reg is one number for the whole batch, and its error luck
+        assert_near(found[2], exact_grads[1], "grad_reg", condition, size)
+    else:
+        assert_budget(found[2], reference[2], exact_grads[1], "grad_reg", condition, size)
+    assert_residual(found[0], reference[0], weight, reg, power)

@@ -1,0 +1,76 @@
+"""Fixtures of every test: poisoned memory, a fixed seed, one thread, and back-ends that may be absent."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tp_kernels import _native
+from tp_kernels.ops.rnn.op import BACKENDS
+
+REQUIRED = tuple(filter(None, os.environ.get("TPK_REQUIRE_BACKENDS", "").split(",")))
+
+
+def absent(name: str, reason: str) -> None:
+    """Skip, or fail where ``TPK_REQUIRE_BACKENDS`` names this back-end."""
+    if name in REQUIRED:
+        pytest.fail(f"TPK_REQUIRE_BACKENDS names {name!r}, which cannot run: {reason}")
+    pytest.skip(f"back-end {name!r} cannot run: {reason}")
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    """Memory from ``torch.empty`` is full of NaN, also where native code writes: every element must be written."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=("reference", "cpu"))
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every back-end there is; one that cannot run here is skipped with its reason."""
+    ok, reason = BACKENDS.backends[request.param].available()
+    if not ok:
+        absent(request.param, reason)
+    return request.param
+
+
+@pytest.fixture(params=(torch.float32, torch.float64), ids=("float32", "float64"))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny calls wait for a second thread longer than they compute. A test may set another number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cpu() -> None:
+    """The native CPU back-end must be there."""
+    ok, reason = _native.cpu_available()
+    if not ok:
+        absent("cpu", reason)
+
+
+@pytest.fixture(params=("v4", "v3", "base"))
+def isa_level(request: pytest.FixtureRequest, cpu: None) -> Iterator[str]:
+    """Every instruction set this machine can run, in use during the test."""
+    if request.param not in _native.cpu.isa_levels():
+        pytest.skip(f"this machine cannot run instruction set {request.param!r}")
+    before = _native.cpu.isa_level()
+    _native.cpu.set_isa_level(request.param)
+    yield request.param
+    _native.cpu.set_isa_level(before)

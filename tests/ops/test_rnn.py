@@ -1,0 +1,653 @@
+"""``rnn``: the eight tests, oracles from outside, and the identities of the algorithm."""
+
+import numpy as np
+import pytest
+import torch
+from _cases import (
+    DTYPES,
+    HEAD_CASES,
+    LAYOUTS,
+    NONLINEARITIES,
+    RULES,
+    TILE_CASES,
+    TIME_CASES,
+    RNNCase,
+    rule_words,
+)
+from _checks import rnn_backward_check, rnn_forward_check, tanh_check
+from _compare import assert_budget, assert_differences, assert_identical, assert_near, assert_same_pattern
+from _oracle import displacements, extended, rnn_backward, rnn_forward
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import tp_kernels as tp
+from tp_kernels import _native
+from tp_kernels.ops.rnn import op
+
+SMALL = RNNCase(T=4, B=3, N=5)
+HEADS = SMALL.with_(H=2)
+TINY = RNNCase(T=3, B=2, N=3)
+ops = torch.ops.tp_kernels
+
+
+def gradients(
+    case: RNNCase, rule: tp.BackProp | tp.TargetProp | None, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, ...]:
+    """h and the gradients in u, W and h_0 (where there is one), through the public function."""
+    leaves = [tensor.requires_grad_() for tensor in case.tensors(dtype) if tensor is not None]
+    h = tp.rnn(*leaves, nonlinearity=case.nonlinearity, rule=rule, backend=backend)
+    return h.detach(), *torch.autograd.grad(h, leaves, case.gradient(dtype))
+
+
+# --- forward
+
+
+@pytest.mark.parametrize("case", TILE_CASES + TIME_CASES + HEAD_CASES, ids=str)
+def test_forward(case, dtype, backend):
+    rnn_forward_check(case, dtype, backend)
+
+
+def test_tanh_accuracy(dtype, backend):
+    tanh_check(dtype, backend)
+
+
+@pytest.mark.parametrize("nonlinearity", ["relu", "identity"])
+def test_exact_activations(nonlinearity, dtype, backend):
+    values = torch.tensor([0.0, -0.0, 1e-37, -1e-37, 1.5, -1.5, 3e38, -3e38, torch.inf, -torch.inf, torch.nan])
+    u = values.to(dtype).view(1, 1, -1)
+    h = tp.rnn(u, torch.zeros(len(values), len(values), dtype=dtype), nonlinearity=nonlinearity, backend=backend)
+    assert_identical(h, u.relu() if nonlinearity == "relu" else u, "h")
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_half_precision_runs_on_the_reference(name):
+    dtype = getattr(torch, name)
+    u, weight, h0 = (tensor.requires_grad_() for tensor in SMALL.tensors(dtype))
+    h = tp.rnn(u, weight, h0)
+    exact = rnn_forward(*map(extended, (u, weight, h0)), "tanh")
+    assert_near(h, exact, "h")
+    torch.autograd.backward(h, SMALL.gradient(dtype))
+    assert all(leaf.grad.dtype == dtype and leaf.grad.isfinite().all() for leaf in (u, weight, h0))
+
+
+# --- backward
+
+BACKWARD_RULES = ("bp", "weight-total", "layer-local")
+
+
+@pytest.mark.parametrize("rule", BACKWARD_RULES)
+@pytest.mark.parametrize("case", TILE_CASES, ids=str)
+def test_backward_tiles(case, rule, dtype, backend):
+    rnn_backward_check(case, RULES[rule], dtype, backend)
+
+
+@pytest.mark.parametrize(
+    ("case", "rule"),
+    [
+        pytest.param(case, rule, id=f"{case}-{rule}")
+        for case in TIME_CASES + HEAD_CASES
+        for rule in RULES
+        if not (rule.startswith("layer") and (case.nonlinearity != "tanh" or case.T == 1000))
+    ],
+)
+def test_backward_times_and_heads(case, rule, dtype, backend):
+    rnn_backward_check(case, RULES[rule], dtype, backend)
+
+
+@pytest.mark.parametrize("sources", ["states", "last", "neither"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("case", [SMALL, HEADS], ids=str)
+def test_backward_sources(case, rule, sources, dtype, backend):
+    """A gradient that does not arrive is the same as one of zeros."""
+    u, weight, h0 = case.tensors(dtype)
+    h = ops.rnn_fwd(u, weight, h0, case.nonlinearity, "reference")
+    words = case.nonlinearity, *rule_words(RULES[rule])
+    feedback = weight.mT.contiguous() if words[1] in ("weight", "layer") else None
+    grad, last = torch.zeros_like(h), torch.zeros_like(h[-1])
+    if sources == "states":
+        grad = case.gradient(dtype)
+    elif sources == "last":
+        last = case.gradient(dtype)[-1]
+    arrives = grad if sources == "states" else None, last if sources == "last" else None
+    found = ops.rnn_bwd(*arrives, h, weight, feedback, *words, backend)
+    expected = ops.rnn_bwd(grad, last, h, weight, feedback, *words, backend)
+    for what, *pair in zip(("grad_u", "grad_h0"), found, expected, strict=True):
+        assert_identical(*pair, what)
+    assert found[0].any() == (sources != "neither")
+
+
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("shape", [SMALL, HEADS, SMALL.with_(h0=False), SMALL.with_(T=65, N=33)], ids=str)
+def test_gradients(shape, rule, nonlinearity, dtype, backend):
+    """All gradients of the public function, with the P it computes itself."""
+    if rule.startswith("layer") and nonlinearity != "tanh":
+        with pytest.raises(NotImplementedError):
+            gradients(shape.with_(nonlinearity=nonlinearity), RULES[rule], dtype, backend)
+        return
+    case = shape.with_(nonlinearity=nonlinearity)
+    rule = RULES[rule]
+    tensors = case.tensors(dtype)
+    u, weight, h0 = map(extended, tensors)
+    found, reference = (gradients(case, rule, dtype, name) for name in (backend, "reference"))
+    assert_budget(found[0], reference[0], rnn_forward(u, weight, h0, nonlinearity), "h")
+
+    def exact(h: Tensor, name: str) -> tuple[np.ndarray, ...]:
+        """At the states and the P that were found: each stage answers for its own errors."""
+        feedback = None
+        if rule_words(rule)[0] in ("weight", "layer"):
+            feedback = extended(tp.regularized_inverse(tensors[1], rule.reg, power=rule.power, backend=name))
+        return rnn_backward(
+            extended(case.gradient(dtype)), extended(h), h0, weight, feedback, nonlinearity, *rule_words(rule)
+        )
+
+    answers = exact(found[0], backend), exact(reference[0], "reference")
+    for what, *parts in zip(("grad_u", "grad_weight", "grad_h0"), found[1:], reference[1:], *answers, strict=False):
+        actual, plain, answer, plain_answer = parts
+        assert_budget(actual, plain, answer, what, condition=20, reference_exact=plain_answer)
+    assert len(found) == (4 if case.h0 else 3)
+
+
+# --- gradcheck
+
+
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+@pytest.mark.parametrize("case", [TINY, TINY.with_(H=2), TINY.with_(h0=False), RNNCase(T=1, B=1, N=1)], ids=str)
+def test_gradcheck(case, nonlinearity, backend):
+    leaves = [tensor.requires_grad_() for tensor in case.tensors(torch.float64) if tensor is not None]
+
+    def function(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        u, weight, h0 = (*inputs, None)[:3]
+        return op.rnn_with_last_state(u, weight, h0, nonlinearity, tp.BackProp(), backend)
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+def test_second_derivatives_are_refused(backend):
+    u, weight, _ = SMALL.tensors(torch.float64)
+    u.requires_grad_()
+    (grad,) = torch.autograd.grad(tp.rnn(u, weight, backend=backend).square().sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("needed", ["u", "weight", "h0"])
+def test_one_gradient_at_a_time(needed, dtype, backend):
+    """What is not asked for stays away, and leaves the others as they are."""
+    inputs = dict(zip(("u", "weight", "h0"), SMALL.tensors(dtype), strict=True))
+    inputs[needed].requires_grad_()
+    tp.rnn(**inputs, backend=backend).backward(SMALL.gradient(dtype))
+    expected = dict(zip(("h", "u", "weight", "h0"), gradients(SMALL, None, dtype, backend), strict=True))
+    assert_identical(inputs[needed].grad, expected[needed], needed)
+    assert [name for name, tensor in inputs.items() if tensor.grad is not None] == [needed]
+
+
+# --- opcheck
+
+OPCHECK = {
+    "contiguous": (SMALL, "contiguous"),
+    "heads": (HEADS, "contiguous"),
+    "permuted": (SMALL, "permuted"),
+    "sliced": (SMALL, "sliced"),
+    "B0": (SMALL.with_(B=0), "contiguous"),
+    "T1": (SMALL.with_(T=1, h0=False), "contiguous"),
+}
+
+
+@pytest.mark.parametrize("name", OPCHECK)
+def test_opcheck(name, dtype, backend):
+    case, layout = OPCHECK[name]
+    u, weight, h0 = (None if tensor is None else LAYOUTS[layout](tensor) for tensor in case.tensors(dtype))
+    torch.library.opcheck(ops.rnn_fwd, (u, weight, h0, "tanh", backend))
+    grad = LAYOUTS[layout](case.gradient(dtype))
+    for sources in ((grad, None), (None, grad[-1]), (grad, grad[0])):
+        words = ("tanh", "layer", "total", 1.0, 1e-3, backend)
+        torch.library.opcheck(ops.rnn_bwd, (*sources, u.tanh(), weight, weight, *words))
+
+
+# --- compile
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile(dynamic, backend):
+    rule = RULES["layer-local"] if dynamic else None
+
+    def function(u: Tensor, weight: Tensor, h0: Tensor) -> Tensor:
+        return tp.rnn(2 * u, weight, h0, rule=rule, backend=backend) + 1
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
+    cases = (SMALL, RNNCase(T=7, B=4, N=9)) if dynamic else (SMALL,)
+    stance = "default"
+    for case in cases:
+        leaves = [tensor.requires_grad_() for tensor in case.tensors(torch.float32)]
+        with torch.compiler.set_stance(stance):
+            found = compiled(*leaves)
+        expected = function(*leaves)
+        assert_near(found, extended(expected), "h")
+        grads = (torch.autograd.grad(h, leaves, case.gradient(torch.float32)) for h in (found, expected))
+        for what, *pair in zip(("grad_u", "grad_weight", "grad_h0"), *grads, strict=True):
+            assert_near(pair[0], extended(pair[1]), what)
+        stance = "fail_on_recompile"
+
+
+# --- layouts
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", [RNNCase(T=5, B=7, N=17), RNNCase(T=3, B=4, H=3, N=16)], ids=str)
+def test_layouts(case, layout, dtype, backend):
+    rnn_forward_check(case, dtype, backend, layout)
+    for rule in BACKWARD_RULES:
+        rnn_backward_check(case, RULES[rule], dtype, backend, layout)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_expanded_inputs(axis, dtype, backend):
+    case = RNNCase(T=5, B=4, N=6)
+    tensors = [tensor.narrow(min(axis, tensor.dim() - 1), 0, 1).expand_as(tensor) for tensor in case.tensors(dtype)]
+    found = tp.rnn(*tensors, backend=backend)
+    expected = tp.rnn(*(tensor.contiguous() for tensor in tensors), backend=backend)
+    assert_near(found, extended(expected), "h")
+
+
+@pytest.mark.parametrize("rule", BACKWARD_RULES)
+@pytest.mark.parametrize("loss", [torch.sum, lambda h: h[-1].sum(), lambda h: h[:, 1].mean()], ids=["sum", "last", "b"])
+@pytest.mark.parametrize("case", [SMALL, HEADS], ids=str)
+def test_expanded_gradients(case, loss, rule, dtype, backend):
+    """``h.sum()`` sends back one number, expanded to the whole shape."""
+    leaves = [tensor.requires_grad_() for tensor in case.tensors(dtype)]
+    h = tp.rnn(*leaves, rule=RULES[rule], backend=backend)
+    found = torch.autograd.grad(loss(h), leaves, retain_graph=True)
+    arrives = torch.autograd.grad(loss(h), h, retain_graph=True)[0].contiguous()
+    expected = torch.autograd.grad(h, leaves, arrives)
+    for what, *pair in zip(("grad_u", "grad_weight", "grad_h0"), found, expected, strict=True):
+        assert_identical(*pair, what)
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(data=st.data())
+def test_random_shapes_and_layouts(data):
+    small = st.integers(1, 40)
+    case = RNNCase(
+        T=data.draw(st.integers(1, 12)),
+        B=data.draw(st.integers(0, 40)),
+        N=data.draw(small),
+        H=data.draw(st.sampled_from([None, 1, 2, 5])),
+        nonlinearity=data.draw(st.sampled_from(NONLINEARITIES)),
+        h0=data.draw(st.booleans()),
+    )
+    rules = [name for name in RULES if case.nonlinearity == "tanh" or not name.startswith("layer")]
+    dtype = data.draw(st.sampled_from(DTYPES))
+    layout = data.draw(st.sampled_from(list(LAYOUTS)))
+    torch.set_num_threads(data.draw(st.integers(1, 3)))
+    rule = RULES[data.draw(st.sampled_from(rules))]
+    for backend in ("reference", "cpu") if _native.cpu_available()[0] else ("reference",):
+        rnn_forward_check(case, dtype, backend, layout)
+        rnn_backward_check(case, rule, dtype, backend, layout)
+
+
+# --- bad input
+
+
+def arguments(**changes: object) -> dict[str, object]:
+    u, weight, h0 = SMALL.tensors(torch.float32)
+    return {"u": u, "weight": weight, "h0": h0} | changes
+
+
+ONES = torch.ones
+KINDS = "float16, bfloat16, float32, float64"
+BAD_INPUT = {
+    "u-list": ({"u": [1.0]}, TypeError, "rnn: u must be a torch.Tensor, got list"),
+    "u-int": ({"u": ONES(4, 3, 5, dtype=torch.int64)}, TypeError, f"rnn: u must be of dtype {KINDS}, got int64"),
+    "u-complex": (
+        {"u": ONES(4, 3, 5, dtype=torch.complex64)},
+        TypeError,
+        f"rnn: u must be of dtype {KINDS}, got complex64",
+    ),
+    "u-dim": ({"u": ONES(4, 3)}, ValueError, "rnn: u must have shape [T, B, N] or [T, B, H, N], got (4, 3)"),
+    "u-T": ({"u": ONES(0, 3, 5)}, ValueError, "rnn: u must have at least one time step (T >= 1), got (0, 3, 5)"),
+    "u-N": ({"u": ONES(4, 3, 0)}, ValueError, "rnn: u must have N >= 1 (and H >= 1 with heads), got (4, 3, 0)"),
+    "u-H": ({"u": ONES(4, 3, 0, 5)}, ValueError, "rnn: u must have N >= 1 (and H >= 1 with heads), got (4, 3, 0, 5)"),
+    "weight-none": ({"weight": None}, TypeError, "rnn: weight must be a torch.Tensor, got NoneType"),
+    "weight-bool": (
+        {"weight": ONES(5, 5, dtype=torch.bool)},
+        TypeError,
+        f"rnn: weight must be of dtype {KINDS}, got bool",
+    ),
+    "weight-shape": (
+        {"weight": ONES(5, 4)},
+        ValueError,
+        "rnn: weight must have shape [N, N] = [5, 5], got (5, 4)",
+    ),
+    "weight-heads": (
+        {"u": ONES(4, 3, 2, 5)},
+        ValueError,
+        "rnn: weight must have shape [H, N, N] = [2, 5, 5], got (5, 5)",
+    ),
+    "weight-dtype": (
+        {"weight": ONES(5, 5, dtype=torch.float64)},
+        TypeError,
+        "rnn: weight must have the dtype of u, float32, got float64",
+    ),
+    "weight-device": (
+        {"weight": ONES(5, 5, device="meta")},
+        ValueError,
+        "rnn: weight must be on the device of u, cpu, got meta",
+    ),
+    "h0-number": ({"h0": 0.0}, TypeError, "rnn: h0 must be a torch.Tensor, got float"),
+    "h0-shape": ({"h0": ONES(1, 3, 5)}, ValueError, "rnn: h0 must have shape [B, N] = [3, 5], got (1, 3, 5)"),
+    "h0-heads": (
+        {"u": ONES(4, 3, 2, 5), "weight": ONES(2, 5, 5)},
+        ValueError,
+        "rnn: h0 must have shape [B, H, N] = [3, 2, 5], got (3, 5)",
+    ),
+    "h0-dtype": (
+        {"h0": ONES(3, 5, dtype=torch.float16)},
+        TypeError,
+        "rnn: h0 must have the dtype of u, float32, got float16",
+    ),
+    "h0-device": ({"h0": ONES(3, 5, device="meta")}, ValueError, "rnn: h0 must be on the device of u, cpu, got meta"),
+    "nonlinearity": (
+        {"nonlinearity": "gelu"},
+        ValueError,
+        "rnn: nonlinearity must be one of 'tanh', 'relu', 'identity', got 'gelu'",
+    ),
+    "rule": ({"rule": "bp"}, TypeError, "rnn: rule must be a TargetProp, a BackProp or None, got str"),
+    "rule-class": (
+        {"rule": tp.BackProp},
+        TypeError,
+        "rnn: rule must be a TargetProp, a BackProp or None, got type",
+    ),
+    "layer-relu": (
+        {"nonlinearity": "relu", "rule": tp.TargetProp(inverse="layer")},
+        NotImplementedError,
+        "rnn: inverse='layer' with nonlinearity='relu' is not implemented yet; available: 'tanh'",
+    ),
+    "backend": (
+        {"backend": "gpu"},
+        ValueError,
+        "rnn: backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got 'gpu'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input(name, monkeypatch):
+    """Type and text; nothing is computed."""
+    changes, kind, text = BAD_INPUT[name]
+    monkeypatch.setattr(op, "BACKENDS", None)
+    with pytest.raises(kind) as caught:
+        tp.rnn(**arguments(**changes))
+    assert type(caught.value) is kind
+    assert str(caught.value) == text
+
+
+# --- contract
+
+
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+@pytest.mark.parametrize("rule", [name for name in RULES if not name.startswith("layer")] + ["layer-total"])
+def test_deterministic(rule, nonlinearity, dtype, backend):
+    """Bit for bit the same in every run, and with any number of threads on the native back-end."""
+    if rule == "layer-total":
+        nonlinearity = "tanh"
+    case = RNNCase(T=9, B=33, N=64, nonlinearity=nonlinearity)
+    first = None
+    for count in (1, 1, 2, 2, 3) if backend == "cpu" else (1, 1):
+        torch.set_num_threads(count)
+        found = gradients(case, RULES[rule], dtype, backend)
+        first = first or found
+        for what, *pair in zip(("h", "grad_u", "grad_weight", "grad_h0"), found, first, strict=True):
+            if what != "grad_weight" or count == 1:  # one product by torch, whose order of sums follows the threads
+                assert_identical(*pair, what)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+def test_not_finite_stays_in_its_sample(nonlinearity, value, dtype, backend):
+    case = RNNCase(T=5, B=33, N=17, nonlinearity=nonlinearity)
+    u, weight, h0 = case.tensors(dtype)
+    clean = tp.rnn(u, weight, h0, nonlinearity=nonlinearity, backend=backend)
+    u[2, 4, 3] = value
+    h = tp.rnn(u, weight, h0, nonlinearity=nonlinearity, backend=backend)
+    others = torch.arange(case.B) != 4
+    assert_identical(h[:, others], clean[:, others], "other samples")
+    assert_identical(h[:2], clean[:2], "time before")
+    expected = tp.rnn(u, weight, h0, nonlinearity=nonlinearity, backend="reference")
+    assert_same_pattern(h, expected, "h")
+    if np.isnan(value):
+        assert h[2, 4].isnan().sum() == 1
+        assert h[3:, 4].isnan().all()
+
+
+@pytest.mark.parametrize("inverse", ["weight", "layer"])
+def test_a_weight_that_is_not_finite_gives_nan(inverse, dtype, backend):
+    case = RNNCase(T=3, B=2, N=4)
+    u, weight, _ = case.tensors(dtype)
+    weight[1, 2] = torch.nan
+    u.requires_grad_()
+    h = tp.rnn(u, weight, rule=tp.TargetProp(inverse=inverse), backend=backend)
+    h.sum().backward()
+    expected = tp.rnn(u.detach(), weight, backend="reference")
+    assert_same_pattern(h, expected, "h")
+    assert u.grad[0].isnan().all()
+
+
+def test_singular_gram_matrix_in_backward(backend):
+    weight = torch.tensor([[1.0, 1.0], [0.0, 0.0]], requires_grad=True)
+    h = tp.rnn(torch.ones(2, 1, 2), weight, rule=tp.TargetProp(power=1.0, reg=1e-30), backend=backend)
+    text = (
+        "regularized_inverse: the Gram matrix is not numerically positive definite in float32 at reg=1e-30; "
+        "use a larger reg or float64"
+    )
+    with pytest.raises(torch.linalg.LinAlgError) as caught:
+        h.sum().backward()
+    assert str(caught.value) == text
+
+
+@pytest.mark.parametrize("clip", [1e-3, 0.1])
+def test_saturated_units_are_clipped(clip, dtype, backend):
+    """``1/(1 - h²)`` stops growing at ``|h| = 1 - clip``: finite where h rounds to 1."""
+    n = 3
+    u = torch.full((2, 2, n), 50.0, dtype=dtype)
+    u[:, 1] = -50
+    weight = (0.5 * torch.eye(n, dtype=dtype)).requires_grad_()
+    h0 = torch.zeros(2, n, dtype=dtype, requires_grad=True)
+    rule = tp.TargetProp(inverse="layer", update="local", reg=0.25, clip=clip)
+    h = tp.rnn(u, weight, h0, rule=rule, backend=backend)
+    assert h.abs().eq(1).all()
+    (grad,) = torch.autograd.grad(h[-1].sum(), h0)
+    gain = 1 / (1 - (1 - np.longdouble(clip)) ** 2)  # P is the identity: s/(s² + r) = 1 at s = 1/2, r = 1/4
+    assert_near(grad, np.full((2, n), gain**2), "grad_h0")
+
+
+def test_states_changed_in_place_are_noticed(backend):
+    u, weight, _ = SMALL.tensors(torch.float32)
+    h = tp.rnn(u.requires_grad_(), weight, backend=backend)
+    with torch.no_grad():
+        h.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        h.sum().backward()
+
+
+def test_inputs_stay_as_they_are(dtype, backend):
+    inputs = SMALL.tensors(dtype)
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    grad = SMALL.gradient(dtype)
+    tp.rnn(*leaves, backend=backend).backward(grad)
+    for what, *pair in zip(("u", "weight", "h0"), (leaf.detach() for leaf in leaves), inputs, strict=True):
+        assert_identical(*pair, what)
+    assert_identical(grad, SMALL.gradient(dtype), "gradient")
+
+
+# --- oracles from outside
+
+
+def numpy_inverse(weight: np.ndarray, reg: float, power: float) -> np.ndarray:
+    if power == 1.0:
+        return np.linalg.solve(weight.T @ weight + reg * np.eye(len(weight)), weight.T)
+    left, gains, right = np.linalg.svd(weight)
+    return right.T @ np.diag(gains / (gains**2 + reg) ** power) @ left.T
+
+
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+@pytest.mark.parametrize("rule", [name for name in RULES if name != "bp"])
+def test_gradient_of_the_stated_objective(rule, nonlinearity, backend):
+    """Autograd of ``Σ_t ½‖h_t(θ) - v_t‖²`` with ``v_t = h_t - λ_t`` constant; "local" holds h_{t-1} fixed."""
+    rule = RULES[rule]
+    if rule.inverse == "layer":
+        nonlinearity = "tanh"
+    case = RNNCase(T=6, B=3, N=4, nonlinearity=nonlinearity)
+    h, *found = gradients(case, rule, torch.float64, backend)
+    u, weight, h0 = (tensor.requires_grad_() for tensor in case.tensors(torch.float64))
+    feedback = numpy_inverse(weight.detach().numpy(), rule.reg, rule.power)
+    grad = case.gradient(torch.float64).numpy()
+    lam = displacements(grad, h.numpy(), feedback, rule.inverse, rule.step, rule.clip)
+    targets = h - torch.from_numpy(lam[1:])
+    activation = {"tanh": torch.tanh, "relu": torch.relu, "identity": lambda z: z}[nonlinearity]
+    objective, state = 0.0, h0
+    for t in range(case.T):
+        before = state.detach() if rule.update == "local" else state
+        state = activation(u[t] + before @ weight.mT)
+        objective = objective + (state - targets[t]).square().sum() / 2
+    leaves = (u, weight, h0) if rule.update == "total" else (u, weight)
+    expected = torch.autograd.grad(objective, leaves)
+    for what, *pair in zip(("grad_u", "grad_weight", "grad_h0"), found, expected, strict=False):
+        assert_near(pair[0], extended(pair[1]), what, condition=20)
+    if rule.update == "local":
+        assert_near(found[2], lam[0].astype(np.longdouble), "grad_h0", condition=20)
+
+
+def test_layer_inverse_is_the_jacobian_of_the_regularized_inverse(backend):
+    """Central differences of ``f⁻¹(v) = P(atanh(v) - u_t)`` at h_t, along λ_t."""
+    case = RNNCase(T=2, B=3, N=4)
+    u, weight, h0 = case.tensors(torch.float64)
+    rule = tp.TargetProp(inverse="layer", update="local", clip=1e-6)
+    source = case.gradient(torch.float64)[-1]
+    leaves = (u.requires_grad_(), h0.requires_grad_())
+    h = tp.rnn(u, weight, h0, rule=rule, backend=backend)
+    grad_u, grad_h0 = torch.autograd.grad(h[-1], leaves, source)
+    h, u = h.detach(), u.detach()
+    inverse = torch.from_numpy(numpy_inverse(weight.numpy(), rule.reg, rule.power))
+
+    def carried(lam: Tensor, t: int) -> Tensor:
+        small = 1e-6
+        high, low = ((torch.atanh(h[t] + sign * small * lam) - u[t]) @ inverse.mT for sign in (1, -1))
+        return (high - low) / (2 * small)
+
+    first = grad_u[0] / (1 - h[0].square())
+    assert_differences(first, carried(source, 1), "λ_1")
+    assert_differences(grad_h0, carried(first, 0), "λ_0")
+
+
+# --- identities
+
+IDENTITY_CASE = RNNCase(T=7, B=3, N=5)
+
+
+def test_none_is_the_default_rule(dtype, backend):
+    defaults = gradients(IDENTITY_CASE, None, dtype, backend)
+    for what, *pair in zip("huwg", defaults, gradients(IDENTITY_CASE, tp.TargetProp(), dtype, backend), strict=True):
+        assert_identical(*pair, what)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_rule_leaves_the_forward_pass_alone(rule, dtype, backend):
+    h = gradients(IDENTITY_CASE, RULES[rule], dtype, backend)[0]
+    assert_identical(h, gradients(IDENTITY_CASE, tp.BackProp(), dtype, backend)[0], "h")
+
+
+@pytest.mark.parametrize("rule", ["bp", "weight-total", "identity-total", "layer-total"])
+def test_through_the_recurrence_h0_gets_the_transpose(rule, backend):
+    """``∂h_0 = Wᵀ D_1 μ_1``, and ``∂u_1 = D_1 μ_1``."""
+    _, grad_u, _, grad_h0 = gradients(IDENTITY_CASE, RULES[rule], torch.float64, backend)
+    weight = IDENTITY_CASE.tensors(torch.float64)[1]
+    assert_near(grad_h0, extended(grad_u[0]) @ extended(weight), "grad_h0")
+
+
+@pytest.mark.parametrize("update", ["total", "local"])
+@pytest.mark.parametrize("inverse", ["weight", "layer", "identity"])
+def test_the_last_step_is_that_of_back_propagation(inverse, update, dtype, backend):
+    found = gradients(IDENTITY_CASE, tp.TargetProp(inverse=inverse, update=update), dtype, backend)[1]
+    assert_identical(found[-1], gradients(IDENTITY_CASE, tp.BackProp(), dtype, backend)[1][-1], "δ_T")
+    h = gradients(IDENTITY_CASE, None, dtype, backend)[0]
+    exact = (1 - extended(h[-1]) ** 2) * extended(IDENTITY_CASE.gradient(dtype)[-1])
+    assert_near(found[-1], exact, "δ_T")
+
+
+@pytest.mark.parametrize("update", ["total", "local"])
+@pytest.mark.parametrize("inverse", ["weight", "layer", "identity"])
+def test_the_step_is_a_mere_scale(inverse, update, dtype, backend):
+    """A power of two scales without rounding."""
+    one, eighth = (
+        gradients(IDENTITY_CASE, tp.TargetProp(inverse=inverse, update=update, step=step), dtype, backend)
+        for step in (1.0, 0.125)
+    )
+    for what, *pair in zip(("grad_u", "grad_weight", "grad_h0"), one[1:], eighth[1:], strict=True):
+        assert_identical(pair[0] / 8, pair[1], what)
+
+
+def test_identity_gives_every_step_the_sum_of_later_gradients(dtype, backend):
+    rule = tp.TargetProp(inverse="identity", update="local")
+    h, grad_u, _, grad_h0 = gradients(IDENTITY_CASE, rule, dtype, backend)
+    later = np.cumsum(extended(IDENTITY_CASE.gradient(dtype))[::-1], axis=0)[::-1]
+    assert_near(grad_u, (1 - extended(h) ** 2) * later, "grad_u")
+    assert_near(grad_h0, later[0], "grad_h0")
+
+
+def test_an_orthogonal_weight_makes_target_propagation_back_propagation(backend):
+    """Linear layer, W orthogonal, α = 1/2: P = Wᵀ/√(1 + r), and "local" then is BP as r goes to 0."""
+    case = IDENTITY_CASE.with_(nonlinearity="identity")
+    u, weight, h0 = case.tensors(torch.float64)
+    weight = torch.linalg.qr(weight).Q
+    found = []
+    for rule in (tp.TargetProp(update="local", reg=1e-14), tp.BackProp()):
+        leaves = [tensor.clone().requires_grad_() for tensor in (u, weight, h0)]
+        h = tp.rnn(*leaves, nonlinearity="identity", rule=rule, backend=backend)
+        found.append(torch.autograd.grad(h, leaves, case.gradient(torch.float64)))
+    for what, *pair in zip(("grad_u", "grad_weight", "grad_h0"), *found, strict=True):
+        assert_near(pair[0], extended(pair[1]), what, condition=20)
+
+
+@pytest.mark.parametrize("cut", [1, 3, 6])
+@pytest.mark.parametrize(
+    "rule",
+    [tp.BackProp(), *(tp.TargetProp(inverse=i, update="local") for i in ("weight", "layer", "identity"))],
+    ids=str,
+)
+@pytest.mark.parametrize("case", [IDENTITY_CASE, IDENTITY_CASE.with_(H=2)], ids=str)
+def test_a_sequence_cut_in_two(case, rule, cut, backend):
+    """With γ = 1 and the state handed on, two calls give the gradients of one."""
+    whole = gradients(case, rule, torch.float64, backend)
+    u, weight, h0 = (tensor.requires_grad_() for tensor in case.tensors(torch.float64))
+    first = tp.rnn(u[:cut], weight, h0, rule=rule, backend=backend)
+    second = tp.rnn(u[cut:], weight, first[-1], rule=rule, backend=backend)
+    h = torch.cat([first, second])
+    found = (h, *torch.autograd.grad(h, (u, weight, h0), case.gradient(torch.float64)))
+    for what, *pair in zip(("h", "grad_u", "grad_weight", "grad_h0"), found, whole, strict=True):
+        assert_near(pair[0], extended(pair[1]), what)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_heads_are_independent_calls(rule, dtype, backend):
+    case = RNNCase(T=5, B=7, N=17, H=3)
+    u, weight, h0 = case.tensors(dtype)
+    grad = case.gradient(dtype)
+    together = gradients(case, RULES[rule], dtype, backend)
+    for k in range(case.H):
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in (u[:, :, k], weight[k], h0[:, k])]
+        h = tp.rnn(*leaves, rule=RULES[rule], backend=backend)
+        alone = (h, *torch.autograd.grad(h, leaves, grad[:, :, k]))
+        parts = (together[0][:, :, k], together[1][:, :, k], together[2][k], together[3][:, k])
+        for what, *pair in zip(("h", "grad_u", "grad_weight", "grad_h0"), parts, alone, strict=True):
+            assert_near(pair[0], extended(pair[1]), f"{what} of head {k}")
+
+
+def test_samples_are_independent(dtype, backend):
+    case = RNNCase(T=4, B=7, N=17)
+    tensors = case.tensors(dtype)
+    together = tp.rnn(*tensors, backend=backend)
+    for b in range(case.B):
+        alone = tp.rnn(tensors[0][:, b : b + 1], tensors[1], tensors[2][b : b + 1], backend=backend)
+        assert_near(alone, extended(together[:, b : b + 1]), f"sample {b}")

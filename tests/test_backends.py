@@ -1,0 +1,215 @@
+"""Which code runs, and what is said where it cannot."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from _cases import RNNCase, matrices
+
+import tp_kernels as tp
+from tp_kernels import _native, info
+from tp_kernels._backends import NAMES, Backend, BackendTable, BackendUnavailableError, missing
+from tp_kernels.ops.regularized_inverse import op as inverse_op
+from tp_kernels.ops.rnn import op as rnn_op
+
+OPS = {"rnn": rnn_op, "regularized_inverse": inverse_op}
+WHY_NOT = {
+    "triton": "this version has no Triton kernel for it",
+    "cuda": "this version has no CUDA kernel for it",
+}
+
+
+def call(op: str, backend: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    if op == "rnn":
+        return tp.rnn(*RNNCase().tensors(dtype), backend=backend)
+    return tp.regularized_inverse(matrices((3, 2), dtype), 0.25, backend=backend)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_backend_is_in_the_table(op):
+    table = OPS[op].BACKENDS
+    assert tuple(table.backends) == NAMES == ("reference", "cpu", "triton", "cuda")
+    assert table.op == op
+    assert issubclass(BackendUnavailableError, RuntimeError)
+    assert tp.BackendUnavailableError is BackendUnavailableError
+
+
+@pytest.mark.parametrize("name", WHY_NOT)
+@pytest.mark.parametrize("op", OPS)
+def test_absent_backends_say_why(op, name):
+    with pytest.raises(BackendUnavailableError) as caught:
+        call(op, name)
+    assert str(caught.value) == (
+        f"{op}: backend {name!r} cannot run this call: {WHY_NOT[name]}. Use backend='auto' or 'reference'."
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("op", OPS)
+def test_half_precision(op, dtype, monkeypatch):
+    """By name the native back-end refuses it; ``auto`` takes the reference."""
+    monkeypatch.setattr(_native, "cpu", object())  # as if it were there, whether it is or not
+    with pytest.raises(BackendUnavailableError) as caught:
+        call(op, "cpu", dtype)
+    assert str(caught.value) == (
+        f"{op}: backend 'cpu' cannot run this call: it computes float32 and float64, and the tensors are "
+        f"{str(dtype).removeprefix('torch.')}. Use backend='auto' or 'reference'."
+    )
+    assert torch.equal(call(op, "auto", dtype), call(op, "reference", dtype))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_native_module_missing(op, monkeypatch):
+    """``auto`` goes on with the reference; by name the reason and the remedy are given."""
+    monkeypatch.setattr(_native, "cpu", None)
+    monkeypatch.setattr(_native, "_cpu_error", "no such module; reinstall", raising=False)
+    with pytest.raises(BackendUnavailableError) as caught:
+        call(op, "cpu")
+    assert str(caught.value) == (
+        f"{op}: backend 'cpu' cannot run this call: no such module; reinstall. Use backend='auto' or 'reference'."
+    )
+    assert torch.equal(call(op, "auto"), call(op, "reference"))
+
+
+def test_import_without_the_native_module():
+    """The package imports and computes; the reason names the module and the remedy."""
+    program = (
+        "import sys; sys.modules['tp_kernels._cpu'] = None\n"
+        "import torch, tp_kernels as tp\n"
+        "u, weight = torch.ones(2, 1, 3), torch.eye(3)\n"
+        "assert torch.equal(tp.rnn(u, weight), tp.rnn(u, weight, backend='reference'))\n"
+        "try: tp.rnn(u, weight, backend='cpu')\n"
+        "except tp.BackendUnavailableError as error: print(error)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=os.environ)
+    assert ran.stdout.startswith(
+        "rnn: backend 'cpu' cannot run this call: the native module tp_kernels._cpu could not be imported ("
+    )
+    assert ran.stdout.endswith("); reinstall with a C++ compiler. Use backend='auto' or 'reference'.\n")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_auto_takes_the_native_backend(op, backend, dtype, monkeypatch):
+    """``auto`` is the native back-end where it runs; by name, that one and no other."""
+    table = OPS[op].BACKENDS
+    ran = []
+
+    def spy(name: str, original: Backend) -> Backend:
+        def forward(*arguments: object) -> object:
+            ran.append(name)
+            return original.forward(*arguments)
+
+        return Backend(forward, original.backward, original.available, original.supports)
+
+    spies = {name: spy(name, original) for name, original in table.backends.items()}
+    monkeypatch.setattr(OPS[op], "BACKENDS", BackendTable(op, spies))
+    call(op, backend, dtype)
+    call(op, "auto", dtype)
+    assert ran == [backend, "cpu" if _native.cpu_available()[0] else "reference"]
+
+
+def test_support_depends_on_device_and_dtype():
+    assert _native.cpu_supports(torch.ones(1)) == (True, "")
+    assert _native.cpu_supports(torch.ones(1, dtype=torch.float64)) == (True, "")
+    assert _native.cpu_supports(torch.ones(1, device="meta")) == (
+        False,
+        "it computes on the CPU, and the tensors are on meta",
+    )
+    assert _native.cpu_supports(torch.ones(1, dtype=torch.int64)) == (
+        False,
+        "it computes float32 and float64, and the tensors are int64",
+    )
+
+
+def table(**answers: tuple[bool, str]) -> BackendTable:
+    """``reference``, and a "cpu" and a "cuda" that answer as given."""
+
+    def unused(*arguments: object) -> None:
+        raise AssertionError("resolving must not run anything")
+
+    reference = Backend(unused, unused)
+    others = {
+        name: Backend(unused, unused, available=lambda a=answer: a, supports=lambda tensor, **options: (True, ""))
+        for name, answer in answers.items()
+    }
+    return BackendTable("op", {"reference": reference, **others}, {"cpu": ("cuda", "cpu", "reference")})
+
+
+def test_auto_follows_the_order_of_preference():
+    tensor = torch.ones(1)
+    both = table(cpu=(True, ""), cuda=(True, ""))
+    assert both.resolve("auto", tensor) is both.backends["cuda"]
+    one = table(cpu=(True, ""), cuda=(False, "no device"))
+    assert one.resolve("auto", tensor) is one.backends["cpu"]
+    none = table(cpu=(False, "not built"), cuda=(False, "no device"))
+    assert none.resolve("auto", tensor) is none.backends["reference"]
+
+
+def test_auto_takes_the_reference_on_a_device_without_preference():
+    both = table(cpu=(True, ""), cuda=(True, ""))
+    assert both.resolve("auto", torch.ones(1, device="meta")) is both.backends["reference"]
+
+
+def test_a_named_backend_is_never_substituted():
+    one = table(cpu=(False, "not built"), cuda=(True, ""))
+    assert one.resolve("cuda", torch.ones(1)) is one.backends["cuda"]
+    with pytest.raises(BackendUnavailableError) as caught:
+        one.resolve("cpu", torch.ones(1))
+    assert str(caught.value) == (
+        "op: backend 'cpu' cannot run this call: not built. Use backend='auto' or 'reference'."
+    )
+
+
+def test_missing_backends_never_run():
+    absent = missing("there is none")
+    assert absent.available() == (False, "there is none")
+    for function in (absent.forward, absent.backward):
+        with pytest.raises(BackendUnavailableError, match="there is none"):
+            function(1, 2)
+
+
+def test_meta_tensors_get_shapes_and_dtypes(dtype):
+    """No back-end runs: the fakes answer."""
+    u, weight, h0 = (tensor.to("meta") for tensor in RNNCase().tensors(dtype))
+    h = tp.rnn(u, weight, h0)
+    assert (h.shape, h.dtype, h.device.type) == (u.shape, dtype, "meta")
+    p = tp.regularized_inverse(matrices((2, 3, 4), dtype).to("meta"), 0.25)
+    assert (p.shape, p.dtype, p.device.type) == ((2, 4, 3), dtype, "meta")
+
+
+# --- python -m tp_kernels.info
+
+
+def test_info_names_every_op_and_backend():
+    found = info.backends()
+    assert list(found) == [(op, name) for op in OPS for name in NAMES]
+    for (_, name), answer in found.items():
+        ok, reason = rnn_op.BACKENDS.backends[name].available()
+        assert answer == ("yes" if ok else f"no: {reason}")
+    assert found["rnn", "reference"] == "yes"
+    assert found["rnn", "cuda"] == f"no: {WHY_NOT['cuda']}"
+
+
+def test_info_says_which_instruction_set(isa_level):
+    levels = ", ".join(_native.cpu.isa_levels())
+    assert info.versions()["instruction set"] == f"{isa_level} (of {levels}; TPK_CPU forces one)"
+
+
+def test_info_without_the_native_module(monkeypatch):
+    monkeypatch.setattr(_native, "cpu", None)
+    monkeypatch.setattr(_native, "_cpu_error", "not built", raising=False)
+    lines = info.versions()
+    assert "instruction set" not in lines
+    assert lines["torch"] == torch.__version__
+    assert info.backends()["rnn", "cpu"] == "no: not built"
+
+
+def test_info_prints_it_all(capsys):
+    info.main()
+    printed = capsys.readouterr().out
+    for name, value in info.versions().items():
+        assert f"{name:<16} {value}\n" in printed
+    for (op, name), answer in info.backends().items():
+        assert f"{op:<20} {name:<10} {answer}\n" in printed

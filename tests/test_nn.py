@@ -1,0 +1,563 @@
+"""``nn.RNN`` and ``nn.convert``: drop-ins for ``torch.nn.RNN``, which is the oracle of outputs and gradients."""
+
+import copy
+import io
+import pickle
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from _cases import DTYPES, RULES
+from _compare import assert_budget, assert_identical, assert_near, assert_same_pattern
+from _oracle import extended, rnn_backward, rnn_forward
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import tp_kernels as tp
+from tp_kernels import _native
+
+M, N, T, B = 3, 5, 7, 4
+
+
+def pair(rule: object = None, backend: str = "auto", dtype: torch.dtype = torch.float32, **options: object) -> tuple:
+    """A ``torch.nn.RNN`` and ours, from one seed."""
+    modules = []
+    for make, extra in ((nn.RNN, {}), (tp.nn.RNN, {"rule": rule or tp.BackProp(), "backend": backend})):
+        torch.manual_seed(1)
+        modules.append(make(M, N, dtype=dtype, **options, **extra))
+    return tuple(modules)
+
+
+def run(module: nn.Module, x: Tensor, h0: Tensor | None, grad: Tensor, grad_last: Tensor) -> dict[str, Tensor]:
+    """Outputs and all gradients, from gradients that arrive at both outputs."""
+    leaves = {"grad_x": x.clone().requires_grad_()}
+    if h0 is not None:
+        leaves["grad_h0"] = h0.clone().requires_grad_()
+    output, last = module(*leaves.values())
+    leaves |= {f"grad_{name}": parameter for name, parameter in module.named_parameters()}
+    grads = torch.autograd.grad((output, last), list(leaves.values()), (grad, grad_last))
+    return {"output": output.detach(), "last": last.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def exact(
+    module: nn.RNN, states: Tensor, x: Tensor, h0: Tensor | None, grad: Tensor, grad_last: Tensor
+) -> dict[str, tuple[np.ndarray, float]]:
+    """The same by the oracle, gradients at the given states: 1 - h² is ill-conditioned in h. With each answer the
+    size of the terms it sums up, which its rounding errors are relative to."""
+    names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+    w_ih, w_hh, b_ih, b_hh = (extended(getattr(module, name, None)) for name in names)
+    inputs, start = extended(x), None if h0 is None else extended(h0[0])
+    flat = inputs.reshape(-1, inputs.shape[-1])
+    u = flat.dot(w_ih.T).reshape(*inputs.shape[:-1], len(w_hh)) + (0 if b_ih is None else b_ih + b_hh)
+    output = rnn_forward(u, w_hh, start, module.nonlinearity)
+    arrives, h = extended(grad), extended(states)
+    arrives[-1] += extended(grad_last)[0]
+    delta, grad_hh, first = rnn_backward(arrives, h, start, w_hh, None, module.nonlinearity, "none", "total", 1.0, 0.5)
+    rows = delta.reshape(-1, len(w_hh))
+    before = np.concatenate([np.zeros_like(h[:1]) if start is None else start[None], h[:-1]]).reshape(rows.shape)
+    answers = {
+        "output": (output, 1.0),
+        "last": (output[-1:], 1.0),
+        "grad_x": (rows.dot(w_ih).reshape(x.shape), abs(rows).dot(abs(w_ih))),
+        "grad_h0": (first[None], abs(delta[0]).dot(abs(w_hh))),
+        "grad_weight_ih_l0": (rows.T.dot(flat), abs(rows).T.dot(abs(flat))),
+        "grad_weight_hh_l0": (grad_hh, abs(rows).T.dot(abs(before))),
+        "grad_bias_ih_l0": (rows.sum(axis=0), abs(rows).sum(axis=0)),
+        "grad_bias_hh_l0": (rows.sum(axis=0), abs(rows).sum(axis=0)),
+    }
+    return {name: (answer, float(np.max(size, initial=0))) for name, (answer, size) in answers.items()}
+
+
+# --- outputs and gradients
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
+@pytest.mark.parametrize("layout", ["TBM", "BTM", "TM", "TM-batch_first"])
+@pytest.mark.parametrize("h0", [True, False], ids=["h0", "zero"])
+def test_like_torch(nonlinearity, bias, layout, h0, dtype, backend):
+    """Every layout, both kinds of bias: shapes, outputs and all gradients of back-propagation."""
+    batch_first = layout in ("BTM", "TM-batch_first")
+    theirs, ours = pair(None, backend, dtype, nonlinearity=nonlinearity, bias=bias, batch_first=batch_first)
+    shape = {"TBM": (T, B), "BTM": (B, T)}.get(layout, (T,))
+    x, grad = torch.randn(*shape, M, dtype=dtype), torch.randn(*shape, N, dtype=dtype)
+    state = (1, B, N) if len(shape) == 2 else (1, N)
+    start, grad_last = torch.randn(state, dtype=dtype) if h0 else None, torch.randn(state, dtype=dtype)
+    found, expected = (run(module, x, start, grad, grad_last) for module in (ours, theirs))
+    assert list(found) == list(expected)
+    for name, value in found.items():
+        assert_near(value, extended(expected[name]), name)
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(data=st.data())
+def test_swap_within_the_error_budget(data):
+    """``torch.nn.RNN`` is the plain code here: ours may err at most twice as much."""
+    side = st.integers(1, 40)
+    m, n, t, b = data.draw(side), data.draw(side), data.draw(st.integers(1, 20)), data.draw(st.integers(0, 20))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    options = {"nonlinearity": data.draw(st.sampled_from(["tanh", "relu"])), "bias": data.draw(st.booleans())}
+    with_h0 = data.draw(st.booleans())
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    theirs = nn.RNN(m, n, dtype=dtype, **options)
+    x, grad = torch.randn(t, b, m, dtype=dtype), torch.randn(t, b, n, dtype=dtype)
+    start, grad_last = torch.randn(1, b, n, dtype=dtype) if with_h0 else None, torch.randn(1, b, n, dtype=dtype)
+    expected = run(theirs, x, start, grad, grad_last)
+    plain = exact(theirs, expected["output"], x, start, grad, grad_last)
+    for backend in ("reference", "cpu") if _native.cpu_available()[0] else ("reference",):
+        ours = tp.nn.RNN(m, n, dtype=dtype, **options, rule=tp.BackProp(), backend=backend)
+        ours.load_state_dict(theirs.state_dict())
+        found = run(ours, x, start, grad, grad_last)
+        answers = exact(theirs, found["output"], x, start, grad, grad_last)
+        for name, value in found.items():
+            answer, scale = answers[name]
+            assert_budget(value, expected[name], answer, name, scale=scale, reference_exact=plain[name][0])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("where", ["input", "weight_hh_l0", "h0"])
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+def test_not_finite_flows_as_in_torch(nonlinearity, where, value, dtype, backend):
+    """The same elements of outputs and gradients are NaN, and the same are infinite."""
+    theirs, ours = pair(None, backend, dtype, nonlinearity=nonlinearity)
+    x, start = torch.randn(T, B, M, dtype=dtype), torch.randn(1, B, N, dtype=dtype)
+    if where == "input":
+        x[2, 1] = value
+        for module in (theirs, ours):  # one sign, so that the projection is not NaN already
+            module.weight_ih_l0.data.abs_()
+    elif where == "h0":
+        start[0, 2, 3] = value
+    else:
+        for module in (theirs, ours):
+            module.weight_hh_l0.data[3, 1] = value
+    start = None if where == "weight_hh_l0" else start
+    grad, grad_last = torch.randn(T, B, N, dtype=dtype), torch.randn(1, B, N, dtype=dtype)
+    found, expected = (run(module, x, start, grad, grad_last) for module in (ours, theirs))
+    for name in expected:
+        assert_same_pattern(found[name], expected[name], name)
+    assert not all(tensor.isfinite().all() for tensor in expected.values())
+
+
+def test_gradcheck(backend):
+    """Both outputs, through input, first state and all parameters."""
+    ours = pair(None, backend, torch.float64)[1]
+    x, h0 = torch.randn(3, 2, M, dtype=torch.float64), torch.randn(1, 2, N, dtype=torch.float64)
+    leaves = [x.requires_grad_(), h0.requires_grad_(), *ours.parameters()]
+    assert torch.autograd.gradcheck(lambda x, h0, *parameters: ours(x, h0), leaves)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_module_is_the_op_after_a_projection(rule, dtype, backend):
+    ours = pair(RULES[rule], backend, dtype)[1]
+    x, h0 = torch.randn(T, B, M, dtype=dtype), torch.randn(1, B, N, dtype=dtype)
+    grad = torch.randn(T, B, N, dtype=dtype)
+    found = run(ours, x, h0, grad, torch.zeros(1, B, N, dtype=dtype))
+    u = nn.functional.linear(x, ours.weight_ih_l0, ours.bias_ih_l0 + ours.bias_hh_l0)
+    h = tp.rnn(u, ours.weight_hh_l0, h0[0], rule=RULES[rule], backend=backend)
+    expected = torch.autograd.grad(h, list(ours.parameters()), grad)
+    for (name, _), value in zip(ours.named_parameters(), expected, strict=True):
+        assert_near(found[f"grad_{name}"], extended(value), name)
+
+
+def test_identity_nonlinearity(backend):
+    ours = tp.nn.RNN(M, N, nonlinearity="identity", backend=backend)
+    x = torch.randn(2, B, M)
+    output, _ = ours(x)
+    bias = ours.bias_ih_l0 + ours.bias_hh_l0
+    first = x[0] @ ours.weight_ih_l0.mT + bias
+    assert_near(output[0], extended(first), "first state")
+    assert_near(output[1], extended(x[1] @ ours.weight_ih_l0.mT + bias + first @ ours.weight_hh_l0.mT), "second state")
+
+
+def test_empty_batch(backend):
+    theirs, ours = pair(None, backend)
+    x = torch.randn(T, 0, M)
+    assert [value.shape for value in ours(x)] == [value.shape for value in theirs(x)]
+    ours(x)[0].sum().backward()
+    assert all(parameter.grad.eq(0).all() for parameter in ours.parameters())
+
+
+def test_target_propagation_trains(backend):
+    """The sign is that of a gradient: a step against it lowers the loss."""
+    torch.manual_seed(0)
+    layer, readout = tp.nn.RNN(M, 16, backend=backend), nn.Linear(16, 1)
+    parameters = [*layer.parameters(), *readout.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.05)
+    x = torch.randn(5, 32, M)
+    losses = []
+    for _ in range(30):
+        loss = (readout(layer(x)[1][0]) - x[-1, :, :1]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_compile():
+    ours = pair(tp.TargetProp())[1]
+    compiled = torch.compile(ours, fullgraph=True)
+    x, h0 = torch.randn(T, B, M), torch.randn(1, B, N)
+    grad, grad_last = torch.randn(T, B, N), torch.randn(1, B, N)
+    found, expected = run(compiled, x, h0, grad, grad_last), run(ours, x, h0, grad, grad_last)
+    for name, value in zip(expected, found.values(), strict=True):
+        assert_near(value, extended(expected[name]), name)
+
+
+# --- parameters and states
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
+def test_one_seed_gives_one_network(bias, dtype):
+    theirs, ours = pair(bias=bias, dtype=dtype)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for name, parameter in theirs.named_parameters():
+        assert_identical(getattr(ours, name).detach(), parameter.detach(), name)
+    torch.manual_seed(3)
+    theirs.reset_parameters()
+    torch.manual_seed(3)
+    ours.reset_parameters()
+    for name, parameter in theirs.named_parameters():
+        assert_identical(getattr(ours, name).detach(), parameter.detach(), name)
+    assert [len(weights) for weights in ours.all_weights] == [len(weights) for weights in theirs.all_weights]
+    assert all(a is b for a, b in zip(ours.all_weights[0], ours.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
+def test_state_dict_both_ways(bias):
+    theirs, ours = pair(bias=bias)
+    for source, target in ((theirs, ours), (ours, theirs)):
+        with torch.no_grad():
+            for parameter in source.parameters():
+                parameter.add_(1)
+        assert not torch.equal(source.weight_hh_l0, target.weight_hh_l0)
+        target.load_state_dict(source.state_dict())
+        for name, parameter in source.named_parameters():
+            assert_identical(getattr(target, name).detach(), parameter.detach(), name)
+
+
+def test_copies_pickles_and_files():
+    rule = tp.TargetProp.paper(reg=0.5)
+    ours = pair(rule)[1]
+    file = io.BytesIO()
+    torch.save(ours, file)
+    file.seek(0)
+    x = torch.randn(T, B, M)
+    for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), torch.load(file, weights_only=False)):
+        assert again.rule == rule
+        assert again.weight_hh_l0 is not ours.weight_hh_l0
+        assert_identical(again(x)[0].detach(), ours(x)[0].detach(), "output")
+
+
+def test_to_another_dtype():
+    ours = pair()[1].to(torch.float64)
+    x = torch.randn(T, B, M, dtype=torch.float64)
+    output, last = ours(x)
+    assert output.dtype == last.dtype == torch.float64
+    with pytest.raises(TypeError) as caught:
+        ours(x.float())
+    assert str(caught.value) == "nn.RNN: input must have the dtype of weight_ih_l0, float64, got float32"
+    half = ours.to(torch.bfloat16)(x.to(torch.bfloat16))[0]
+    half.sum().backward()
+    assert half.dtype == ours.weight_hh_l0.grad.dtype == torch.bfloat16
+
+
+def test_train_and_eval_are_the_same():
+    ours = tp.nn.RNN(M, N, dropout=0.5)
+    x = torch.randn(T, B, M)
+    training = ours.train()(x)[0]
+    assert ours.training
+    assert_identical(ours.eval()(x)[0].detach(), training.detach(), "output")
+    assert not ours.training
+
+
+def test_attributes_are_those_of_torch():
+    theirs, ours = pair(batch_first=True, bias=False, nonlinearity="relu")
+    for name in ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.nonlinearity == theirs.nonlinearity
+    assert ours.flatten_parameters() is None
+
+
+def test_repr():
+    assert repr(tp.nn.RNN(2, 3, rule=tp.BackProp())) == "RNN(2, 3, rule=BackProp())"
+    layer = tp.nn.RNN(2, 3, nonlinearity="relu", bias=False, batch_first=True, rule=tp.BackProp(), backend="reference")
+    assert repr(layer) == (
+        "RNN(2, 3, nonlinearity='relu', bias=False, batch_first=True, rule=BackProp(), backend='reference')"
+    )
+
+
+# --- bad input
+
+NOT_YET = "is not implemented yet"
+CONSTRUCTOR = {
+    "input_size": ({"input_size": 0}, ValueError, "input_size must be at least 1, got 0"),
+    "hidden_size": ({"hidden_size": -2}, ValueError, "hidden_size must be at least 1, got -2"),
+    "hidden_size-float": ({"hidden_size": 4.0}, TypeError, "hidden_size must be an int, got float"),
+    "input_size-bool": ({"input_size": True}, TypeError, "input_size must be an int, got bool"),
+    "num_layers": ({"num_layers": 2}, NotImplementedError, f"num_layers=2 {NOT_YET}"),
+    "num_layers-zero": ({"num_layers": 0}, ValueError, "num_layers must be at least 1, got 0"),
+    "bidirectional": ({"bidirectional": True}, NotImplementedError, f"bidirectional=True {NOT_YET}"),
+    "dropout": ({"dropout": 1.5}, ValueError, "dropout must be a number in [0, 1], got 1.5"),
+    "dropout-bool": ({"dropout": True}, ValueError, "dropout must be a number in [0, 1], got True"),
+    "nonlinearity": (
+        {"nonlinearity": "sin"},
+        ValueError,
+        "nonlinearity must be one of 'tanh', 'relu', 'identity', got 'sin'",
+    ),
+    "rule": ({"rule": 1}, TypeError, "rule must be a TargetProp, a BackProp or None, got int"),
+    "backend": (
+        {"backend": "mkl"},
+        ValueError,
+        "backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got 'mkl'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONSTRUCTOR)
+def test_bad_constructor(name):
+    changes, kind, text = CONSTRUCTOR[name]
+    with pytest.raises(kind) as caught:
+        tp.nn.RNN(**{"input_size": M, "hidden_size": N} | changes)
+    assert type(caught.value) is kind
+    assert str(caught.value) == f"nn.RNN: {text}"
+
+
+X, H0 = torch.ones(T, B, M), torch.ones(1, B, N)
+CALLS = {
+    "list": ({}, ([1.0],), TypeError, "input must be a torch.Tensor, got list"),
+    "int": (
+        {},
+        (X.int(),),
+        TypeError,
+        "input must be of dtype float16, bfloat16, float32, float64, got int32",
+    ),
+    "vector": ({}, (X[0, 0],), ValueError, "input must have shape [T, B, M] or [T, M], got (3,)"),
+    "vector-batch_first": (
+        {"batch_first": True},
+        (X[0, 0],),
+        ValueError,
+        "input must have shape [B, T, M] or [T, M], got (3,)",
+    ),
+    "M": ({}, (X[..., :2],), ValueError, "input must have shape [T, B, M] with M = 3, got (7, 4, 2)"),
+    "M-unbatched": ({}, (X[:, 0, :2],), ValueError, "input must have shape [T, M] with M = 3, got (7, 2)"),
+    "dtype": (
+        {},
+        (X.double(),),
+        TypeError,
+        "input must have the dtype of weight_ih_l0, float32, got float64",
+    ),
+    "device": (
+        {},
+        (X.to("meta"),),
+        ValueError,
+        "input must be on the device of weight_ih_l0, cpu, got meta",
+    ),
+    "h0-dim": ({}, (X, H0[0]), ValueError, "h0 must have shape [1, B, N] = [1, 4, 5], got (4, 5)"),
+    "h0-batch": ({}, (X, H0[:, :2]), ValueError, "h0 must have shape [1, B, N] = [1, 4, 5], got (1, 2, 5)"),
+    "h0-batch_first": (
+        {"batch_first": True},
+        (X, H0),
+        ValueError,
+        "h0 must have shape [1, B, N] = [1, 7, 5], got (1, 4, 5)",
+    ),
+    "h0-unbatched": ({}, (X[:, 0], H0), ValueError, "h0 must have shape [1, N] = [1, 5], got (1, 4, 5)"),
+    "h0-number": ({}, (X, 0), TypeError, "h0 must be a torch.Tensor, got int"),
+    "h0-dtype": ({}, (X, H0.double()), TypeError, "h0 must have the dtype of input, float32, got float64"),
+    "packed": (
+        {},
+        (nn.utils.rnn.pack_sequence([X[:, 0], X[:3, 1]]),),
+        NotImplementedError,
+        f"a PackedSequence as input {NOT_YET}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_bad_call(name):
+    options, arguments, kind, text = CALLS[name]
+    layer = tp.nn.RNN(M, N, **options)
+    with pytest.raises(kind) as caught:
+        layer(*arguments)
+    assert type(caught.value) is kind
+    assert str(caught.value) == f"nn.RNN: {text}"
+
+
+def test_no_time_step():
+    with pytest.raises(ValueError, match="at least one time step") as caught:
+        tp.nn.RNN(M, N)(X[:0])
+    assert str(caught.value) == "rnn: u must have at least one time step (T >= 1), got (0, 4, 5)"
+
+
+def test_layer_with_relu():
+    with pytest.raises(NotImplementedError) as caught:
+        tp.nn.RNN(M, N, nonlinearity="relu", rule=tp.TargetProp.paper())(X)
+    assert str(caught.value) == (
+        "rnn: inverse='layer' with nonlinearity='relu' is not implemented yet; available: 'tanh'"
+    )
+
+
+# --- convert
+
+
+class Model(nn.Module):
+    """An RNN, one in a container, one under two names, and what is no RNN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.RNN(M, N, batch_first=True)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.RNN(N, N, nonlinearity="relu", bias=False)), nn.LSTM(N, N)])
+        self.shared = nn.RNN(N, N, dropout=0.0)
+        self.again = self.shared
+        self.readout = nn.Linear(N, 2)
+
+
+def silent_convert(model: nn.Module, rule: object = None) -> nn.Module:
+    """Any warning is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return tp.nn.convert(model, rule)
+
+
+def test_convert_swaps_everywhere():
+    model = Model().eval()
+    before = copy.deepcopy(model)
+    parameters = dict(model.named_parameters())
+    keys = list(model.state_dict())
+    assert silent_convert(model, tp.TargetProp(reg=0.5)) is model
+    for module in (model.first, model.blocks[0][0], model.shared):
+        assert type(module) is tp.nn.RNN
+        assert module.rule == tp.TargetProp(reg=0.5)
+        assert not module.training
+    assert model.again is model.shared
+    assert type(model.blocks[1]) is nn.LSTM
+    assert list(model.state_dict()) == keys
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert len(dict(model.named_parameters())) == len(parameters)
+    assert (model.first.batch_first, model.blocks[0][0].bias, model.blocks[0][0].nonlinearity) == (True, False, "relu")
+    for ours, theirs in ((model.first, before.first), (model.shared, before.shared)):
+        x = torch.randn(T, B, ours.input_size)
+        assert_near(ours(x)[0], extended(theirs(x)[0]), "output")
+
+
+def test_convert_draws_no_random_numbers():
+    model = Model()
+    state = torch.get_rng_state()
+    silent_convert(model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_convert_the_model_itself():
+    model = nn.RNN(M, N)
+    new = silent_convert(model)
+    assert type(new) is tp.nn.RNN
+    assert new.rule == tp.TargetProp()
+    assert all(a is b for a, b in zip(new.parameters(), model.parameters(), strict=True))
+    assert type(model) is nn.RNN
+
+
+def test_convert_gives_ours_the_new_rule():
+    model = nn.Sequential(tp.nn.RNN(M, N, rule=tp.BackProp()), nn.RNN(N, N))
+    ours = model[0]
+    silent_convert(model, tp.TargetProp.paper())
+    assert model[0] is ours
+    assert model[0].rule == model[1].rule == tp.TargetProp.paper()
+    assert silent_convert(model[0], tp.BackProp()) is ours
+    assert ours.rule == tp.BackProp()
+
+
+def test_convert_keeps_tied_parameters():
+    """Between two modules, and within one."""
+    model = nn.ModuleList([nn.RNN(N, N), nn.RNN(N, N)])
+    model[1].weight_hh_l0 = model[0].weight_hh_l0
+    model[0].bias_hh_l0 = model[0].bias_ih_l0
+    silent_convert(model)
+    assert model[1].weight_hh_l0 is model[0].weight_hh_l0
+    assert model[0].bias_hh_l0 is model[0].bias_ih_l0
+    assert not any(parameter.is_meta for module in model for parameter in module._parameters.values())
+    assert model[0](torch.randn(T, B, N))[0].isfinite().all()
+
+
+def test_convert_keeps_frozen_parameters():
+    model = nn.Sequential(nn.RNN(M, N))
+    model[0].weight_hh_l0.requires_grad_(False)
+    silent_convert(model)
+    model[0](torch.randn(T, B, M))[0].sum().backward()
+    assert not model[0].weight_hh_l0.requires_grad
+    assert model[0].weight_hh_l0.grad is None
+    assert model[0].weight_ih_l0.grad.isfinite().all()
+
+
+def test_an_optimizer_goes_on():
+    """With back-propagation a converted model takes the steps of the original, momentum included."""
+    x = torch.randn(T, B, M)
+    results = []
+    for swap in (False, True):
+        torch.manual_seed(2)
+        model = nn.ModuleList([nn.RNN(M, N), nn.Linear(N, 1)])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for step in range(6):
+            if swap and step == 3:
+                silent_convert(model, tp.BackProp())
+                assert type(model[0]) is tp.nn.RNN
+            optimizer.zero_grad()
+            model[1](model[0](x)[0]).square().mean().backward()
+            optimizer.step()
+        results.append([parameter.detach() for parameter in model.parameters()])
+    for found, expected in zip(*results, strict=True):
+        assert_near(found, extended(expected), "parameter")
+
+
+class Subclass(nn.RNN):
+    pass
+
+
+def hooked(register: str) -> nn.RNN:
+    module = nn.RNN(M, N)
+    getattr(module, register)(lambda *arguments: None)
+    return module
+
+
+STAY = {
+    "layers": (lambda: nn.RNN(M, N, num_layers=2), "num_layers=2 is not implemented yet"),
+    "directions": (lambda: nn.RNN(M, N, bidirectional=True), "bidirectional=True is not implemented yet"),
+    "subclass": (lambda: Subclass(M, N), "it is a subclass, Subclass, whose own code would be lost"),
+    "forward-hook": (lambda: hooked("register_forward_hook"), "it has hooks"),
+    "pre-hook": (lambda: hooked("register_forward_pre_hook"), "it has hooks"),
+    "backward-hook": (lambda: hooked("register_full_backward_hook"), "it has hooks"),
+    "backward-pre-hook": (lambda: hooked("register_full_backward_pre_hook"), "it has hooks"),
+    "parametrized": (
+        lambda: nn.utils.parametrizations.orthogonal(nn.RNN(M, N), "weight_hh_l0"),
+        "it is a subclass, ParametrizedRNN, whose own code would be lost",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STAY)
+def test_convert_leaves_what_it_cannot_swap(name):
+    make, reason = STAY[name]
+    model = nn.ModuleDict({"odd": make(), "plain": nn.RNN(M, N)})
+    odd = model["odd"]
+    with pytest.warns(UserWarning, match=re.escape(reason)) as caught:
+        assert tp.nn.convert(model) is model
+    assert [str(w.message) for w in caught] == [f"nn.convert: 'odd' stays a torch.nn.RNN: {reason}"]
+    assert caught[0].filename == __file__
+    assert model["odd"] is odd
+    assert type(model["plain"]) is tp.nn.RNN
+    with pytest.warns(UserWarning, match=re.escape(reason)) as caught:
+        assert tp.nn.convert(odd) is odd
+    assert [str(w.message) for w in caught] == [f"nn.convert: the model itself stays a torch.nn.RNN: {reason}"]
+
+
+def test_bad_convert():
+    with pytest.raises(TypeError) as caught:
+        tp.nn.convert(torch.ones(2))
+    assert str(caught.value) == "nn.convert: model must be a torch.nn.Module, got Tensor"
+    model = nn.Sequential(nn.RNN(M, N))
+    with pytest.raises(TypeError) as caught:
+        tp.nn.convert(model, "tp")
+    assert str(caught.value) == "nn.convert: rule must be a TargetProp, a BackProp or None, got str"
+    assert type(model[0]) is nn.RNN
