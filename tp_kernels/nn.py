@@ -189,7 +189,7 @@ def _swapped(module: nn.RNN, rule: Rule) -> RNN:
         device="meta",
         rule=rule,
     )
-    for name, parameter in module.named_parameters():
+    for name, parameter in module.named_parameters(remove_duplicate=False):  # biases may be tied
         setattr(new, name, parameter)
     return new.train(module.training)
 
