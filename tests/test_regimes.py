@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tp_kernels.regimes import __main__ as command
-from tp_kernels.regimes import measure, model, report, store
+from tp_kernels.regimes import measure, model, report, store, summary
 from tp_kernels.regimes.cases import CONTENDERS, PRESETS, Case, Effort, Grid, LastState, spec
 from tp_kernels.rules import BackProp
 
@@ -278,7 +278,7 @@ def _run(
 
 
 def _texts(records: list[dict]) -> list[tuple[str, str]]:
-    return [(finding.kind, finding.text) for finding in report.summarize(records)]
+    return [(finding.kind, finding.text) for finding in summary.summarize(records)]
 
 
 def test_a_won_a_lost_and_a_level_cell():
@@ -287,7 +287,7 @@ def test_a_won_a_lost_and_a_level_cell():
         *(_cell(64, "tp", 1e-3), _cell(64, "bp", 2e-3), _cell(64, "nn.RNN", 4e-3)),
         *(_cell(256, "tp", 1.00e-3), _cell(256, "bp", 1.02e-3), _cell(256, "nn.RNN", 4e-3)),
     ]
-    assert [report.verdict(cell, "tp") for cell in report.cells_of(cells)] == ["loss", "win", "level"]
+    assert [summary.verdict(cell, "tp") for cell in summary.cells_of(cells)] == ["loss", "win", "level"]
     texts = _texts(cells)
     assert ("note", "A step of TP costs 0.98× BP on the same kernels (0.50× to 3.00×) and 0.25× torch.nn.RNN "
             "(0.25× to 1.50×), in the median over the cells.") in texts  # fmt: skip
@@ -300,7 +300,7 @@ def test_a_won_a_lost_and_a_level_cell():
 
 def test_a_failed_check_is_reported_and_beats_nobody():
     cells = [_cell(16, "tp", 1e-3, passed=False), _cell(16, "bp", 2e-3)]
-    assert report.verdict(report.cells_of(cells)[0], "tp") is None
+    assert summary.verdict(summary.cells_of(cells)[0], "tp") is None
     assert _texts(cells)[0] == (
         "failure",
         "TP failed its check at T=16, N=64, B=16: the error of its grad_weight_hh is 3.0e-01, its budget 1.0e-05. "

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tp_kernels._backends import NAMES
-from tp_kernels.regimes import measure, report, tasks, train
+from tp_kernels.regimes import measure, report, summary, tasks, train
 from tp_kernels.regimes.cases import CONTENDERS, DTYPES, PIXELS, PRESETS, spec
 from tp_kernels.regimes.store import RECORDS, Store, key_of
 
@@ -299,7 +299,7 @@ def run_report(store: Store) -> None:
     if not store.records:
         raise ValueError(f"report: --out must be a run folder with finished records in {RECORDS}, got {store.folder}")
     findings = report.write(list(store.records.values()), store.folder)
-    for topic, found in report.by_topic(findings):
+    for topic, found in summary.by_topic(findings):
         console.print(f"\n[bold]{topic}[/bold]")
         for finding in found:
             line = Table.grid(padding=(0, 2))
