@@ -303,8 +303,8 @@ def test_a_failed_check_is_reported_and_beats_nobody():
     assert summary.verdict(summary.cells_of(cells)[0], "tp") is None
     assert _texts(cells)[0] == (
         "failure",
-        "TP failed its check at T=16, N=64, B=16: the error of its grad_weight_hh is 3.0e-01, its budget 1.0e-05. "
-        "It was not timed there.",
+        "TP failed its check in 1 cell and was not timed there. At T=16, N=64, B=16 the error of its grad_weight_hh is "
+        "3.0e-01, its budget 1.0e-05.",
     )
 
 

@@ -54,13 +54,15 @@ def heat_maps(cells: list[Cell], name: str, other: str, quantity: str, title: st
         return None
     axes_values = {letter: sorted({cell[name][letter] for cell in found}) for letter in "TNB"}
     lengths, widths, batches = axes_values.values()
-    size = (max(2.6, 0.72 * len(lengths) + 0.6), max(1.5, 0.56 * len(widths) + 0.4))
+    size = (max(2.6, 0.62 * len(lengths) + 0.5), max(1.5, 0.56 * len(widths) + 0.4))
     columns = min(len(batches), max(1, int(13 / size[0])))
     rows = -(-len(batches) // columns)
     figure = Figure(figsize=(size[0] * columns + 1.2, (size[1] + 0.75) * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     logs = [abs(math.log2(r)) for cell in found if (r := ratio(cell, name, other, quantity)) is not None and r > 0]
-    norm = Normalize(-max(1.0, *logs), max(1.0, *logs))
+    # One extreme cell must not bleach all others: colours end at 8x, numbers do not.
+    end = min(max(1.0, *logs), 3.0)
+    norm = Normalize(-end, end)
     image = None
     for axis, batch in itertools.zip_longest(axes, batches):
         if batch is None:
@@ -90,7 +92,9 @@ def heat_maps(cells: list[Cell], name: str, other: str, quantity: str, title: st
         axis.tick_params(which="minor", length=0)
         if quantity == "median_s" and other == "bp":
             _draw_boundary(axis, lengths, widths, batch, found[0][name]["M"])
-    bar = figure.colorbar(image, ax=axes.tolist(), shrink=0.9, pad=0.015)
+    bar = figure.colorbar(
+        image, ax=axes.tolist(), shrink=0.9, aspect=30, pad=0.015, extend="both" if max(logs) > end else "neither"
+    )
     ticks = np.linspace(norm.vmin, norm.vmax, 5)
     bar.set_ticks(ticks, labels=[times(2**tick) for tick in ticks])
     bar.ax.tick_params(labelsize=8, length=0)

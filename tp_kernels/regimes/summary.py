@@ -138,14 +138,18 @@ def _gate_findings(cells: list[Cell]) -> list[Finding]:
     """What must be known before any number is believed."""
     findings = []
     records = [record for cell in cells for record in cell.values()]
+    failed: dict[str, list[dict]] = {}
     for record in records:
-        gate = record["gate"]
-        if gate and not gate["passed"]:
-            text = (
-                f"{record['label']} failed its check at {shape(record)}: the error of its {gate['output']} is "
-                f"{error_words(gate['error'])}, its budget {error_words(gate['budget'])}. It was not timed there."
-            )
-            findings.append(Finding(STEP, "failure", text))
+        if record["gate"] and not record["gate"]["passed"]:
+            failed.setdefault(record["label"], []).append(record)
+    for label, failures in failed.items():
+        first, gate = failures[0], failures[0]["gate"]
+        text = (
+            f"{label} failed its check in {count(len(failures), 'cell')} and was not timed there. At {shape(first)} "
+            f"the error of its {gate['output']} is {error_words(gate['error'])}, its budget "
+            f"{error_words(gate['budget'])}."
+        )
+        findings.append(Finding(STEP, "failure", text))
     fallen_back = [r for r in records if r["backend"] == "reference" and CONTENDERS[r["contender"]].fused]
     if fallen_back:
         text = (
@@ -167,7 +171,7 @@ def _skipped_findings(cells: list[Cell]) -> list[Finding]:
             STEP,
             "note",
             f"{label} was left out of {count(len(records), 'cell')}, for example at {shape(records[0])}: "
-            f"{records[0]['skipped']}.",
+            f"{records[0]['skipped'].rstrip('.')}.",
         )
         for label, records in skipped.items()
     ]
@@ -287,15 +291,12 @@ def _reached(runs: list[dict]) -> str:
     passed = [run for run in runs if run["seconds_to_bar"] is not None]
     if not passed:
         best = statistics.median(run["best_accuracy"] for run in runs)
-        return f"in none of {count(len(runs), 'seed')} (median of the best accuracy: {best:.0%})"
+        seeds = f"in none of {len(runs)} seeds" if len(runs) > 1 else "not with its one seed"
+        return f"{seeds} (best accuracy, in the median: {best:.0%})"
     seconds = statistics.median(run["seconds_to_bar"] for run in passed)
     steps = statistics.median(run["steps_to_bar"] for run in passed)
-    which = (
-        f"in {len(passed)} of {count(len(runs), 'seed')}"
-        if len(runs) > 1 or len(passed) < len(runs)
-        else "with its one seed"
-    )
-    return f"{which}, after {duration(seconds)} and {steps:.0f} steps in the median"
+    seeds = f"in {len(passed)} of {len(runs)} seeds" if len(runs) > 1 else "with its one seed"
+    return f"{seeds}, after {duration(seconds)} and {steps:.0f} steps in the median"
 
 
 def race_name(race: list[dict]) -> str:
