@@ -57,6 +57,8 @@ def bench_regularized_inverse(benchmark, shape: tuple[int, ...], power: float, n
         same = _outputs(CONTENDERS["reference"], weight, grad, power)
         exact = _outputs(CONTENDERS["reference"], weight.double(), grad.double(), power)
         gate = measure.compare(_outputs(CONTENDERS[name], weight, grad, power), same, exact)
+        if name == "torch" and not gate.passed:  # a Gram matrix squares the condition number: a finding, not our bug
+            pytest.skip(f"plain PyTorch fails its check here and gets no time: {gate}")
         assert gate.passed, f"no time without a passed check: {gate}"
         leaf = weight.clone().requires_grad_()
 

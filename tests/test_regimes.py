@@ -185,6 +185,14 @@ def test_some_sequences_of_a_large_batch_are_checked(monkeypatch):
     assert not cell.check(CONTENDERS["eager"], cell.module(CONTENDERS["eager"])).passed
 
 
+def test_the_gradient_of_the_first_step_is_not_lost():
+    cell = measure.Cell(Case(T=784, N=64, B=2))
+    module = cell.module(CONTENDERS["bp"])
+    first = torch.zeros_like(cell.x).requires_grad_()
+    module(cell.x + first).backward(cell.grad)
+    assert first.grad[0].abs().max() > torch.finfo(torch.float32).tiny  # smaller numbers are denormal
+
+
 def test_a_contender_left_out_says_why():
     case = Case(T=9, N=4, B=2)
     (record,) = measure.measure_cell(case, ("compile",), Effort(compile_max_T=8, memory=False))

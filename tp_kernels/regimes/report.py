@@ -79,7 +79,8 @@ def _time_section(cells: list[Cell]) -> Section:
             "contenders take turns. “Level”: the middle halves of the two overlap. Dashed line: to its right the "
             f"inverse is predicted to cost less than {model.INVERSE_SHARE:.0%} of BP's operations. "
             f"{join(sorted({r['dtype'] for c in cells for r in c.values()}))}, input size M\u00a0=\u00a0"
-            f"{join([str(M) for M in sorted({r['M'] for c in cells for r in c.values()})])}.",
+            f"{join([str(M) for M in sorted({r['M'] for c in cells for r in c.values()})])}; "
+            "recurrent weights of spectral radius 1, so that no contender's gradients vanish into slow denormal numbers.",
         ],
     )
     for name in present(cells, "tp"):
