@@ -53,7 +53,7 @@ def bench_regularized_inverse(benchmark, shape: tuple[int, ...], power: float, n
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
     grad = torch.randn(shape, generator=generator).mT
-    with measure.threads(1):
+    with measure.settings(1):
         same = _outputs(CONTENDERS["reference"], weight, grad, power)
         exact = _outputs(CONTENDERS["reference"], weight.double(), grad.double(), power)
         gate = measure.compare(_outputs(CONTENDERS[name], weight, grad, power), same, exact)

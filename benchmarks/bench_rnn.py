@@ -24,7 +24,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def bench_rnn(benchmark, case: Case, name: str) -> None:
     contender = CONTENDERS[name]
-    with measure.threads(case.threads):
+    with measure.settings(case.threads):
         cell = measure.Cell(case)
         module = cell.module(contender)
         gate = cell.check(contender, module)

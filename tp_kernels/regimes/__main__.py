@@ -278,7 +278,7 @@ def run_race(args: argparse.Namespace, store: Store) -> None:
     threads = args.threads or PRESETS[args.preset or "default"].grid.threads
     here = here | {"threads": threads}
     done = {key: record for key, record in store.records.items() if store.has(key, here)}
-    with _progress() as progress, measure.threads(threads):
+    with _progress() as progress, measure.settings(threads):
         bar = progress.add_task("race", total=None)
         train.race(
             plan,

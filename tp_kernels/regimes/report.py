@@ -80,7 +80,7 @@ def _time_section(cells: list[Cell]) -> Section:
             f"inverse is predicted to cost less than {model.INVERSE_SHARE:.0%} of BP's operations. "
             f"{join(sorted({r['dtype'] for c in cells for r in c.values()}))}, input size M\u00a0=\u00a0"
             f"{join([str(M) for M in sorted({r['M'] for c in cells for r in c.values()})])}; "
-            "recurrent weights of spectral radius 1, so that no contender's gradients vanish into slow denormal numbers.",
+            "recurrent weights of spectral radius 1; denormal numbers count as zero for every contender.",
         ],
     )
     for name in present(cells, "tp"):
