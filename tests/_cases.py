@@ -97,8 +97,12 @@ class RNNCase:
         return replace(self, **changes)
 
 
-# Every batch tile with every width: edges of register blocks. Then every length; then heads.
-TILE_CASES = tuple(RNNCase(T=2, B=B, N=N) for N in SIZES for B in BATCHES)
+# Every batch with every width: edges of register blocks; and batches of several tiles (of 48 rows at most) on one
+# thread. Then every length; then heads.
+TILE_CASES = (
+    *(RNNCase(T=2, B=B, N=N) for N in SIZES for B in BATCHES),
+    *(RNNCase(T=3, B=B, N=N) for B, N in ((48, 5), (49, 17), (100, 33), (145, 64))),
+)
 TIME_CASES = tuple(
     RNNCase(T=T, B=B, N=N, nonlinearity=word, h0=T % 2 == 0)
     for T in TIMES

@@ -1,5 +1,6 @@
 """Every instruction set this machine has stays within the error budget, and ``TPK_CPU`` chooses one."""
 
+import math
 import os
 import subprocess
 import sys
@@ -68,6 +69,68 @@ def test_threads_do_not_change_results(dtype, isa_level):
         first = first or found
         assert_identical(found[0], first[0], "h")
         assert_identical(found[1], first[1], "P")
+
+
+GUARD = 64
+
+
+@pytest.fixture
+def fences(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Outputs lie between fences; the list collects the whole memory of each."""
+    memories: list[torch.Tensor] = []
+
+    def new_empty(self: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        memory = torch.full((math.prod(shape) + 2 * GUARD,), 12345.0, dtype=self.dtype)
+        memories.append(memory)
+        return memory[GUARD:-GUARD].fill_(torch.nan).view(shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    return memories
+
+
+@pytest.mark.parametrize("case", [ODD, RNNCase(T=2, B=3, N=1), RNNCase(T=2, B=2, H=3, N=5), RNNCase(N=33)], ids=str)
+def test_nothing_is_written_outside_of_the_outputs(case, dtype, isa_level, fences):
+    u, weight, h0 = case.tensors(dtype)
+    h = torch.ops.tp_kernels.rnn_fwd(u, weight, h0, "tanh", "cpu")
+    for inverse in ("none", "weight", "layer", "identity"):
+        torch.ops.tp_kernels.rnn_bwd(u, None, h, weight, weight, "tanh", inverse, "total", 1.0, 0.1, "cpu")
+    tp.regularized_inverse(matrices((3, 7, case.N), dtype), 0.25, backend="cpu")
+    assert len(fences) == 1 + 4 * 2 + 1
+    for memory in fences:
+        assert memory[:GUARD].eq(12345).all(), "written before an output"
+        assert memory[-GUARD:].eq(12345).all(), "written after an output"
+        assert memory[GUARD:-GUARD].isfinite().all(), "not all of an output was written"
+
+
+def test_denormal_numbers_elsewhere_stay(dtype, isa_level):
+    """The kernels flush denormal numbers to zero while they run, on their own threads only and not for long."""
+    torch.set_num_threads(2)
+    small = torch.full((200_000,), torch.finfo(dtype).tiny / 4, dtype=dtype)
+    leaves = [tensor.requires_grad_() for tensor in RNNCase(T=4, B=33, N=33).tensors(dtype)]
+    tp.rnn(*leaves, rule=tp.TargetProp(power=1.0), backend="cpu").sum().backward()
+    bits = (small * 2).view({torch.float32: torch.int32, torch.float64: torch.int64}[dtype])
+    assert bits.ne(0).all()  # as numbers they would equal zero where they were flushed
+
+
+CHECKS = """
+import torch, _checks, _cases
+for dtype in _cases.DTYPES:
+    for case in _cases.HEAD_CASES:
+        _checks.rnn_forward_check(case, dtype, "cpu")
+        for rule in ("weight-total", "identity-local"):
+            _checks.rnn_backward_check(case, _cases.RULES[rule], dtype, "cpu")
+    for shape in ((3, 3), (2, 17, 15), (5, 9)):
+        _checks.inverse_check(_cases.matrices(shape, dtype), 0.25, 1.0, "cpu")
+print("done")
+"""
+
+
+def test_scratch_memory_is_written_before_it_is_read(isa_level):
+    """With memory that malloc fills (glibc), all bytes 0x7f: huge numbers where nothing was written."""
+    paths = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
+    environment = os.environ | {"TPK_CPU": isa_level, "MALLOC_PERTURB_": "128", "PYTHONPATH": paths}
+    ran = subprocess.run([sys.executable, "-c", CHECKS], capture_output=True, text=True, env=environment)
+    assert (ran.stdout, ran.returncode) == ("done\n", 0), ran.stderr
 
 
 def test_the_fixture_sets_the_level(isa_level):

@@ -180,6 +180,16 @@ def test_empty_batch(backend):
     assert all(parameter.grad.eq(0).all() for parameter in ours.parameters())
 
 
+def test_the_last_state_is_memory_of_its_own(backend):
+    """A caller may change it in place, as a detached state handed on, and the outputs stay."""
+    ours = pair(None, backend)[1]
+    output, last = ours(torch.randn(T, B, M))
+    before = output.detach().clone()
+    last.detach().zero_()
+    assert_identical(output.detach(), before, "output")
+    output.sum().backward()
+
+
 def test_target_propagation_trains(backend):
     """The sign is that of a gradient: a step against it lowers the loss."""
     torch.manual_seed(0)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from _cases import DTYPES, LAYOUTS, matrices, spectrum
 from _checks import inverse_check
-from _compare import assert_identical, assert_near
+from _compare import assert_identical, assert_near, assert_small_residual
 from _oracle import extended, regularized_inverse, regularized_inverse_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -322,6 +322,18 @@ def test_not_positive_definite(wide, batch, index, where, dtype, backend):
     expected = torch.eye(3 if wide else 2, 2, dtype=dtype).expand_as(found).clone()
     expected[index] = torch.nan
     assert_identical(found, expected, "P")
+
+
+def test_an_inverse_or_nothing_but_nan(dtype, backend):
+    """Gram matrices of rank 1, whose last pivots round to either side of zero: no numbers that mean nothing."""
+    weight = matrices((64, 3, 1), dtype) @ matrices((64, 1, 3), dtype, seed=1)
+    found = tp.regularized_inverse(weight, 1e-30, check_errors=False, backend=backend)
+    failed = found.isnan().all(dim=(1, 2))
+    assert failed.any()
+    assert_small_residual(found[~failed], weight[~failed], 1e-30, 1.0)
+    first = int(failed.nonzero()[0])
+    with pytest.raises(torch.linalg.LinAlgError, match=f" of batch entry {first} is not"):
+        tp.regularized_inverse(weight, 1e-30, backend=backend)
 
 
 @pytest.mark.parametrize("power", POWERS)

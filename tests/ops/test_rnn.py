@@ -1,5 +1,7 @@
 """``rnn``: the eight tests, oracles from outside, and the identities of the algorithm."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -460,6 +462,21 @@ def test_saturated_units_are_clipped(clip, dtype, backend):
     (grad,) = torch.autograd.grad(h[-1].sum(), h0)
     gain = 1 / (1 - (1 - np.longdouble(clip)) ** 2)  # P is the identity: s/(s² + r) = 1 at s = 1/2, r = 1/4
     assert_near(grad, np.full((2, n), gain**2), "grad_h0")
+
+
+def test_calls_from_several_threads(backend):
+    """The native kernels run without the interpreter's lock: calls side by side give what they give alone."""
+    cases = [RNNCase(T=20, B=7, N=33, nonlinearity=NONLINEARITIES[k % 3]) for k in range(9)]
+
+    def work(k: int) -> tuple[Tensor, ...]:
+        return gradients(cases[k], tp.TargetProp(power=1.0), torch.float32, backend)
+
+    alone = [work(k) for k in range(len(cases))]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(work, range(len(cases))))
+    for found, expected in zip(together, alone, strict=True):
+        for what, *pair in zip(("h", "grad_u", "grad_weight", "grad_h0"), found, expected, strict=True):
+            assert_identical(*pair, what)
 
 
 def test_states_changed_in_place_are_noticed(backend):
