@@ -7,7 +7,7 @@ import torch  # before the native module, so that one OpenMP runtime is loaded
 from tp_kernels._backends import Support
 
 try:
-    from tp_kernels import _cpu as cpu
+    import tp_kernels._cpu as cpu
 except ImportError as error:
     cpu = None
     _cpu_error = f"the native module tp_kernels._cpu could not be imported ({error}); reinstall with a C++ compiler"
