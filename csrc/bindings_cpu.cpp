@@ -82,16 +82,33 @@ void rnn_fwd(bool is_double, std::uintptr_t u, const Array3& u_strides, std::uin
 }
 
 void rnn_bwd(bool is_double, std::uintptr_t grad_h, const Array3& grad_h_strides, std::uintptr_t grad_last,
-             std::uintptr_t h, std::uintptr_t weight, std::uintptr_t feedback, std::uintptr_t grad_u,
-             std::uintptr_t grad_h0, const Array4& sizes, const std::string& nonlinearity, const std::string& inverse,
+             std::uintptr_t h, std::uintptr_t weight, std::uintptr_t feedback, std::uintptr_t carried_in,
+             std::uintptr_t through_in, std::uintptr_t carried_out, std::uintptr_t through_out, std::uintptr_t grad_u,
+             const Array4& sizes, const std::string& nonlinearity, const std::string& inverse,
              const std::string& update, double step, double clip, int threads) {
     for_dtype(is_double, [&](auto zero) {
         using T = decltype(zero);
-        launch(launchers<T>().rnn_backward,
-               RnnBackward<T>{at<const T>(grad_h), strides(grad_h_strides), at<const T>(grad_last), at<const T>(h),
-                              at<const T>(weight), at<const T>(feedback), at<T>(grad_u), at<T>(grad_h0), sizes[0],
-                              sizes[1], sizes[2], sizes[3], nonlinearity_of(nonlinearity), inverse_of(inverse),
-                              update_of(update), static_cast<T>(step), static_cast<T>(clip), threads});
+        launch(launchers<T>().rnn_backward, RnnBackward<T>{at<const T>(grad_h),
+                                                           strides(grad_h_strides),
+                                                           at<const T>(grad_last),
+                                                           at<const T>(h),
+                                                           at<const T>(weight),
+                                                           at<const T>(feedback),
+                                                           at<const T>(carried_in),
+                                                           at<const T>(through_in),
+                                                           at<T>(carried_out),
+                                                           at<T>(through_out),
+                                                           at<T>(grad_u),
+                                                           sizes[0],
+                                                           sizes[1],
+                                                           sizes[2],
+                                                           sizes[3],
+                                                           nonlinearity_of(nonlinearity),
+                                                           inverse_of(inverse),
+                                                           update_of(update),
+                                                           static_cast<T>(step),
+                                                           static_cast<T>(clip),
+                                                           threads});
     });
 }
 
@@ -136,9 +153,10 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("rnn_fwd", &rnn_fwd, py::kw_only(), py::arg("double"), py::arg("u"), py::arg("u_strides"), py::arg("weight"),
           py::arg("h0"), py::arg("h"), py::arg("sizes"), py::arg("nonlinearity"), py::arg("threads"));
     m.def("rnn_bwd", &rnn_bwd, py::kw_only(), py::arg("double"), py::arg("grad_h"), py::arg("grad_h_strides"),
-          py::arg("grad_last"), py::arg("h"), py::arg("weight"), py::arg("feedback"), py::arg("grad_u"),
-          py::arg("grad_h0"), py::arg("sizes"), py::arg("nonlinearity"), py::arg("inverse"), py::arg("update"),
-          py::arg("step"), py::arg("clip"), py::arg("threads"));
+          py::arg("grad_last"), py::arg("h"), py::arg("weight"), py::arg("feedback"), py::arg("carried_in"),
+          py::arg("through_in"), py::arg("carried_out"), py::arg("through_out"), py::arg("grad_u"), py::arg("sizes"),
+          py::arg("nonlinearity"), py::arg("inverse"), py::arg("update"), py::arg("step"), py::arg("clip"),
+          py::arg("threads"));
     m.def("regularized_solve", &regularized_solve, py::kw_only(), py::arg("double"), py::arg("weight"), py::arg("rhs"),
           py::arg("reg"), py::arg("solved"), py::arg("failed"), py::arg("sizes"), py::arg("threads"));
     m.def("multiply_add_loop", &multiply_add_loop, py::kw_only(), py::arg("double"), py::arg("iterations"),

@@ -13,7 +13,7 @@ namespace tpk::TPK_ISA {
 // Runs the loop and returns the floating-point operations it took.
 template <class T>
 double multiply_add_loop(long iterations) {
-    constexpr int chains = TPK_BLOCK_ROWS * TPK_BLOCK_VECTORS;
+    constexpr int chains = TPK_REGISTERS - 4;
     Vec<T> sum[chains];
 #pragma GCC unroll 32
     for (int i = 0; i < chains; ++i) sum[i] = broadcast<Vec<T>>(T(i));

@@ -1,4 +1,4 @@
-// The number of the calling thread in its OpenMP team; 0 where the compiler has no OpenMP.
+// What the kernels need of OpenMP; one thread where the compiler has none.
 #pragma once
 
 #ifdef _OPENMP
@@ -7,12 +7,20 @@
 
 namespace tpk::TPK_ISA {
 
-inline int thread_number() {
 #ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
+inline int thread_number() { return omp_get_thread_num(); }
+inline int thread_count() { return omp_get_num_threads(); }
+
+// Returns once all threads of a team of more than one have come here.
+inline void wait_for_team(int members) {
+    if (members > 1) {
+#pragma omp barrier
+    }
 }
+#else
+inline int thread_number() { return 0; }
+inline int thread_count() { return 1; }
+inline void wait_for_team(int) {}
+#endif
 
 }  // namespace tpk::TPK_ISA

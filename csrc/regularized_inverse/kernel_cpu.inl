@@ -10,119 +10,268 @@ namespace tpk::TPK_ISA {
 
 template <class T>
 inline bool is_finite(const T* values, ptrdiff_t n) {
+    constexpr ptrdiff_t L = lanes<T>;
+    Vec<T> sums = {};  // of x · 0: NaN where any x is not finite
+    ptrdiff_t i = 0;
+    for (; i + L <= n; i += L) sums += load<Vec<T>>(values + i) * 0;
     T sum = 0;
-    for (ptrdiff_t i = 0; i < n; ++i) sum += values[i] * 0;  // NaN if any is not finite
+    for (; i < n; ++i) sum += values[i] * 0;
+    for (ptrdiff_t lane = 0; lane < L; ++lane) sum += sums[lane];
     return sum == 0;
-}
-
-// y[j] -= factor · x[j] and y[j] *= factor, over whole vectors.
-template <class T>
-inline void subtract_row(T* y, const T* x, T factor, ptrdiff_t first, ptrdiff_t columns) {
-    for (ptrdiff_t j = first; j < columns; j += lanes<T>)
-        store(y + j, load<Vec<T>>(y + j) - factor * load<Vec<T>>(x + j));
-}
-
-template <class T>
-inline void scale_row(T* y, T factor, ptrdiff_t first, ptrdiff_t columns) {
-    for (ptrdiff_t j = first; j < columns; j += lanes<T>) store(y + j, load<Vec<T>>(y + j) * factor);
 }
 
 inline double root(double x) { return __builtin_sqrt(x); }
 inline float root(float x) { return __builtin_sqrtf(x); }
 
-// G = UᵀU in place, in the upper triangle, `columns` apart; inverse_diagonal[i] = 1/U[i][i]. False: a pivot is not
-// positive.
+enum class Triangle { lower, upper };
+
+// Solves with an R × R diagonal block of U (upper: U X = B) or of its transpose (lower: Uᵀ X = B) for V vectors of
+// columns, in place and in registers.
+template <class T, Triangle triangle, int R, int V>
+void solve_block(const T* factor, ptrdiff_t stride, const T* inverse_diagonal, T* x, ptrdiff_t x_row) {
+    using Lane = Vec<T>;
+    constexpr int L = lanes<T>;
+    Lane row[R][V];
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) row[i][v] = load<Lane>(x + i * x_row + v * L);
+#pragma GCC unroll 16
+    for (int step = 0; step < R; ++step) {
+        const int i = triangle == Triangle::lower ? step : R - 1 - step;
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) row[i][v] *= broadcast<Lane>(inverse_diagonal[i]);
+#pragma GCC unroll 16
+        for (int later = step + 1; later < R; ++later) {  // what row i contributes to the rows still to be solved
+            const int p = triangle == Triangle::lower ? later : R - 1 - later;
+            const Lane value =
+                broadcast<Lane>(triangle == Triangle::lower ? factor[i * stride + p] : factor[p * stride + i]);
+#pragma GCC unroll 16
+            for (int v = 0; v < V; ++v) row[p][v] -= value * row[i][v];
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) store(x + i * x_row + v * L, row[i][v]);
+}
+
 template <class T>
-bool cholesky(T* gram, ptrdiff_t n, ptrdiff_t columns, T* inverse_diagonal) {
-    for (ptrdiff_t first = 0; first < n; first += block_rows) {
-        const ptrdiff_t rows = n - first < block_rows ? n - first : block_rows;
-        const ptrdiff_t start = first / lanes<T> * lanes<T>;  // the vector that holds the block's first column
-        // Rows of the block less what the rows above contribute; only columns from the diagonal on are used.
-        multiply<T, Into::subtract>(gram + first, 1, columns, rows, gram + start, columns, block_vectors * lanes<T>,
-                                    first, columns - start, gram + first * columns + start, columns);
-        for (ptrdiff_t i = first; i < first + rows; ++i) {
-            T* row = gram + i * columns;
-            for (ptrdiff_t p = first; p < i; ++p)
-                subtract_row(row, gram + p * columns, gram[p * columns + i], start, columns);
-            const T pivot = row[i];
-            if (!(pivot > 0)) return false;  // NaN too
-            const T scale = 1 / root(pivot);
-            scale_row(row, scale, start, columns);
-            inverse_diagonal[i] = scale;
+using SolveFunction = void (*)(const T*, ptrdiff_t, const T*, T*, ptrdiff_t);
+
+template <class T, Triangle triangle, int R = block_rows, int V = block_vectors(R)>
+inline SolveFunction<T> solve_function(int rows, int vectors) {
+    if constexpr (R > 1) {
+        if (rows < R) return solve_function<T, triangle, R - 1>(rows, vectors);
+    }
+    if constexpr (V > 1) {
+        if (vectors < V) return solve_function<T, triangle, R, V - 1>(rows, vectors);
+    }
+    return solve_block<T, triangle, R, V>;
+}
+
+template <class T, Triangle triangle>
+void solve_rows(const T* factor, ptrdiff_t stride, const T* inverse_diagonal, ptrdiff_t rows, T* x, ptrdiff_t x_row,
+                ptrdiff_t columns) {
+    const ptrdiff_t most = block_vectors(static_cast<int>(rows)) * lanes<T>;
+    for (ptrdiff_t j = 0; j < columns; j += most) {
+        const ptrdiff_t width = columns - j < most ? columns - j : most;
+        solve_function<T, triangle>(static_cast<int>(rows), static_cast<int>(width / lanes<T>))(
+            factor, stride, inverse_diagonal, x + j, x_row);
+    }
+}
+
+// Factors the R × R block at `gram` in its upper triangle. False: a pivot is not positive, or NaN.
+template <class T>
+bool factor_block(T* gram, ptrdiff_t stride, ptrdiff_t rows, T* inverse_diagonal) {
+    for (ptrdiff_t i = 0; i < rows; ++i) {
+        T* row = gram + i * stride;
+        if (!(row[i] > 0)) return false;
+        inverse_diagonal[i] = 1 / root(row[i]);
+        for (ptrdiff_t j = i; j < rows; ++j) row[j] *= inverse_diagonal[i];
+        for (ptrdiff_t p = i + 1; p < rows; ++p)
+            for (ptrdiff_t j = p; j < rows; ++j) gram[p * stride + j] -= row[p] * row[j];
+    }
+    return true;
+}
+
+// Rows that are brought up to date together: what they need of the rows before is read once for all of them.
+constexpr ptrdiff_t outer_rows = 64;
+
+inline ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+
+// A matrix in scratch memory: `columns` columns, a multiple of the vector, in rows `stride` apart. A stride of a
+// multiple of 4096 bytes would put whole columns into the same few lines of the cache.
+template <class T>
+struct Rows {
+    T* data;
+    ptrdiff_t columns, stride;
+
+    static ptrdiff_t stride_of(ptrdiff_t columns) {
+        constexpr ptrdiff_t line = 64 / sizeof(T);
+        return columns + (columns % (2 * line) == 0 ? line : 0);
+    }
+    Rows(T* memory, ptrdiff_t n) : Rows(memory, padded<T>(n), stride_of(padded<T>(n))) {}
+    Rows(T* memory, ptrdiff_t width, ptrdiff_t row) : data(memory), columns(width), stride(row) {}
+    T* operator[](ptrdiff_t i) const { return data + i * stride; }
+    Right<T> from(ptrdiff_t row, ptrdiff_t column) const { return {data + row * stride + column, stride, lanes<T>}; }
+};
+
+// G = UᵀU in place: the upper triangle becomes U. False: G is not numerically positive definite.
+template <class T>
+bool cholesky(const Rows<T>& gram, ptrdiff_t n, T* inverse_diagonal) {
+    // Rows [first, first + rows) less what rows [from, from + count) contribute, in the columns from the diagonal on;
+    // those between the vector's start and the diagonal are computed along and never used.
+    const auto subtract = [&](ptrdiff_t first, ptrdiff_t rows, ptrdiff_t from, ptrdiff_t count) {
+        const ptrdiff_t start = first / lanes<T> * lanes<T>;
+        multiply<T, Into::subtract>(gram[from] + first, 1, gram.stride, rows, gram.from(from, start), count,
+                                    gram.columns - start, gram[first] + start, gram.stride);
+    };
+    for (ptrdiff_t outer = 0; outer < n; outer += outer_rows) {
+        const ptrdiff_t end = smaller(n, outer + outer_rows);
+        subtract(outer, end - outer, 0, outer);
+        for (ptrdiff_t first = outer; first < end; first += block_rows) {
+            const ptrdiff_t rows = smaller(end - first, block_rows);
+            subtract(first, rows, outer, first - outer);
+            T* block = gram[first] + first;
+            T* scales = inverse_diagonal + first;
+            if (!factor_block(block, gram.stride, rows, scales)) return false;
+            const ptrdiff_t whole = divide_up(first + rows, lanes<T>) * lanes<T>;
+            for (ptrdiff_t j = rows; first + j < smaller(whole, n); ++j) {  // up to the next whole vector
+                for (ptrdiff_t i = 0; i < rows; ++i) {
+                    T value = block[i * gram.stride + j];
+                    for (ptrdiff_t p = 0; p < i; ++p) value -= block[p * gram.stride + i] * block[p * gram.stride + j];
+                    block[i * gram.stride + j] = value * scales[i];
+                }
+            }
+            if (whole < gram.columns)
+                solve_rows<T, Triangle::lower>(block, gram.stride, scales, rows, gram[first] + whole, gram.stride,
+                                               gram.columns - whole);
         }
     }
     return true;
 }
 
-// UᵀU X = B in place; X has `columns` columns.
+// UᵀU X = B in place.
 template <class T>
-void solve(const T* factor, ptrdiff_t n, ptrdiff_t stride, const T* inverse_diagonal, T* x, ptrdiff_t columns) {
-    const ptrdiff_t panel = block_vectors * lanes<T>;
-    for (ptrdiff_t first = 0; first < n; first += block_rows) {
-        const ptrdiff_t rows = n - first < block_rows ? n - first : block_rows;
-        multiply<T, Into::subtract>(factor + first, 1, stride, rows, x, columns, panel, first, columns,
-                                    x + first * columns, columns);
-        for (ptrdiff_t i = first; i < first + rows; ++i) {
-            for (ptrdiff_t p = first; p < i; ++p)
-                subtract_row(x + i * columns, x + p * columns, factor[p * stride + i], 0, columns);
-            scale_row(x + i * columns, inverse_diagonal[i], 0, columns);
+void solve(const Rows<T>& factor, ptrdiff_t n, const T* inverse_diagonal, const Rows<T>& x) {
+    for (ptrdiff_t outer = 0; outer < n; outer += outer_rows) {
+        const ptrdiff_t end = smaller(n, outer + outer_rows);
+        const auto subtract = [&](ptrdiff_t first, ptrdiff_t rows, ptrdiff_t from, ptrdiff_t count) {
+            multiply<T, Into::subtract>(factor[from] + first, 1, factor.stride, rows, x.from(from, 0), count, x.columns,
+                                        x[first], x.stride);
+        };
+        subtract(outer, end - outer, 0, outer);
+        for (ptrdiff_t first = outer; first < end; first += block_rows) {
+            const ptrdiff_t rows = smaller(end - first, block_rows);
+            subtract(first, rows, outer, first - outer);
+            solve_rows<T, Triangle::lower>(factor[first] + first, factor.stride, inverse_diagonal + first, rows,
+                                           x[first], x.stride, x.columns);
         }
     }
-    for (ptrdiff_t end = n; end > 0;) {
-        const ptrdiff_t first = (end - 1) / block_rows * block_rows;
-        multiply<T, Into::subtract>(factor + first * stride + end, stride, 1, end - first, x + end * columns, columns,
-                                    panel, n - end, columns, x + first * columns, columns);
-        for (ptrdiff_t i = end - 1; i >= first; --i) {
-            for (ptrdiff_t p = i + 1; p < end; ++p)
-                subtract_row(x + i * columns, x + p * columns, factor[i * stride + p], 0, columns);
-            scale_row(x + i * columns, inverse_diagonal[i], 0, columns);
+    for (ptrdiff_t outer = (n - 1) / outer_rows * outer_rows; outer >= 0; outer -= outer_rows) {
+        const ptrdiff_t end = smaller(n, outer + outer_rows);
+        const auto subtract = [&](ptrdiff_t first, ptrdiff_t rows, ptrdiff_t from, ptrdiff_t count) {
+            multiply<T, Into::subtract>(factor[first] + from, factor.stride, 1, rows, x.from(from, 0), count, x.columns,
+                                        x[first], x.stride);
+        };
+        subtract(outer, end - outer, end, n - end);
+        for (ptrdiff_t first = outer + (end - outer - 1) / block_rows * block_rows; first >= outer;
+             first -= block_rows) {
+            const ptrdiff_t rows = smaller(end - first, block_rows);
+            subtract(first, rows, first + rows, end - first - rows);
+            solve_rows<T, Triangle::upper>(factor[first] + first, factor.stride, inverse_diagonal + first, rows,
+                                           x[first], x.stride, x.columns);
         }
-        end = first;
     }
+}
+
+// X = Wᵀ, in strips of W that the first-level cache holds.
+template <class T>
+void transpose(const Rows<T>& w, ptrdiff_t m, ptrdiff_t n, const Rows<T>& x) {
+    constexpr ptrdiff_t strip = 64 / sizeof(T);
+    for (ptrdiff_t first = 0; first < m; first += strip)
+        for (ptrdiff_t i = 0; i < n; ++i)
+            for (ptrdiff_t j = first; j < smaller(first + strip, m); ++j) x[i][j] = w[j][i];
 }
 
 // Elements of scratch that one matrix takes.
 template <class T>
 inline ptrdiff_t solve_scratch(ptrdiff_t m, ptrdiff_t n) {
-    return (m + n) * padded<T>(n) + n * padded<T>(m) + padded<T>(n);
+    const ptrdiff_t columns = padded<T>(n);
+    return (m + n) * Rows<T>::stride_of(columns) + n * Rows<T>::stride_of(padded<T>(m)) + columns;
 }
 
+// One matrix, by a team of `members` threads of which this is number `member`: each takes a strip of the columns, but
+// for the factorization, which the first does alone.
 template <class T>
-void solve_matrix(const RegularizedSolve<T>& f, ptrdiff_t index, T* scratch) {
-    const ptrdiff_t m = f.m, n = f.n, columns = padded<T>(n), rhs_columns = padded<T>(m);
+void solve_matrix(const RegularizedSolve<T>& f, ptrdiff_t index, T* scratch, int member, int members) {
+    const ptrdiff_t m = f.m, n = f.n;
     const T* weight = f.weight + index * m * n;
-    T* packed = scratch;
-    T* gram = packed + m * columns;
-    T* x = gram + n * columns;
-    T* inverse_diagonal = x + n * rhs_columns;
-    pack(weight, n, 1, m, n, packed);
-    multiply<T, Into::store>(weight, 1, n, n, packed, 0, m * block_vectors * lanes<T>, m, columns, gram, columns);
-    for (ptrdiff_t i = 0; i < n; ++i) gram[i * columns + i] += f.reg;
-    for (ptrdiff_t i = 0; i < n; ++i)
-        for (ptrdiff_t j = 0; j < rhs_columns; ++j)
-            x[i * rhs_columns + j] = j >= m ? T(0) : f.rhs ? f.rhs[(index * n + i) * m + j] : weight[j * n + i];
-    bool solved = cholesky(gram, n, columns, inverse_diagonal);
-    if (solved) {
-        solve(gram, n, columns, inverse_diagonal, x, rhs_columns);
-        solved = is_finite(x, n * rhs_columns);
+    const Rows<T> w(scratch, n), gram(w[m], n), x(gram[n], m);
+    T* inverse_diagonal = x[n];
+    const auto copy = [](const T* source, ptrdiff_t rows, ptrdiff_t columns, const Rows<T>& target) {
+        for (ptrdiff_t i = 0; i < rows; ++i) {
+            __builtin_memcpy(target[i], source + i * columns, static_cast<size_t>(columns) * sizeof(T));
+            for (ptrdiff_t j = columns; j < target.columns; ++j) target[i][j] = 0;
+        }
+    };
+    const auto strip = [=](ptrdiff_t columns, int number) { return columns / lanes<T> * number / members * lanes<T>; };
+    const ptrdiff_t gram_first = strip(gram.columns, member), gram_end = strip(gram.columns, member + 1);
+    const ptrdiff_t x_first = strip(x.columns, member), x_end = strip(x.columns, member + 1);
+    if (member == 0) copy(weight, m, n, w);
+    wait_for_team(members);
+    multiply<T, Into::store>(w[0], 1, w.stride, n, w.from(0, gram_first), m, gram_end - gram_first,
+                             gram[0] + gram_first, gram.stride);
+    wait_for_team(members);
+    if (member == 0) {
+        for (ptrdiff_t i = 0; i < n; ++i) gram[i][i] += f.reg;
+        if (f.rhs) {
+            copy(f.rhs + index * n * m, n, m, x);
+        } else {
+            transpose(w, m, n, x);
+            for (ptrdiff_t i = 0; i < n; ++i)
+                for (ptrdiff_t j = m; j < x.columns; ++j) x[i][j] = 0;
+        }
+        // Until the end `failed` says whether the factorization did.
+        f.failed[index] = !cholesky(gram, n, inverse_diagonal);
     }
+    wait_for_team(members);
+    bool solved = !f.failed[index];
+    if (solved) solve(gram, n, inverse_diagonal, Rows<T>{x[0] + x_first, x_end - x_first, x.stride});
+    wait_for_team(members);
+    if (member != 0) return;
+    for (ptrdiff_t i = 0; i < n && solved; ++i) solved = is_finite(x[i], m);
     // Data that is not finite is not a failure of the factorization: NaN flows through.
     f.failed[index] = !solved && is_finite(weight, m * n) && (!f.rhs || is_finite(f.rhs + index * n * m, n * m));
     T* out = f.solved + index * n * m;
-    for (ptrdiff_t i = 0; i < n; ++i)
-        for (ptrdiff_t j = 0; j < m; ++j) out[i * m + j] = solved ? x[i * rhs_columns + j] : T(__builtin_nan(""));
+    for (ptrdiff_t i = 0; i < n && solved; ++i) __builtin_memcpy(out + i * m, x[i], static_cast<size_t>(m) * sizeof(T));
+    for (ptrdiff_t i = 0; i < n * m && !solved; ++i) out[i] = T(__builtin_nan(""));
 }
 
 // False: no memory for the scratch.
 template <class T>
 bool regularized_solve(const RegularizedSolve<T>& f) {
     if (f.batch == 0) return true;
-    const int threads = static_cast<int>(f.batch < f.threads ? f.batch : f.threads);
+    constexpr ptrdiff_t worth_a_team = 192;  // order of the Gram matrix
+    const bool team = f.batch < f.threads && f.n >= worth_a_team;
+    const int threads = static_cast<int>(team ? f.threads : smaller(f.batch, f.threads));
     const ptrdiff_t size = solve_scratch<T>(f.m, f.n);
-    Scratch<T> scratch(threads * size);
+    Scratch<T> scratch((team ? 1 : threads) * size);
     if (!scratch) return false;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (ptrdiff_t index = 0; index < f.batch; ++index) solve_matrix(f, index, scratch.get() + thread_number() * size);
+#pragma omp parallel num_threads(threads)
+    {
+        const int number = thread_number(), count = thread_count();  // of threads, which may be fewer than asked for
+        if (team) {
+            for (ptrdiff_t index = 0; index < f.batch; ++index) {
+                solve_matrix(f, index, scratch.get(), number, count);
+                wait_for_team(count);
+            }
+        } else {
+            for (ptrdiff_t index = f.batch * number / count; index < f.batch * (number + 1) / count; ++index)
+                solve_matrix(f, index, scratch.get() + number * size, 0, 1);
+        }
+    }
     return true;
 }
 

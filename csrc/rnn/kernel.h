@@ -20,7 +20,7 @@ struct RnnForward {
     const T* u;
     Strides u_strides;
     const T* weight;  // [H][N][N]
-    const T* h0;      // [B][H][N] or null: zero
+    const T* h0;      // [B][H][N]
     T* h;
     ptrdiff_t T_, B, H, N;
     Nonlinearity nonlinearity;
@@ -35,8 +35,12 @@ struct RnnBackward {
     const T* h;
     const T* weight;    // [H][N][N]
     const T* feedback;  // [H][N][N]: P, for the inverses "weight" and "layer"
+    // [B][H][N] each: what the step after the last one sends back (null: nothing), and what the first one sends on.
+    const T* carried_in;  // the inverse's term; of no use to the inverse "none"
+    const T* through_in;  // Wᵀ δ; of no use to the update "local"
+    T* carried_out;       // or null
+    T* through_out;       // or null
     T* grad_u;
-    T* grad_h0;  // [B][H][N]
     ptrdiff_t T_, B, H, N;
     Nonlinearity nonlinearity;
     Inverse inverse;

@@ -49,24 +49,25 @@ void forward_tile(const RnnForward<T>& f, const T* packed, ptrdiff_t head, ptrdi
                   T* product) {
     const ptrdiff_t N = f.N, row = f.H * N, time = f.B * row, columns = padded<T>(N), u_row = f.u_strides.batch;
     const ptrdiff_t offset = first * row + head * N;
-    const T* state = f.h0 ? f.h0 + offset : nullptr;
+    const T* state = f.h0 + offset;
     for (ptrdiff_t t = 0; t < f.T_; ++t) {
         const T* u = f.u + t * f.u_strides.time + first * u_row + head * f.u_strides.head;
         T* h = f.h + t * time + offset;
-        if (state) {
-            multiply_packed(state, row, rows, packed, N, N, product, columns);
-            for_elements<T>(rows, N, [=](auto zero, ptrdiff_t i, ptrdiff_t j) {
-                using V = decltype(zero);
-                const V z = load<V>(u + i * u_row + j) + load<V>(product + i * columns + j);
-                store(h + i * row + j, activation<a, T>(z));
-            });
-        } else {
-            for_elements<T>(rows, N, [=](auto zero, ptrdiff_t i, ptrdiff_t j) {
-                store(h + i * row + j, activation<a, T>(load<decltype(zero)>(u + i * u_row + j)));
-            });
-        }
+        multiply_packed(state, row, rows, packed, N, N, product, columns);
+        for_elements<T>(rows, N, [=](auto zero, ptrdiff_t i, ptrdiff_t j) {
+            using V = decltype(zero);
+            const V z = load<V>(u + i * u_row + j) + load<V>(product + i * columns + j);
+            store(h + i * row + j, activation<a, T>(z));
+        });
         state = h;
     }
+}
+
+template <class T>
+inline void copy_rows(const T* source, ptrdiff_t source_row, ptrdiff_t rows, ptrdiff_t n, T* target,
+                      ptrdiff_t target_row) {
+    for (ptrdiff_t i = 0; i < rows; ++i)
+        __builtin_memcpy(target + i * target_row, source + i * source_row, static_cast<size_t>(n) * sizeof(T));
 }
 
 template <class T, Nonlinearity a>
@@ -81,12 +82,15 @@ void backward_tile(const RnnBackward<T>& f, const T* packed_feedback, const T* p
     T* displacement = scratch + 2 * size;  // λ_t, or what "layer" makes of it
     const T* delta = nullptr;              // δ_{t+1}
     const T step = f.step, low = f.clip - 1, high = 1 - f.clip;
+    if (f.carried_in) copy_rows(f.carried_in + offset, row, rows, N, product ? inverse_term : displacement, columns);
+    if (f.through_in) copy_rows(f.through_in + offset, row, rows, N, through, columns);
     for (ptrdiff_t t = f.T_ - 1; t >= 0; --t) {
-        const bool inner = t < f.T_ - 1;  // a step that follows has sent something back
-        const bool carried = inner && inverse != Inverse::none, adjoint = inner && total;
+        const bool inner = t < f.T_ - 1;  // a step of this call follows
+        const bool carried = inverse != Inverse::none && (inner || f.carried_in),
+                   adjoint = total && (inner || f.through_in);
         if (inner && product)
             multiply_packed(displacement, columns, rows, packed_feedback, N, N, inverse_term, columns);
-        if (adjoint) multiply_packed(delta, row, rows, packed_weight, N, N, through, columns);
+        if (inner && total) multiply_packed(delta, row, rows, packed_weight, N, N, through, columns);
         const T* term = product ? inverse_term : displacement;
         T* next = product ? displacement : inverse_term;  // never what is read: overlapping vectors are computed twice
         const T* g =
@@ -115,18 +119,14 @@ void backward_tile(const RnnBackward<T>& f, const T* packed_feedback, const T* p
             displacement = next;
         }
     }
-    const T* result = displacement;
-    if (total) {
+    if (f.through_out && total) {
         multiply_packed(delta, row, rows, packed_weight, N, N, through, columns);
-        result = through;
-    } else if (product) {
-        multiply_packed(displacement, columns, rows, packed_feedback, N, N, inverse_term, columns);
-        result = inverse_term;
+        copy_rows(through, columns, rows, N, f.through_out + offset, row);
     }
-    T* grad_h0 = f.grad_h0 + offset;
-    for_elements<T>(rows, N, [=](auto zero, ptrdiff_t i, ptrdiff_t j) {
-        store(grad_h0 + i * row + j, load<decltype(zero)>(result + i * columns + j));
-    });
+    if (f.carried_out && inverse != Inverse::none) {
+        if (product) multiply_packed(displacement, columns, rows, packed_feedback, N, N, inverse_term, columns);
+        copy_rows(product ? inverse_term : displacement, columns, rows, N, f.carried_out + offset, row);
+    }
 }
 
 // False: no memory for the packed weights.
