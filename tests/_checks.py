@@ -23,6 +23,14 @@ def rnn_forward_check(case: RNNCase, dtype: torch.dtype, backend: str, layout: s
     assert found.is_contiguous()
 
 
+def backward_op(
+    grad: Tensor | None, last: Tensor | None, h: Tensor, weight: Tensor, feedback: Tensor | None, *words: object
+) -> tuple[Tensor, Tensor]:
+    """The backward op on a whole sequence: ``grad_u`` and ``grad_h0``."""
+    grad_u, carried, through = ops.rnn_bwd(grad, last, h, weight, feedback, None, None, *words)
+    return grad_u, through if words[2] == "total" else carried
+
+
 def rnn_backward_check(
     case: RNNCase, rule: tp.BackProp | tp.TargetProp, dtype: torch.dtype, backend: str, layout: str = "contiguous"
 ) -> None:
@@ -34,8 +42,8 @@ def rnn_backward_check(
     grad, last = case.gradient(dtype), case.gradient(dtype, seed=3)[0]
     tensors = grad, last, h, weight, feedback
     placed = [None if tensor is None else LAYOUTS[layout](tensor) for tensor in tensors]
-    found = ops.rnn_bwd(*placed, *words, backend)
-    reference = ops.rnn_bwd(*tensors, *words, "reference")
+    found = backward_op(*placed, *words, backend)
+    reference = backward_op(*tensors, *words, "reference")
     whole = extended(grad)
     whole[-1] += extended(last)
     exact = rnn_backward(whole, *map(extended, (h, h0, weight, feedback)), *words)

@@ -93,9 +93,9 @@ def test_nothing_is_written_outside_of_the_outputs(case, dtype, isa_level, fence
     u, weight, h0 = case.tensors(dtype)
     h = torch.ops.tp_kernels.rnn_fwd(u, weight, h0, "tanh", "cpu")
     for inverse in ("none", "weight", "layer", "identity"):
-        torch.ops.tp_kernels.rnn_bwd(u, None, h, weight, weight, "tanh", inverse, "total", 1.0, 0.1, "cpu")
+        torch.ops.tp_kernels.rnn_bwd(u, None, h, weight, weight, h0, h0, "tanh", inverse, "total", 1.0, 0.1, "cpu")
     tp.regularized_inverse(matrices((3, 7, case.N), dtype), 0.25, backend="cpu")
-    assert len(fences) == 1 + 4 * 2 + 1
+    assert len(fences) == 1 + 4 * 3 + 1
     for memory in fences:
         assert memory[:GUARD].eq(12345).all(), "written before an output"
         assert memory[-GUARD:].eq(12345).all(), "written after an output"

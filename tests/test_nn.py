@@ -399,14 +399,14 @@ def test_bad_call(name):
 def test_no_time_step():
     with pytest.raises(ValueError, match="at least one time step") as caught:
         tp.nn.RNN(M, N)(X[:0])
-    assert str(caught.value) == "rnn: u must have at least one time step (T >= 1), got (0, 4, 5)"
+    assert str(caught.value) == "nn.RNN: input must have at least one time step (T >= 1), got (0, 4, 3)"
 
 
 def test_layer_with_relu():
     with pytest.raises(NotImplementedError) as caught:
         tp.nn.RNN(M, N, nonlinearity="relu", rule=tp.TargetProp.paper())(X)
     assert str(caught.value) == (
-        "rnn: inverse='layer' with nonlinearity='relu' is not implemented yet; available: 'tanh'"
+        "nn.RNN: inverse='layer' with nonlinearity='relu' is not implemented yet; available: 'tanh'"
     )
 
 

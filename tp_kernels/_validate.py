@@ -5,6 +5,7 @@ import math
 import torch
 
 from tp_kernels._backends import NAMES
+from tp_kernels.rules import Rule, TargetProp
 
 NONLINEARITIES = ("tanh", "relu", "identity")
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -75,8 +76,30 @@ def regularized_inverse(
     backend(op, backend_name)
 
 
+def checkpoint_every(op: str, value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: checkpoint_every must be an int or None, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{op}: checkpoint_every must be at least 1, got {value}")
+
+
+def layer_inverse(op: str, rule: Rule, nonlinearity: str) -> None:
+    if isinstance(rule, TargetProp) and rule.inverse == "layer" and nonlinearity != "tanh":
+        raise NotImplementedError(
+            f"{op}: inverse='layer' with nonlinearity={nonlinearity!r} is not implemented yet; available: 'tanh'"
+        )
+
+
 def rnn(
-    u: torch.Tensor, weight: torch.Tensor, h0: torch.Tensor | None, nonlinearity: str, inverse: str, backend_name: str
+    u: torch.Tensor,
+    weight: torch.Tensor,
+    h0: torch.Tensor | None,
+    nonlinearity: str,
+    rule: Rule,
+    every: int | None,
+    backend_name: str,
 ) -> None:
     op = "rnn"
     floating_tensor(op, "u", u)
@@ -99,8 +122,6 @@ def rnn(
             raise ValueError(f"{op}: h0 must have shape {letters} = {list(u.shape[1:])}, got {_shape(h0)}")
         same_kind(op, "h0", h0, "u", u)
     word(op, "nonlinearity", nonlinearity, NONLINEARITIES)
-    if inverse == "layer" and nonlinearity != "tanh":
-        raise NotImplementedError(
-            f"{op}: inverse='layer' with nonlinearity={nonlinearity!r} is not implemented yet; available: 'tanh'"
-        )
+    layer_inverse(op, rule, nonlinearity)
+    checkpoint_every(op, every)
     backend(op, backend_name)

@@ -5,11 +5,10 @@ import warnings
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
 from tp_kernels import _validate
-from tp_kernels.ops.rnn.op import rnn_with_last_state
+from tp_kernels.ops.rnn.op import rnn_layer
 from tp_kernels.rules import Rule, resolve
 
 
@@ -33,6 +32,10 @@ class RNN(nn.Module):
         bidirectional: ``False``; ``True`` is not implemented yet.
         device, dtype: of the parameters.
         rule: what backward computes: ``TargetProp(...)``, ``BackProp()``; ``None`` is ``TargetProp()``.
+        checkpoint_every: k >= 1: keep every k-th state for backward and compute the others again, k steps at a time,
+            input projection included. ``None`` keeps all states.
+        return_sequence: with ``False`` the first output is ``None``, and with ``checkpoint_every`` no array of
+            T states exists at any time: memory grows with T/k + k.
         backend: of the recurrence, as in ``tp_kernels.rnn``.
 
     Shape:
@@ -66,6 +69,8 @@ class RNN(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         rule: Rule | None = None,
+        checkpoint_every: int | None = None,
+        return_sequence: bool = True,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -81,6 +86,9 @@ class RNN(nn.Module):
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
             raise ValueError(f"nn.RNN: dropout must be a number in [0, 1], got {dropout!r}")
         _validate.word("nn.RNN", "nonlinearity", nonlinearity, _validate.NONLINEARITIES)
+        _validate.checkpoint_every("nn.RNN", checkpoint_every)
+        if not isinstance(return_sequence, bool):
+            raise TypeError(f"nn.RNN: return_sequence must be a bool, got {type(return_sequence).__name__}")
         _validate.backend("nn.RNN", backend)
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -91,6 +99,8 @@ class RNN(nn.Module):
         self.dropout = float(dropout)
         self.bidirectional = bidirectional
         self.rule = resolve("nn.RNN", rule)
+        self.checkpoint_every = checkpoint_every
+        self.return_sequence = return_sequence
         self.backend = backend
         kind = {"device": device, "dtype": dtype}
         self.weight_ih_l0 = nn.Parameter(torch.empty(hidden_size, input_size, **kind))
@@ -113,20 +123,27 @@ class RNN(nn.Module):
     def all_weights(self) -> list[list[nn.Parameter]]:
         return [list(self.parameters())]
 
-    def forward(self, input: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, input: Tensor, h0: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
         if isinstance(input, PackedSequence):
             raise _not_implemented("a PackedSequence as input")
         self._check_input(input, h0)
         batched = input.dim() == 3
         x = input if batched else input.unsqueeze(0 if self.batch_first else 1)
-        # The projection runs over the layout at hand; the recurrence takes any strides.
-        u = functional.linear(x, self.weight_ih_l0, self.bias_ih_l0 + self.bias_hh_l0 if self.bias else None)
-        u = u.transpose(0, 1) if self.batch_first else u
-        state = None if h0 is None else h0[0] if batched else h0
-        h, last = rnn_with_last_state(u, self.weight_hh_l0, state, self.nonlinearity, self.rule, self.backend)
-        if not batched:
-            return h.squeeze(1), last
-        return h.transpose(0, 1) if self.batch_first else h, last.unsqueeze(0)
+        h, last = rnn_layer(
+            x.transpose(0, 1) if self.batch_first else x,
+            self.weight_ih_l0,
+            self.bias_ih_l0 + self.bias_hh_l0 if self.bias else None,
+            self.weight_hh_l0,
+            h0[0] if batched and h0 is not None else h0,
+            nonlinearity=self.nonlinearity,
+            rule=self.rule,
+            checkpoint_every=self.checkpoint_every,
+            return_sequence=self.return_sequence,
+            backend=self.backend,
+        )
+        if h is not None:
+            h = h.squeeze(1) if not batched else h.transpose(0, 1) if self.batch_first else h
+        return h, last.unsqueeze(0) if batched else last
 
     def _check_input(self, input: Tensor, h0: Tensor | None) -> None:
         _validate.floating_tensor("nn.RNN", "input", input)
@@ -138,7 +155,10 @@ class RNN(nn.Module):
             raise ValueError(
                 f"nn.RNN: input must have shape {letters} with M = {self.input_size}, got {tuple(input.shape)}"
             )
+        if input.shape[1 if self.batch_first and input.dim() == 3 else 0] == 0:
+            raise ValueError(f"nn.RNN: input must have at least one time step (T >= 1), got {tuple(input.shape)}")
         _validate.same_kind("nn.RNN", "input", input, "weight_ih_l0", self.weight_ih_l0)
+        _validate.layer_inverse("nn.RNN", self.rule, self.nonlinearity)
         if h0 is None:
             return
         _validate.floating_tensor("nn.RNN", "h0", h0)
@@ -159,6 +179,10 @@ class RNN(nn.Module):
         if self.batch_first:
             words.append("batch_first=True")
         words.append(f"rule={self.rule!r}")
+        if self.checkpoint_every is not None:
+            words.append(f"checkpoint_every={self.checkpoint_every}")
+        if not self.return_sequence:
+            words.append("return_sequence=False")
         if self.backend != "auto":
             words.append(f"backend={self.backend!r}")
         return ", ".join(words)

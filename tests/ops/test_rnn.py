@@ -16,7 +16,7 @@ from _cases import (
     RNNCase,
     rule_words,
 )
-from _checks import rnn_backward_check, rnn_forward_check, tanh_check
+from _checks import backward_op, rnn_backward_check, rnn_forward_check, tanh_check
 from _compare import assert_budget, assert_differences, assert_identical, assert_near, assert_same_pattern
 from _oracle import displacements, extended, rnn_backward, rnn_forward
 from hypothesis import given, settings
@@ -112,8 +112,8 @@ def test_backward_sources(case, rule, sources, dtype, backend):
     elif sources == "last":
         last = case.gradient(dtype)[-1]
     arrives = grad if sources == "states" else None, last if sources == "last" else None
-    found = ops.rnn_bwd(*arrives, h, weight, feedback, *words, backend)
-    expected = ops.rnn_bwd(grad, last, h, weight, feedback, *words, backend)
+    found = backward_op(*arrives, h, weight, feedback, *words, backend)
+    expected = backward_op(grad, last, h, weight, feedback, *words, backend)
     for what, *pair in zip(("grad_u", "grad_h0"), found, expected, strict=True):
         assert_identical(*pair, what)
     assert found[0].any() == (sources != "neither")
@@ -161,7 +161,14 @@ def test_gradcheck(case, nonlinearity, backend):
 
     def function(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         u, weight, h0 = (*inputs, None)[:3]
-        return op.rnn_with_last_state(u, weight, h0, nonlinearity, tp.BackProp(), backend)
+        return op.rnn_layer(
+            *(u, None, None, weight, h0),
+            nonlinearity=nonlinearity,
+            rule=tp.BackProp(),
+            checkpoint_every=None,
+            return_sequence=True,
+            backend=backend,
+        )
 
     assert torch.autograd.gradcheck(function, leaves)
 
@@ -205,7 +212,10 @@ def test_opcheck(name, dtype, backend):
     grad = LAYOUTS[layout](case.gradient(dtype))
     for sources in ((grad, None), (None, grad[-1]), (grad, grad[0])):
         words = ("tanh", "layer", "total", 1.0, 1e-3, backend)
-        torch.library.opcheck(ops.rnn_bwd, (*sources, u.tanh(), weight, weight, *words))
+        torch.library.opcheck(ops.rnn_bwd, (*sources, u.tanh(), weight, weight, None, None, *words))
+    words = ("tanh", "none", "total", 1.0, 1e-3, backend)
+    torch.library.opcheck(ops.rnn_bwd, (grad, None, u.tanh(), weight, None, grad[0], grad[0], *words))
+    torch.library.opcheck(ops.rnn_feedback, (weight, 0.25, 1.0, backend))
 
 
 # --- compile
@@ -668,3 +678,101 @@ def test_samples_are_independent(dtype, backend):
     for b in range(case.B):
         alone = tp.rnn(tensors[0][:, b : b + 1], tensors[1], tensors[2][b : b + 1], backend=backend)
         assert_near(alone, extended(together[:, b : b + 1]), f"sample {b}")
+
+
+# --- checkpoints, calls in a row, and the inverse that is kept
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("case", [SMALL.with_(T=7), HEADS.with_(T=7)], ids=str)
+def test_backward_in_two_calls(case, rule, dtype, backend):
+    """What the later steps send on makes two calls the same as one, bit for bit, for every rule."""
+    u, weight, h0 = case.tensors(dtype)
+    h = ops.rnn_fwd(u, weight, h0, case.nonlinearity, backend)
+    words = case.nonlinearity, *rule_words(RULES[rule]), backend
+    feedback = weight.mT.contiguous() if words[1] in ("weight", "layer") else None
+    grad, last = case.gradient(dtype), case.gradient(dtype, seed=3)[0]
+    whole = ops.rnn_bwd(grad, last, h, weight, feedback, None, None, *words)
+    later = ops.rnn_bwd(grad[4:], last, h[4:], weight, feedback, None, None, *words)
+    sent = [tensor if tensor.numel() else None for tensor in later[1:]]
+    earlier = ops.rnn_bwd(grad[:4], None, h[:4], weight, feedback, *sent, *words)
+    assert_identical(torch.cat([earlier[0], later[0]]), whole[0], "grad_u")
+    for what, *pair in zip(("carried", "through"), earlier[1:], whole[1:], strict=True):
+        assert_identical(*pair, what)
+    assert (whole[1].numel() == 0) == (words[1] == "none")
+    assert (whole[2].numel() == 0) == (words[2] == "local")
+
+
+@pytest.mark.parametrize("every", [1, 3, 7, 100])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("case", [SMALL.with_(T=7), HEADS.with_(T=7), SMALL.with_(T=7, h0=False)], ids=str)
+def test_checkpoints(case, rule, every, dtype, backend):
+    """States and their gradients are the same bits; the weight's gradient is the same sum in other portions."""
+    rule = RULES[rule]
+    plain = gradients(case, rule, dtype, backend)
+    leaves = [tensor.requires_grad_() for tensor in case.tensors(dtype) if tensor is not None]
+    h = tp.rnn(*leaves, nonlinearity=case.nonlinearity, rule=rule, checkpoint_every=every, backend=backend)
+    found = h.detach(), *torch.autograd.grad(h, leaves, case.gradient(dtype))
+    for what, *pair in zip(("h", "grad_u", "grad_weight", "grad_h0"), found, plain, strict=False):
+        if what == "grad_weight":
+            assert_near(pair[0], extended(pair[1]), what)
+        else:
+            assert_identical(*pair, what)
+
+
+def test_checkpoints_are_all_that_is_kept(backend):
+    """Of 12 steps, every third: 4 states, and the input they are computed again from."""
+    u, weight, _ = SMALL.with_(T=12).tensors(torch.float64)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        tp.rnn(u.requires_grad_(), weight, checkpoint_every=3, backend=backend)
+    assert sorted(tensor.shape for tensor in kept) == sorted([u.shape, weight.shape, (4, *u.shape[1:])])
+
+
+@pytest.mark.parametrize(("every", "kind", "text"), [
+    (0, ValueError, "rnn: checkpoint_every must be at least 1, got 0"),
+    (2.0, TypeError, "rnn: checkpoint_every must be an int or None, got float"),
+    (True, TypeError, "rnn: checkpoint_every must be an int or None, got bool"),
+])  # fmt: skip
+def test_bad_checkpoints(every, kind, text):
+    u, weight, _ = SMALL.tensors(torch.float32)
+    with pytest.raises(kind) as caught:
+        tp.rnn(u, weight, checkpoint_every=every)
+    assert str(caught.value) == text
+
+
+def test_inverse_is_computed_once_for_one_weight(monkeypatch):
+    """Several backward passes with one weight factor it once; any change of it, by value, is noticed."""
+    computed = []
+    native = op._native.cpu
+    if native is None:
+        pytest.skip(_native.cpu_available()[1])
+    solve = native.regularized_solve
+
+    class Counting:
+        def __getattr__(self, name: str) -> object:
+            return getattr(native, name)
+
+        def regularized_solve(self, **arguments: object) -> None:
+            computed.append(1)
+            solve(**arguments)
+
+    monkeypatch.setattr(_native, "cpu", Counting())
+    rule = tp.TargetProp(power=1.0)
+    u, weight, _ = SMALL.tensors(torch.float32)
+    weight.requires_grad_()
+
+    def grad() -> Tensor:
+        return torch.autograd.grad(tp.rnn(u, weight, rule=rule).sum(), weight)[0]
+
+    op.forget_feedback()
+    first = grad()
+    assert_identical(grad(), first, "grad_weight")
+    assert len(computed) == 1
+    weight.data[0, 0] += 0.5  # a change that bumps no version counter
+    changed = grad()
+    assert len(computed) == 2
+    assert not torch.equal(changed, first)
+    rule = tp.TargetProp(power=1.0, reg=0.5)
+    assert not torch.equal(grad(), changed)
+    assert len(computed) == 3

@@ -12,9 +12,6 @@ from tp_kernels._backends import Backend, BackendTable, missing
 from tp_kernels._library import register
 from tp_kernels.ops.regularized_inverse import reference
 
-# Above this order of the Gram matrix LAPACK, through torch, is as fast on one thread and uses several for one matrix.
-_NATIVE_ORDER = 256
-
 
 def _solve(weight: Tensor, rhs: Tensor | None, r: Tensor) -> tuple[Tensor, Tensor]:
     """``(WᵀW + rI)⁻¹ rhs`` for m >= n, and which matrices failed; ``rhs=None`` is Wᵀ."""
@@ -36,12 +33,8 @@ def _solve(weight: Tensor, rhs: Tensor | None, r: Tensor) -> tuple[Tensor, Tenso
     return solved, failed
 
 
-def _native_order(weight: Tensor, power: float) -> bool:
-    return power == 1.0 and min(weight.shape[-2:]) <= _NATIVE_ORDER
-
-
 def _cpu_forward(weight: Tensor, reg: Tensor, power: float) -> tuple[Tensor, Tensor]:
-    if not _native_order(weight, power):
+    if power != 1.0:
         return reference.forward(weight, reg, power)
     if weight.shape[-2] < weight.shape[-1]:
         inverse, failed = _solve(weight.mT, None, reg)
@@ -50,7 +43,7 @@ def _cpu_forward(weight: Tensor, reg: Tensor, power: float) -> tuple[Tensor, Ten
 
 
 def _cpu_backward(grad: Tensor, weight: Tensor, inverse: Tensor, reg: Tensor, power: float) -> tuple[Tensor, Tensor]:
-    if not _native_order(weight, power):
+    if power != 1.0:
         return reference.backward(grad, weight, inverse, reg, power)
     if weight.shape[-2] < weight.shape[-1]:
         grad_weight, grad_reg = _cpu_backward(grad.mT, weight.mT, inverse.mT, reg, power)

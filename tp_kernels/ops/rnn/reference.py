@@ -36,12 +36,14 @@ def backward(
     h: Tensor,
     weight: Tensor,
     feedback: Tensor | None,
+    carried: Tensor | None,
+    through: Tensor | None,
     nonlinearity: str,
     inverse: str,
     update: str,
     step: float,
     clip: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Displacements λ, adjoints μ and pre-activation gradients δ, from the last step to the first.
 
     ``λ_{t-1} = step g_{t-1} + term(λ_t)``, where the term is 0 (``inverse="none"``), λ_t (``"identity"``),
@@ -54,14 +56,18 @@ def backward(
         h: [T, B, N] or [T, B, H, N], the states.
         weight: [N, N] or [H, N, N], W.
         feedback: like ``weight``, P; needed by "weight" and "layer", unused otherwise.
+        carried, through: like ``h[0]``: term(λ) and ``Wᵀ δ`` of the step after the last one; ``None`` is zero.
         nonlinearity, inverse, update, step, clip: the rule.
 
     Returns:
-        ``grad_u``, like ``h``: δ, and ``grad_h0``, like ``h[0]``: ``Wᵀ δ_1`` (total) or λ_0 (local). Both contiguous.
+        ``grad_u``, like ``h``: δ; ``carried``, like ``h[0]``: term(λ_1), empty for "none"; and ``through``, like
+        ``h[0]``: ``Wᵀ δ_1``, empty for "local". All contiguous. The gradient of the first state is ``through`` for
+        "total" and ``carried`` for "local".
     """
     grad_u = torch.empty_like(h, memory_format=torch.contiguous_format)
-    carried = torch.zeros_like(h[0])  # the inverse term for the step at hand
-    through = torch.zeros_like(h[0])  # Wᵀ δ of the step after
+    zero = torch.zeros_like(h[0])
+    carried = zero if carried is None or inverse == "none" else carried
+    through = zero if through is None or update == "local" else through
     for t in range(h.shape[0] - 1, -1, -1):
         displacement = carried
         if grad_h is not None:
@@ -78,7 +84,12 @@ def backward(
             carried = _apply(feedback, displacement / (1 - h[t].clamp(clip - 1, 1 - clip).square()))
         if update == "total":
             through = _apply(weight.mT, delta)
-    return grad_u, (through if update == "total" else carried).contiguous()
+    nothing = h.new_empty(0)
+    return (
+        grad_u,
+        nothing if inverse == "none" else carried.clone(memory_format=torch.contiguous_format),
+        nothing if update == "local" else through.clone(memory_format=torch.contiguous_format),
+    )
 
 
 def _through_activation(adjoint: Tensor, h: Tensor, nonlinearity: str) -> Tensor:
