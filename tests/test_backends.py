@@ -1,6 +1,7 @@
 """Which code runs, and what is said where it cannot."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -207,9 +208,25 @@ def test_info_without_the_native_module(monkeypatch):
 
 
 def test_info_prints_it_all(capsys):
-    info.main()
+    info.main([])
     printed = capsys.readouterr().out
     for name, value in info.versions().items():
         assert f"{name:<16} {value}\n" in printed
     for (op, name), answer in info.backends().items():
         assert f"{op:<20} {name:<10} {answer}\n" in printed
+
+
+def test_peak(capsys):
+    if _native.cpu is None:
+        pytest.skip(_native.cpu_available()[1])
+    assert info.peak(torch.float64) > 0
+    info.main(["--peak"])
+    assert re.search(r"^peak float32 +\d+\.\d GFLOP/s, 1 thread$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_peak_without_the_native_module(monkeypatch):
+    monkeypatch.setattr(_native, "cpu", None)
+    monkeypatch.setattr(_native, "_cpu_error", "not built", raising=False)
+    with pytest.raises(tp.BackendUnavailableError) as caught:
+        info.peak(torch.float32)
+    assert str(caught.value) == "peak: not built"

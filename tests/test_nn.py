@@ -571,3 +571,47 @@ def test_bad_convert():
         tp.nn.convert(model, "tp")
     assert str(caught.value) == "nn.convert: rule must be a TargetProp, a BackProp or None, got str"
     assert type(model[0]) is nn.RNN
+
+
+@pytest.mark.parametrize("batch_first", [False, True], ids=["time-first", "batch-first"])
+@pytest.mark.parametrize("every", [1, 3, 50])
+@pytest.mark.parametrize("rule", [tp.BackProp(), tp.TargetProp(), tp.TargetProp(update="local")], ids=repr)
+def test_checkpoints(rule, every, batch_first, backend):
+    """Recomputed states and projections change no result beyond the order of sums."""
+    plain = tp.nn.RNN(M, N, rule=rule, batch_first=batch_first, backend=backend, dtype=torch.float64)
+    layer = tp.nn.RNN(
+        M, N, rule=rule, batch_first=batch_first, backend=backend, checkpoint_every=every, dtype=torch.float64
+    )
+    layer.load_state_dict(plain.state_dict())
+    results = []
+    for module in (plain, layer):
+        x = torch.randn(B, T, M, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        x_in = x if batch_first else x.transpose(0, 1)
+        h0 = torch.full((1, B, N), 0.1, dtype=torch.float64, requires_grad=True)
+        output, last = module(x_in, h0)
+        (output.square().sum() + last.sum()).backward()
+        results.append((output, last, x.grad, h0.grad, *(p.grad for p in module.parameters())))
+    for found, expected in zip(*results, strict=True):
+        assert_near(found, extended(expected), "checkpoints", condition=20)
+
+
+def test_without_a_sequence(backend):
+    """``return_sequence=False``: no output of T states, the same last state and gradients."""
+    for every in (None, 3):
+        layer = tp.nn.RNN(M, N, backend=backend, checkpoint_every=every, return_sequence=False)
+        plain = tp.nn.RNN(M, N, backend=backend, checkpoint_every=every)
+        plain.load_state_dict(layer.state_dict())
+        output, last = layer(X)
+        assert output is None
+        last.sum().backward()
+        expected = plain(X)[1]
+        expected.sum().backward()
+        assert torch.equal(last, expected)
+        for name, parameter in layer.named_parameters():
+            assert torch.equal(parameter.grad, plain.get_parameter(name).grad), name
+
+
+def test_bad_return_sequence():
+    with pytest.raises(TypeError) as caught:
+        tp.nn.RNN(M, N, return_sequence=None)
+    assert str(caught.value) == "nn.RNN: return_sequence must be a bool, got NoneType"

@@ -1,7 +1,10 @@
 """What runs here: ``python -m tp_kernels.info`` prints versions, the instruction set and each op's back-ends."""
 
+import argparse
 import os
 import platform
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy
 import torch
@@ -44,12 +47,48 @@ def backends() -> dict[tuple[str, str], str]:
     }
 
 
-def main() -> None:
+def peak(dtype: torch.dtype, threads: int = 1) -> float:
+    """Floating-point operations a second of fused multiply-adds on registers only, best of several runs.
+
+    Args:
+        dtype: float32 or float64.
+        threads: how many threads run the loop at the same time.
+
+    Raises:
+        BackendUnavailableError: there is no native module.
+    """
+    ok, reason = _native.cpu_available()
+    if not ok:
+        raise tp_kernels.BackendUnavailableError(f"peak: {reason}")
+    double = dtype == torch.float64
+
+    def loop(iterations: int) -> float:
+        return _native.cpu.multiply_add_loop(double=double, iterations=iterations)
+
+    best = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(20):
+            start = time.perf_counter()
+            operations = sum(pool.map(loop, [300_000] * threads))
+            best = max(best, operations / (time.perf_counter() - start))
+    return best
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tp_kernels.info", description=__doc__.partition(":")[0])
+    parser.add_argument("--peak", action="store_true", help="also measure this processor's multiply-add ceiling")
+    measure_peak = parser.parse_args(arguments).peak
     for name, value in versions().items():
         print(f"{name:<16} {value}")
     print()
     for (op, name), answer in backends().items():
         print(f"{op:<20} {name:<10} {answer}")
+    if measure_peak:
+        print()
+        for threads in sorted({1, torch.get_num_threads()}):
+            for dtype in (torch.float32, torch.float64):
+                name = f"peak {str(dtype).removeprefix('torch.')}"
+                print(f"{name:<16} {peak(dtype, threads) / 1e9:.1f} GFLOP/s, {threads} thread{'s' * (threads > 1)}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import tp_kernels
 from tp_kernels import _native
-from tp_kernels.ops.rnn.op import BACKENDS
+from tp_kernels.ops.rnn.op import BACKENDS, forget_feedback
 from tp_kernels.regimes.cases import CONTENDERS, DTYPES, Case, Contender, Effort, LastState, spec
 from tp_kernels.regimes.store import key_of
 from tp_kernels.rules import Rule
@@ -143,6 +143,7 @@ class Cell:
         def step() -> None:
             for parameter in parameters:
                 parameter.grad = None
+            forget_feedback()  # in training the weight is another one at every step
             module(self.x).backward(self.grad)
 
         return step
