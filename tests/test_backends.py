@@ -13,9 +13,9 @@ import tp_kernels as tp
 from tp_kernels import _native, info
 from tp_kernels._backends import NAMES, Backend, BackendTable, BackendUnavailableError, missing
 from tp_kernels.ops.regularized_inverse import op as inverse_op
-from tp_kernels.ops.rnn import op as rnn_op
+from tp_kernels.ops.rnn import backends as rnn_backends
 
-OPS = {"rnn": rnn_op, "regularized_inverse": inverse_op}
+OPS = {"rnn": rnn_backends, "regularized_inverse": inverse_op}
 WHY_NOT = {
     "triton": "this version has no Triton kernel for it",
     "cuda": "this version has no CUDA kernel for it",

@@ -215,6 +215,11 @@ def test_opcheck(name, dtype, backend):
         torch.library.opcheck(ops.rnn_bwd, (*sources, u.tanh(), weight, weight, None, None, *words))
     words = ("tanh", "none", "total", 1.0, 1e-3, backend)
     torch.library.opcheck(ops.rnn_bwd, (grad, None, u.tanh(), weight, None, grad[0], grad[0], *words))
+    if u.dim() == 3:
+        layer = (grad, weight, u.tanh(), weight, h0, weight, grad[0], grad[0], "tanh", "layer", "total", 1.0, 1e-3)
+        for needed in ((True, True, True), (False, False, False)):
+            torch.library.opcheck(ops.rnn_layer_bwd, (grad, grad[0], *layer, *needed, backend))
+        torch.library.opcheck(ops.rnn_layer_fwd, (u, weight, weight[0], weight, h0, "tanh", backend))
     torch.library.opcheck(ops.rnn_feedback, (weight, 0.25, 1.0, backend))
 
 
@@ -744,7 +749,7 @@ def test_bad_checkpoints(every, kind, text):
 def test_inverse_is_computed_once_for_one_weight(monkeypatch):
     """Several backward passes with one weight factor it once; any change of it, by value, is noticed."""
     computed = []
-    native = op._native.cpu
+    native = _native.cpu
     if native is None:
         pytest.skip(_native.cpu_available()[1])
     solve = native.regularized_solve

@@ -1,4 +1,7 @@
-"""The recurrent layer (Elman): ``h_t = a(u_t + W h_{t-1})``, with targets or gradients sent back through time."""
+"""The recurrent layer (Elman): ``h_t = a(u_t + W h_{t-1})``, with targets or gradients sent back through time.
+
+``backends.py`` has the recurrence itself; here are the layer around it, its autograd Function and the public function.
+"""
 
 from typing import Any
 
@@ -7,162 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from tp_kernels import _native, _validate
-from tp_kernels._backends import Backend, BackendTable, missing
+from tp_kernels import _validate
 from tp_kernels._library import register
-from tp_kernels.ops.rnn import reference
+from tp_kernels.ops.rnn.backends import BACKENDS
 from tp_kernels.rules import BackProp, Rule, resolve
-
-
-def _unit_stride(tensor: Tensor | None) -> Tensor | None:
-    """The native kernels take any strides but for the last axis."""
-    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _strides(tensor: Tensor | None) -> tuple[int, int, int]:
-    """Strides over time, batch and heads."""
-    if tensor is None:
-        return 0, 0, 0
-    return tensor.stride(0), tensor.stride(1), tensor.stride(2) if tensor.dim() == 4 else 0
-
-
-def _sizes(h: Tensor) -> tuple[int, int, int, int]:
-    return h.shape[0], h.shape[1], h.shape[2] if h.dim() == 4 else 1, h.shape[-1]
-
-
-def _cpu_forward(u: Tensor, weight: Tensor, h0: Tensor | None, nonlinearity: str) -> Tensor:
-    u, weight = _unit_stride(u), weight.contiguous()
-    h0 = u.new_zeros(u.shape[1:]) if h0 is None else h0.contiguous()
-    h = u.new_empty(u.shape)
-    _native.cpu.rnn_fwd(
-        double=_native.is_double(u),
-        u=_native.pointer(u),
-        u_strides=_strides(u),
-        weight=_native.pointer(weight),
-        h0=_native.pointer(h0),
-        h=_native.pointer(h),
-        sizes=_sizes(u),
-        nonlinearity=nonlinearity,
-        threads=torch.get_num_threads(),
-    )
-    return h
-
-
-def _cpu_backward(
-    grad_h: Tensor | None,
-    grad_last: Tensor | None,
-    h: Tensor,
-    weight: Tensor,
-    feedback: Tensor | None,
-    carried: Tensor | None,
-    through: Tensor | None,
-    nonlinearity: str,
-    inverse: str,
-    update: str,
-    step: float,
-    clip: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_h = _unit_stride(grad_h)
-    h, weight = h.contiguous(), weight.contiguous()
-    grad_last, feedback, carried, through = (
-        None if tensor is None else tensor.contiguous() for tensor in (grad_last, feedback, carried, through)
-    )
-    grad_u, carried_out, through_out = _backward_outputs(h, inverse, update)
-    _native.cpu.rnn_bwd(
-        double=_native.is_double(h),
-        grad_h=_native.pointer(grad_h),
-        grad_h_strides=_strides(grad_h),
-        grad_last=_native.pointer(grad_last),
-        h=_native.pointer(h),
-        weight=_native.pointer(weight),
-        feedback=_native.pointer(feedback),
-        carried_in=_native.pointer(carried),
-        through_in=_native.pointer(through),
-        carried_out=_native.pointer(carried_out),
-        through_out=_native.pointer(through_out),
-        grad_u=_native.pointer(grad_u),
-        sizes=_sizes(h),
-        nonlinearity=nonlinearity,
-        inverse=inverse,
-        update=update,
-        step=step,
-        clip=clip,
-        threads=torch.get_num_threads(),
-    )
-    return grad_u, carried_out, through_out
-
-
-def _backward_outputs(h: Tensor, inverse: str, update: str) -> tuple[Tensor, Tensor, Tensor]:
-    """What backward fills: δ, and what it sends on to an earlier call; empty where the rule sends nothing."""
-    carried = h.new_empty(h.shape[1:] if inverse != "none" else (0,))
-    through = h.new_empty(h.shape[1:] if update == "total" else (0,))
-    return h.new_empty(h.shape), carried, through
-
-
-BACKENDS = BackendTable(
-    "rnn",
-    {
-        "reference": Backend(reference.forward, reference.backward),
-        "cpu": Backend(_cpu_forward, _cpu_backward, _native.cpu_available, _native.cpu_supports),
-        "triton": missing("this version has no Triton kernel for it"),
-        "cuda": missing("this version has no CUDA kernel for it"),
-    },
-)
-
-
-def _forward(u: Tensor, weight: Tensor, h0: Tensor | None, nonlinearity: str, backend: str) -> Tensor:
-    return BACKENDS.resolve(backend, u).forward(u, weight, h0, nonlinearity)
-
-
-def _backward(
-    grad_h: Tensor | None,
-    grad_last: Tensor | None,
-    h: Tensor,
-    weight: Tensor,
-    feedback: Tensor | None,
-    carried: Tensor | None,
-    through: Tensor | None,
-    nonlinearity: str,
-    inverse: str,
-    update: str,
-    step: float,
-    clip: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return BACKENDS.resolve(backend, h).backward(
-        grad_h, grad_last, h, weight, feedback, carried, through, nonlinearity, inverse, update, step, clip
-    )
-
-
-def _fake_backward(
-    grad_h: Tensor | None,
-    grad_last: Tensor | None,
-    h: Tensor,
-    weight: Tensor,
-    feedback: Tensor | None,
-    carried: Tensor | None,
-    through: Tensor | None,
-    nonlinearity: str,
-    inverse: str,
-    update: str,
-    *rest: object,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward_outputs(h, inverse, update)
-
-
-register(
-    "rnn_fwd(Tensor u, Tensor weight, Tensor? h0, str nonlinearity, str backend) -> Tensor",
-    _forward,
-    lambda u, weight, h0, nonlinearity, backend: u.new_empty(u.shape),
-)
-register(
-    "rnn_bwd(Tensor? grad_h, Tensor? grad_last, Tensor h, Tensor weight, Tensor? feedback, Tensor? carried, "
-    "Tensor? through, str nonlinearity, str inverse, str update, float step, float clip, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
-    _backward,
-    _fake_backward,
-)
-
 
 _last_feedback: tuple[Tensor, float, float, str, Tensor] | None = None
 
@@ -200,8 +51,143 @@ register(
 )
 
 
-def _project(x: Tensor, projection: Tensor | None, bias: Tensor | None) -> Tensor:
-    return x if projection is None else functional.linear(x, projection, bias)
+def _chunks(T: int, B: int, N: int) -> list[slice]:
+    """Steps that are projected, swept and summed up together: their arrays stay in the second-level cache (a megabyte
+    in float32), but for rows enough that packing the weights anew for each chunk does not show.
+    """
+    steps = max(1, max(2048, 2**18 // N) // max(1, B))
+    return [slice(first, min(first + steps, T)) for first in range(0, T, steps)]
+
+
+def _layer_forward(
+    x: Tensor,
+    projection: Tensor,
+    bias: Tensor | None,
+    weight: Tensor,
+    h0: Tensor | None,
+    nonlinearity: str,
+    backend: str,
+) -> Tensor:
+    forward = BACKENDS.resolve(backend, x).forward
+    T, B, N = x.shape[0], x.shape[1], weight.shape[-1]
+    h, start = x.new_empty((T, B, N)), h0
+    for steps in _chunks(T, B, N):
+        u = functional.linear(x[steps], projection, bias)
+        start = forward(u, weight, start, nonlinearity, out=h[steps])[-1]
+    return h
+
+
+def _layer_backward(
+    grad_h: Tensor | None,
+    grad_last: Tensor | None,
+    x: Tensor,
+    projection: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    h0: Tensor | None,
+    feedback: Tensor | None,
+    carried: Tensor | None,
+    through: Tensor | None,
+    nonlinearity: str,
+    inverse: str,
+    update: str,
+    step: float,
+    clip: float,
+    needs_x: bool,
+    needs_projection: bool,
+    needs_weight: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    backward = BACKENDS.resolve(backend, h).backward
+    grad_x, grad_projection, grad_bias, grad_weight, *_ = _layer_outputs(
+        x, projection, h, inverse, update, needs_x, needs_projection, needs_weight
+    )
+    for gradient in (grad_projection, grad_bias, grad_weight):
+        gradient.zero_()
+    chunks = _chunks(*h.shape)
+    for steps in reversed(chunks):
+        grad_u, carried, through = backward(
+            None if grad_h is None else grad_h[steps],
+            grad_last if steps is chunks[-1] else None,
+            *(h[steps], weight, feedback, carried, through, nonlinearity, inverse, update, step, clip),
+        )
+        carried = None if inverse == "none" else carried
+        through = None if update == "local" else through
+        delta = grad_u.flatten(0, 1)
+        if needs_x:
+            grad_x[steps] = grad_u @ projection
+        if needs_projection:
+            grad_projection.addmm_(delta.mT, x[steps].flatten(0, 1))
+            grad_bias.add_(delta.sum(0))
+        if needs_weight and steps.start == 0:
+            grad_weight.add_(_weight_gradient(grad_u, h[steps], h0))
+        elif needs_weight:
+            grad_weight.addmm_(delta.mT, h[steps.start - 1 : steps.stop - 1].flatten(0, 1))
+    nothing = h.new_empty(0)
+    sent = (nothing if tensor is None else tensor for tensor in (carried, through))
+    return grad_x, grad_projection, grad_bias, grad_weight, *sent
+
+
+def _layer_outputs(
+    x: Tensor,
+    projection: Tensor,
+    h: Tensor,
+    inverse: str,
+    update: str,
+    needs_x: bool,
+    needs_projection: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients in x, U, b and W, and what is sent on to an earlier call; empty where nothing is."""
+    N = h.shape[-1]
+    return (
+        h.new_empty(x.shape if needs_x else (0,)),
+        h.new_empty(projection.shape if needs_projection else (0,)),
+        h.new_empty((N,) if needs_projection else (0,)),
+        h.new_empty((N, N) if needs_weight else (0,)),
+        h.new_empty(h.shape[1:] if inverse != "none" else (0,)),
+        h.new_empty(h.shape[1:] if update == "total" else (0,)),
+    )
+
+
+def _fake_layer_backward(
+    grad_h: Tensor | None,
+    grad_last: Tensor | None,
+    x: Tensor,
+    projection: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    h0: Tensor | None,
+    feedback: Tensor | None,
+    carried: Tensor | None,
+    through: Tensor | None,
+    nonlinearity: str,
+    inverse: str,
+    update: str,
+    step: float,
+    clip: float,
+    needs_x: bool,
+    needs_projection: bool,
+    needs_weight: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _layer_outputs(x, projection, h, inverse, update, needs_x, needs_projection, needs_weight)
+
+
+register(
+    "rnn_layer_fwd(Tensor x, Tensor projection, Tensor? bias, Tensor weight, Tensor? h0, str nonlinearity, "
+    "str backend) -> Tensor",
+    _layer_forward,
+    lambda x, projection, bias, weight, *rest: x.new_empty((x.shape[0], x.shape[1], weight.shape[-1])),
+)
+register(
+    "rnn_layer_bwd(Tensor? grad_h, Tensor? grad_last, Tensor x, Tensor projection, Tensor h, Tensor weight, "
+    "Tensor? h0, Tensor? feedback, Tensor? carried, Tensor? through, str nonlinearity, str inverse, str update, "
+    "float step, float clip, bool needs_x, bool needs_projection, bool needs_weight, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _layer_backward,
+    _fake_layer_backward,
+)
 
 
 def _weight_gradient(grad_u: Tensor, h: Tensor, start: Tensor | None) -> Tensor:
@@ -212,6 +198,20 @@ def _weight_gradient(grad_u: Tensor, h: Tensor, start: Tensor | None) -> Tensor:
         return grad_weight if start is None else grad_weight.addmm_(grad_u[0].mT, start)
     grad_weight = delta.permute(1, 2, 0) @ state.transpose(0, 1)
     return grad_weight if start is None else grad_weight.baddbmm_(grad_u[0].permute(1, 2, 0), start.transpose(0, 1))
+
+
+def _states(
+    x: Tensor,
+    projection: Tensor | None,
+    bias: Tensor | None,
+    weight: Tensor,
+    start: Tensor | None,
+    nonlinearity: str,
+    backend: str,
+) -> Tensor:
+    if projection is None:
+        return torch.ops.tp_kernels.rnn_fwd(x, weight, start, nonlinearity, backend)
+    return torch.ops.tp_kernels.rnn_layer_fwd(x, projection, bias, weight, start, nonlinearity, backend)
 
 
 class RNNFunction(torch.autograd.Function):
@@ -240,9 +240,8 @@ class RNNFunction(torch.autograd.Function):
         clip: float,
         backend: str,
     ) -> tuple[Tensor | None, Tensor]:
-        rnn_fwd = torch.ops.tp_kernels.rnn_fwd
         if checkpoint_every is None:
-            kept = sequence = rnn_fwd(_project(x, projection, bias), weight, h0, nonlinearity, backend)
+            kept = sequence = _states(x, projection, bias, weight, h0, nonlinearity, backend)
             last = sequence[-1].clone()
         else:
             T, N, last, ends, sequence = x.shape[0], weight.shape[-1], h0, [], None
@@ -250,7 +249,7 @@ class RNNFunction(torch.autograd.Function):
                 sequence = x.new_empty((*x.shape[:-1], N))
             for first in range(0, T, checkpoint_every):
                 steps = slice(first, first + checkpoint_every)
-                h = rnn_fwd(_project(x[steps], projection, bias), weight, last, nonlinearity, backend)
+                h = _states(x[steps], projection, bias, weight, last, nonlinearity, backend)
                 last = h[-1].clone()
                 ends.append(last)
                 if return_sequence:
@@ -268,45 +267,47 @@ class RNNFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_h: Tensor | None, grad_last: Tensor | None) -> tuple:
         x, projection, bias, weight, h0, kept = ctx.saved_tensors
         nonlinearity, inverse, update, power, reg, step, clip, backend = ctx.words
-        needs_x, needs_projection, needs_bias, needs_weight, needs_h0 = ctx.needs_input_grad[:5]
+        needs_x, needs_projection, needs_bias, needs_weight = ctx.needs_input_grad[:4]
         feedback = None
         if inverse in ("weight", "layer"):
             feedback = torch.ops.tp_kernels.rnn_feedback(weight, reg, power, backend)
 
-        def chunk(h: Tensor, start: Tensor | None, x: Tensor | None, grad_h, grad_last, carried, through) -> tuple:
+        def gradients_of(h: Tensor, start: Tensor | None, x: Tensor | None, *sources: Tensor | None) -> tuple:
             """Gradients in x, U, b and W of some steps, and what these send on to the steps before."""
-            grad_u, carried, through = torch.ops.tp_kernels.rnn_bwd(
-                *(grad_h, grad_last, h, weight, feedback, carried, through),
-                *(nonlinearity, inverse, update, step, clip, backend),
-            )
-            flat = grad_u.flatten(0, 1)
-            gradients = (
-                grad_u if projection is None or not needs_x else grad_u @ projection,
-                flat.mT @ x.flatten(0, 1) if needs_projection else None,
-                flat.sum(0) if needs_bias else None,
-                _weight_gradient(grad_u, h, start) if needs_weight else None,
-            )
+            grad_h, grad_last, carried, through = sources
+            words = (nonlinearity, inverse, update, step, clip)
+            if projection is None:
+                grad_x, carried, through = torch.ops.tp_kernels.rnn_bwd(
+                    grad_h, grad_last, h, weight, feedback, carried, through, *words, backend
+                )
+                gradients = [grad_x, None, None, _weight_gradient(grad_x, h, start) if needs_weight else None]
+            else:
+                *gradients, carried, through = torch.ops.tp_kernels.rnn_layer_bwd(
+                    *(grad_h, grad_last, x, projection, h, weight, start, feedback, carried, through),
+                    *(*words, needs_x, needs_projection or needs_bias, needs_weight, backend),
+                )
             return gradients, carried if inverse != "none" else None, through if update == "total" else None
 
         if ctx.checkpoint_every is None:
-            gradients, carried, through = chunk(kept, h0, x, grad_h, grad_last, None, None)
+            gradients, carried, through = gradients_of(kept, h0, x, grad_h, grad_last, None, None)
         else:
             gradients, carried, through = None, None, None
             grad_x = torch.empty_like(x) if needs_x else None
             for i in reversed(range(kept.shape[0])):
                 steps = slice(i * ctx.checkpoint_every, (i + 1) * ctx.checkpoint_every)
                 start = kept[i - 1] if i else h0
-                u = _project(x[steps], projection, bias)
-                h = torch.ops.tp_kernels.rnn_fwd(u, weight, start, nonlinearity, backend)
+                h = _states(x[steps], projection, bias, weight, start, nonlinearity, backend)
                 grad = None if grad_h is None else grad_h[steps]
-                (part, *parts), carried, through = chunk(h, start, x[steps], grad, grad_last, carried, through)
+                part, carried, through = gradients_of(h, start, x[steps], grad, grad_last, carried, through)
                 grad_last = None  # the last state is the last chunk's
                 if needs_x:
-                    grad_x[steps] = part
-                gradients = parts if gradients is None else [_add(a, b) for a, b in zip(gradients, parts, strict=True)]
-            gradients = (grad_x, *gradients)
-        grad_h0 = through if update == "total" else carried
-        return (gradients[0] if needs_x else None, *gradients[1:], grad_h0 if needs_h0 else None, *[None] * 10)
+                    grad_x[steps] = part[0]
+                part[0] = None
+                gradients = part if gradients is None else [_add(a, b) for a, b in zip(gradients, part, strict=True)]
+            gradients[0] = grad_x
+        gradients.append(through if update == "total" else carried)  # of the first state
+        needed = ctx.needs_input_grad[:5]
+        return (*(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), *[None] * 10)
 
 
 def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:

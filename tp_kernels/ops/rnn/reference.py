@@ -9,7 +9,7 @@ from torch import Tensor
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "identity": lambda z: z}
 
 
-def forward(u: Tensor, weight: Tensor, h0: Tensor | None, nonlinearity: str) -> Tensor:
+def forward(u: Tensor, weight: Tensor, h0: Tensor | None, nonlinearity: str, out: Tensor | None = None) -> Tensor:
     """States ``h_t = a(u_t + h_{t-1} Wᵀ)``.
 
     Args:
@@ -17,12 +17,13 @@ def forward(u: Tensor, weight: Tensor, h0: Tensor | None, nonlinearity: str) -> 
         weight: [N, N] or [H, N, N].
         h0: [B, N] or [B, H, N]; ``None`` is zero.
         nonlinearity: "tanh", "relu" or "identity".
+        out: like ``u``, contiguous: where to write h; ``None`` takes new memory.
 
     Returns:
         h, of the shape and dtype of ``u``, contiguous.
     """
     activation = ACTIVATIONS[nonlinearity]
-    h = u.new_empty(u.shape)
+    h = u.new_empty(u.shape) if out is None else out
     state = u.new_zeros(u.shape[1:]) if h0 is None else h0
     for t in range(u.shape[0]):
         state = activation(u[t] + _apply(weight, state))

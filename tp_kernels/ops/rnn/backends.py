@@ -1,0 +1,159 @@
+"""The recurrence on each back-end: launchers, the back-end table, and the ops ``rnn_fwd`` and ``rnn_bwd``."""
+
+import torch
+from torch import Tensor
+
+from tp_kernels import _native
+from tp_kernels._backends import Backend, BackendTable, missing
+from tp_kernels._library import register
+from tp_kernels.ops.rnn import reference
+
+
+def _unit_stride(tensor: Tensor | None) -> Tensor | None:
+    """The native kernels take any strides but for the last axis."""
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, int, int]:
+    """Strides over time, batch and heads."""
+    if tensor is None:
+        return 0, 0, 0
+    return tensor.stride(0), tensor.stride(1), tensor.stride(2) if tensor.dim() == 4 else 0
+
+
+def _sizes(h: Tensor) -> tuple[int, int, int, int]:
+    return h.shape[0], h.shape[1], h.shape[2] if h.dim() == 4 else 1, h.shape[-1]
+
+
+def _cpu_forward(u: Tensor, weight: Tensor, h0: Tensor | None, nonlinearity: str, out: Tensor | None = None) -> Tensor:
+    u, weight = _unit_stride(u), weight.contiguous()
+    h0 = u.new_zeros(u.shape[1:]) if h0 is None else h0.contiguous()
+    h = u.new_empty(u.shape) if out is None else out
+    _native.cpu.rnn_fwd(
+        double=_native.is_double(u),
+        u=_native.pointer(u),
+        u_strides=_strides(u),
+        weight=_native.pointer(weight),
+        h0=_native.pointer(h0),
+        h=_native.pointer(h),
+        sizes=_sizes(u),
+        nonlinearity=nonlinearity,
+        threads=torch.get_num_threads(),
+    )
+    return h
+
+
+def _cpu_backward(
+    grad_h: Tensor | None,
+    grad_last: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    feedback: Tensor | None,
+    carried: Tensor | None,
+    through: Tensor | None,
+    nonlinearity: str,
+    inverse: str,
+    update: str,
+    step: float,
+    clip: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_h = _unit_stride(grad_h)
+    h, weight = h.contiguous(), weight.contiguous()
+    grad_last, feedback, carried, through = (
+        None if tensor is None else tensor.contiguous() for tensor in (grad_last, feedback, carried, through)
+    )
+    grad_u, carried_out, through_out = _backward_outputs(h, inverse, update)
+    _native.cpu.rnn_bwd(
+        double=_native.is_double(h),
+        grad_h=_native.pointer(grad_h),
+        grad_h_strides=_strides(grad_h),
+        grad_last=_native.pointer(grad_last),
+        h=_native.pointer(h),
+        weight=_native.pointer(weight),
+        feedback=_native.pointer(feedback),
+        carried_in=_native.pointer(carried),
+        through_in=_native.pointer(through),
+        carried_out=_native.pointer(carried_out),
+        through_out=_native.pointer(through_out),
+        grad_u=_native.pointer(grad_u),
+        sizes=_sizes(h),
+        nonlinearity=nonlinearity,
+        inverse=inverse,
+        update=update,
+        step=step,
+        clip=clip,
+        threads=torch.get_num_threads(),
+    )
+    return grad_u, carried_out, through_out
+
+
+def _backward_outputs(h: Tensor, inverse: str, update: str) -> tuple[Tensor, Tensor, Tensor]:
+    """What backward fills: δ, and what it sends on to an earlier call; empty where the rule sends nothing."""
+    carried = h.new_empty(h.shape[1:] if inverse != "none" else (0,))
+    through = h.new_empty(h.shape[1:] if update == "total" else (0,))
+    return h.new_empty(h.shape), carried, through
+
+
+BACKENDS = BackendTable(
+    "rnn",
+    {
+        "reference": Backend(reference.forward, reference.backward),
+        "cpu": Backend(_cpu_forward, _cpu_backward, _native.cpu_available, _native.cpu_supports),
+        "triton": missing("this version has no Triton kernel for it"),
+        "cuda": missing("this version has no CUDA kernel for it"),
+    },
+)
+
+
+def _forward(u: Tensor, weight: Tensor, h0: Tensor | None, nonlinearity: str, backend: str) -> Tensor:
+    return BACKENDS.resolve(backend, u).forward(u, weight, h0, nonlinearity)
+
+
+def _backward(
+    grad_h: Tensor | None,
+    grad_last: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    feedback: Tensor | None,
+    carried: Tensor | None,
+    through: Tensor | None,
+    nonlinearity: str,
+    inverse: str,
+    update: str,
+    step: float,
+    clip: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return BACKENDS.resolve(backend, h).backward(
+        grad_h, grad_last, h, weight, feedback, carried, through, nonlinearity, inverse, update, step, clip
+    )
+
+
+def _fake_backward(
+    grad_h: Tensor | None,
+    grad_last: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    feedback: Tensor | None,
+    carried: Tensor | None,
+    through: Tensor | None,
+    nonlinearity: str,
+    inverse: str,
+    update: str,
+    *rest: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward_outputs(h, inverse, update)
+
+
+register(
+    "rnn_fwd(Tensor u, Tensor weight, Tensor? h0, str nonlinearity, str backend) -> Tensor",
+    _forward,
+    lambda u, weight, h0, nonlinearity, backend: u.new_empty(u.shape),
+)
+register(
+    "rnn_bwd(Tensor? grad_h, Tensor? grad_last, Tensor h, Tensor weight, Tensor? feedback, Tensor? carried, "
+    "Tensor? through, str nonlinearity, str inverse, str update, float step, float clip, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
