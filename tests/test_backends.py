@@ -187,7 +187,7 @@ def test_info_names_every_op_and_backend():
     found = info.backends()
     assert list(found) == [(op, name) for op in OPS for name in NAMES]
     for (_, name), answer in found.items():
-        ok, reason = rnn_op.BACKENDS.backends[name].available()
+        ok, reason = rnn_backends.BACKENDS.backends[name].available()
         assert answer == ("yes" if ok else f"no: {reason}")
     assert found["rnn", "reference"] == "yes"
     assert found["rnn", "cuda"] == f"no: {WHY_NOT['cuda']}"
