@@ -40,7 +40,7 @@ class Contender:
         label: for a reader.
         rule: what its gradients must be; the float64 reference computes them for the check.
         build: (M, N, backend) -> module that takes [T, B, M] and returns the last state, [B, N].
-        fused: runs on this library's kernels, so that the cost model speaks about it.
+        fused: runs on this library's kernels.
     """
 
     name: str
@@ -85,8 +85,12 @@ class CellLoop(nn.Module):
         return state
 
 
-def _layer(rule: Rule) -> Callable[[int, int, str], nn.Module]:
-    return lambda M, N, backend: LastState(tp_kernels.nn.RNN(M, N, rule=rule, backend=backend))
+def _layer(rule: Rule, **options: object) -> Callable[[int, int, str], nn.Module]:
+    return lambda M, N, backend: LastState(tp_kernels.nn.RNN(M, N, rule=rule, backend=backend, **options))
+
+
+# The least memory: every 64th state is kept, the others are computed again, and there is no output of T states.
+_CHECKPOINTS = {"checkpoint_every": 64, "return_sequence": False}
 
 
 CONTENDERS = {
@@ -98,6 +102,8 @@ CONTENDERS = {
         ),
         Contender("tp-layer", "tp", "TP as in the paper", TargetProp.paper(), _layer(TargetProp.paper()), True),
         Contender("bp", "bp", "BP, same kernels", BackProp(), _layer(BackProp()), fused=True),
+        Contender("tp-keep64", "tp", "TP, checkpoints", TargetProp(), _layer(TargetProp(), **_CHECKPOINTS), True),
+        Contender("bp-keep64", "bp", "BP, checkpoints", BackProp(), _layer(BackProp(), **_CHECKPOINTS), True),
         Contender("nn.RNN", "bp", "torch.nn.RNN", BackProp(), lambda M, N, _: LastState(nn.RNN(M, N))),
         Contender("eager", "bp", "loop of RNNCell", BackProp(), lambda M, N, _: CellLoop(M, N)),
         Contender(
@@ -166,7 +172,7 @@ PRESETS = {
             T=(4, 16, 64, 256, 784, 3072),
             N=(16, 32, 64, 100, 128, 256, 512),
             B=(1, 16, 128),
-            contenders=("tp", "tp-local", "tp-layer", "bp", "nn.RNN", "eager", "compile"),
+            contenders=("tp", "tp-local", "tp-layer", "tp-keep64", "bp", "bp-keep64", "nn.RNN", "eager", "compile"),
         ),
         Effort(compile_max_T=16),
     ),
