@@ -381,6 +381,11 @@ def test_the_report_is_whole_and_stands_alone(tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results["records"]) == len(records)
     assert len((tmp_path / "results.csv").read_text().splitlines()) == len(records) + 1
+    ratios = (tmp_path / "ratios.md").read_text()
+    head, _, first, *_ = (line for line in ratios.splitlines() if line.startswith("|"))
+    assert head.startswith("| T | B | N | TP, ms | TP / BP, same kernels | TP / torch.nn.RNN |")
+    assert re.fullmatch(r"\| 16 \| 16 \| 64 \| \d+\.\d\d \| 1\.50 \| 0\.50 \| .*", first)
+    assert "| 3072 | 16 | 64 | – | – | – |" in ratios  # its check failed: no ratio
     pictures = {path.name for path in tmp_path.glob("*.png")}
     assert {"time_tp_over_bp.png", "memory_tp_over_nn.RNN.png", "model.png"} < pictures
     assert any(name.startswith("race_digits") for name in pictures)

@@ -273,8 +273,35 @@ def _environments(records: list[dict]) -> list[tuple[str, int]]:
     return words.most_common()
 
 
+def _ratios(cells: list[Cell], environments: list[tuple[str, int]]) -> str:
+    """A Markdown table: the median step of each contender over that of each BP contender of the same cell."""
+    pairs = [
+        (mine, other)
+        for mine in present(cells, "tp")
+        for other in ("bp", "nn.RNN", "eager", "compile")
+        if any(mine in cell and other in cell for cell in cells)
+    ]
+    head = ["T", "B", "N", "TP, ms", *(f"{CONTENDERS[m].label} / {CONTENDERS[o].label}" for m, o in pairs)]
+    rows = []
+    for cell in cells:
+
+        def median(name: str, cell: Cell = cell) -> float | None:
+            return cell[name]["median_s"] if name in cell else None
+
+        quotients = [median(m) / median(o) if median(m) and median(o) else None for m, o in pairs]
+        shape = next(iter(cell.values()))
+        milliseconds = f"{1e3 * median('tp'):.2f}" if median("tp") else "–"
+        rows.append([*(str(shape[letter]) for letter in "TBN"), milliseconds])
+        rows[-1] += ["–" if quotient is None else f"{quotient:.2f}" for quotient in quotients]
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---:"] * len(head), *rows)]
+    where = [f"- {words} ({count(number, 'record')})" for words, number in environments]
+    return "\n".join(
+        ["Median time of a training step, as a ratio: below 1 the first is faster.", "", *where, "", *lines, ""]
+    )
+
+
 def write(records: list[dict], folder: Path) -> list[Finding]:
-    """Write results.json, results.csv, the pictures and index.html into ``folder``; returns the summary."""
+    """Write results.json, results.csv, ratios.md, the pictures and index.html into ``folder``; returns the summary."""
     cells, races, findings = cells_of(records), races_of(records), summarize(records)
     fitted = fit(cells)
     sections = []
@@ -292,6 +319,8 @@ def write(records: list[dict], folder: Path) -> list[Finding]:
     }
     (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     _write_csv(records, folder / "results.csv")
+    if cells:
+        (folder / "ratios.md").write_text(_ratios(cells, _environments(records)), encoding="utf-8")
     for stale in itertools.chain(*(folder.glob(f"{kind}*.png") for kind in ("time_", "memory_", "model", "race_"))):
         stale.unlink()  # pictures of an earlier report that this one may not have
     for name, _, content in itertools.chain.from_iterable(section.pictures for section in sections):
