@@ -81,18 +81,36 @@ void solve_rows(const T* factor, ptrdiff_t stride, const T* inverse_diagonal, pt
     }
 }
 
-// Factors the R × R block at `gram` in its upper triangle. False: a pivot is not positive, or NaN.
+// Factors a block of up to block_rows rows, block_rows apart, in its upper triangle. False: a pivot is not positive, or
+// NaN.
 template <class T>
-bool factor_block(T* gram, ptrdiff_t stride, ptrdiff_t rows, T* inverse_diagonal) {
-    for (ptrdiff_t i = 0; i < rows; ++i) {
-        T* row = gram + i * stride;
-        if (!(row[i] > 0)) return false;
-        inverse_diagonal[i] = 1 / root(row[i]);
-        for (ptrdiff_t j = i; j < rows; ++j) row[j] *= inverse_diagonal[i];
-        for (ptrdiff_t p = i + 1; p < rows; ++p)
-            for (ptrdiff_t j = p; j < rows; ++j) gram[p * stride + j] -= row[p] * row[j];
+bool factor_block(T* block, ptrdiff_t rows, T* inverse_diagonal) {
+    // Rows beyond the last are those of the identity: with loops of fixed length the block stays in registers.
+    for (ptrdiff_t i = rows; i < block_rows; ++i)
+        for (ptrdiff_t j = 0; j <= i; ++j) block[j * block_rows + i] = j == i ? T(1) : T(0);
+    T u[block_rows][block_rows];
+    bool positive = true;
+#pragma GCC unroll 8
+    for (int i = 0; i < block_rows; ++i)
+#pragma GCC unroll 8
+        for (int j = i; j < block_rows; ++j) u[i][j] = block[i * block_rows + j];
+#pragma GCC unroll 8
+    for (int i = 0; i < block_rows; ++i) {
+        positive = positive && u[i][i] > 0;
+        const T scale = 1 / root(u[i][i]);
+#pragma GCC unroll 8
+        for (int j = i; j < block_rows; ++j) u[i][j] *= scale;
+#pragma GCC unroll 8
+        for (int p = i + 1; p < block_rows; ++p)
+#pragma GCC unroll 8
+            for (int j = p; j < block_rows; ++j) u[p][j] -= u[i][p] * u[i][j];
+        if (i < rows) inverse_diagonal[i] = scale;
     }
-    return true;
+#pragma GCC unroll 8
+    for (int i = 0; i < block_rows; ++i)
+#pragma GCC unroll 8
+        for (int j = i; j < block_rows; ++j) block[i * block_rows + j] = u[i][j];
+    return positive;
 }
 
 // Rows that are brought up to date together: what they need of the rows before is read once for all of them.
@@ -133,20 +151,14 @@ bool cholesky(const Rows<T>& gram, ptrdiff_t n, T* inverse_diagonal) {
         for (ptrdiff_t first = outer; first < end; first += block_rows) {
             const ptrdiff_t rows = smaller(end - first, block_rows);
             subtract(first, rows, outer, first - outer);
-            T* block = gram[first] + first;
-            T* scales = inverse_diagonal + first;
-            if (!factor_block(block, gram.stride, rows, scales)) return false;
-            const ptrdiff_t whole = divide_up(first + rows, lanes<T>) * lanes<T>;
-            for (ptrdiff_t j = rows; first + j < smaller(whole, n); ++j) {  // up to the next whole vector
-                for (ptrdiff_t i = 0; i < rows; ++i) {
-                    T value = block[i * gram.stride + j];
-                    for (ptrdiff_t p = 0; p < i; ++p) value -= block[p * gram.stride + i] * block[p * gram.stride + j];
-                    block[i * gram.stride + j] = value * scales[i];
-                }
-            }
-            if (whole < gram.columns)
-                solve_rows<T, Triangle::lower>(block, gram.stride, scales, rows, gram[first] + whole, gram.stride,
-                                               gram.columns - whole);
+            // The block's factor, apart: with it, one solve gives the block's rows of U, diagonal block included.
+            T block[block_rows * block_rows];
+            for (ptrdiff_t i = 0; i < rows; ++i)
+                for (ptrdiff_t j = i; j < rows; ++j) block[i * block_rows + j] = gram[first + i][first + j];
+            if (!factor_block(block, rows, inverse_diagonal + first)) return false;
+            const ptrdiff_t start = first / lanes<T> * lanes<T>;
+            solve_rows<T, Triangle::lower>(block, block_rows, inverse_diagonal + first, rows, gram[first] + start,
+                                           gram.stride, gram.columns - start);
         }
     }
     return true;
@@ -186,13 +198,64 @@ void solve(const Rows<T>& factor, ptrdiff_t n, const T* inverse_diagonal, const 
     }
 }
 
-// X = Wᵀ, in strips of W that the first-level cache holds.
+#if defined(__GNUC__) && !defined(__clang__)
+template <size_t Bytes>
+struct Integer {
+    typedef int32_t type;
+};
+template <>
+struct Integer<8> {
+    typedef int64_t type;
+};
+
+// Transposes a block of as many rows as a vector has lanes: exchanges its off-diagonal halves, then those of each
+// quarter, and so on.
+template <class T>
+inline void transpose_block(const T* source, ptrdiff_t source_row, T* target, ptrdiff_t target_row) {
+    constexpr int L = lanes<T>;
+    typedef typename Vector<typename Integer<sizeof(T)>::type, L>::type Index;
+    Vec<T> rows[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) rows[i] = load<Vec<T>>(source + i * source_row);
+#pragma GCC unroll 4
+    for (int half = L / 2; half > 0; half /= 2) {
+        Index low, high;
+        for (int lane = 0; lane < L; ++lane) {
+            low[lane] = lane & half ? L + lane - half : lane;
+            high[lane] = lane & half ? L + lane : lane + half;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) {
+            if (i & half) continue;
+            const Vec<T> a = rows[i], b = rows[i + half];
+            rows[i] = __builtin_shuffle(a, b, low);
+            rows[i + half] = __builtin_shuffle(a, b, high);
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) store(target + i * target_row, rows[i]);
+}
+#else
+template <class T>
+inline void transpose_block(const T* source, ptrdiff_t source_row, T* target, ptrdiff_t target_row) {
+    for (ptrdiff_t i = 0; i < lanes<T>; ++i)
+        for (ptrdiff_t j = 0; j < lanes<T>; ++j) target[j * target_row + i] = source[i * source_row + j];
+}
+#endif
+
+// X = Wᵀ for the m × n elements of W, block by block.
 template <class T>
 void transpose(const Rows<T>& w, ptrdiff_t m, ptrdiff_t n, const Rows<T>& x) {
-    constexpr ptrdiff_t strip = 64 / sizeof(T);
-    for (ptrdiff_t first = 0; first < m; first += strip)
-        for (ptrdiff_t i = 0; i < n; ++i)
-            for (ptrdiff_t j = first; j < smaller(first + strip, m); ++j) x[i][j] = w[j][i];
+    constexpr ptrdiff_t L = lanes<T>;
+    for (ptrdiff_t j = 0; j < m; j += L) {
+        for (ptrdiff_t i = 0; i < n; i += L) {
+            if (j + L <= m && i + L <= n)
+                transpose_block(w[j] + i, w.stride, x[i] + j, x.stride);
+            else
+                for (ptrdiff_t k = i; k < smaller(i + L, n); ++k)
+                    for (ptrdiff_t l = j; l < smaller(j + L, m); ++l) x[k][l] = w[l][k];
+        }
+    }
 }
 
 // Elements of scratch that one matrix takes.

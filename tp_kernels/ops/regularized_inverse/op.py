@@ -102,13 +102,11 @@ class RegularizedInverseFunction(torch.autograd.Function):
     """Keeps W and P; backward factors the Gram matrix again."""
 
     @staticmethod
-    def forward(weight: Tensor, reg: Tensor, power: float, check_errors: bool, backend: str) -> Tensor:
-        return torch.ops.tp_kernels.regularized_inverse_fwd(weight, reg, power, check_errors, backend)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        weight, reg, ctx.power, _, ctx.backend = inputs
-        ctx.save_for_backward(weight, reg, output)
+    def forward(ctx: Any, weight: Tensor, reg: Tensor, power: float, check_errors: bool, backend: str) -> Tensor:
+        inverse = torch.ops.tp_kernels.regularized_inverse_fwd(weight, reg, power, check_errors, backend)
+        ctx.save_for_backward(weight, reg, inverse)
+        ctx.power, ctx.backend = power, backend
+        return inverse
 
     @staticmethod
     @once_differentiable
