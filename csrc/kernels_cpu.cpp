@@ -2,6 +2,7 @@
 #include "common/isa.h"
 #include "common/peak.inl"
 #include "regularized_inverse/kernel_cpu.inl"
+#include "regularized_inverse/polar_cpu.inl"
 #include "rnn/kernel_cpu.inl"
 
 #define TPK_STRING_OF(x) #x
@@ -12,8 +13,10 @@ namespace tpk::TPK_ISA {
 extern const IsaLevel level;
 const IsaLevel level = {
     TPK_STRING(TPK_ISA),
-    {rnn_forward<float>, rnn_backward<float>, regularized_solve<float>, multiply_add_loop<float>},
-    {rnn_forward<double>, rnn_backward<double>, regularized_solve<double>, multiply_add_loop<double>},
+    {rnn_forward<float>, rnn_backward<float>, regularized_solve<float>, regularized_polar<float>,
+     multiply_add_loop<float>},
+    {rnn_forward<double>, rnn_backward<double>, regularized_solve<double>, regularized_polar<double>,
+     multiply_add_loop<double>},
 };
 
 }  // namespace tpk::TPK_ISA

@@ -52,6 +52,16 @@ def regularized_solve(
     sizes: tuple[int, int, int],
     threads: int,
 ) -> None: ...
+def regularized_polar(
+    *,
+    double: bool,
+    weight: int,
+    reg: float,
+    polar: int,
+    failed: int,
+    sizes: tuple[int, int, int],
+    threads: int,
+) -> None: ...
 def multiply_add_loop(*, double: bool, iterations: int) -> float: ...
 def build_info() -> BuildInfo: ...
 def isa_levels() -> list[str]: ...

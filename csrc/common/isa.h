@@ -12,6 +12,7 @@ struct Launchers {
     bool (*rnn_forward)(const RnnForward<T>&);
     bool (*rnn_backward)(const RnnBackward<T>&);
     bool (*regularized_solve)(const RegularizedSolve<T>&);
+    bool (*regularized_polar)(const RegularizedPolar<T>&);
     double (*multiply_add_loop)(long iterations);  // the ceiling; returns the operations it took
 };
 

@@ -17,4 +17,15 @@ struct RegularizedSolve {
     int threads;
 };
 
+// polar = (WᵀW + rI)^{-1/2} Wᵀ for each matrix W [m][n] of a batch, m >= n. All arrays contiguous.
+template <class T>
+struct RegularizedPolar {
+    const T* weight;  // [batch][m][n]
+    T reg;
+    T* polar;      // [batch][n][m]; NaN where the iteration failed or the matrix is not finite
+    bool* failed;  // [batch]: finite, and too ill-conditioned for the iteration
+    ptrdiff_t batch, m, n;
+    int threads;
+};
+
 }  // namespace tpk

@@ -33,13 +33,31 @@ def _solve(weight: Tensor, rhs: Tensor | None, r: Tensor) -> tuple[Tensor, Tenso
     return solved, failed
 
 
+def _polar(weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """``(WᵀW + rI)^{-1/2} Wᵀ`` for m >= n, and which matrices failed."""
+    batch, (m, n) = weight.shape[:-2], weight.shape[-2:]
+    weight = weight.contiguous()
+    polar = weight.new_empty((*batch, n, m))
+    failed = torch.empty(batch, dtype=torch.bool)
+    _native.cpu.regularized_polar(
+        double=_native.is_double(weight),
+        weight=_native.pointer(weight),
+        reg=float(r),
+        polar=_native.pointer(polar),
+        failed=_native.pointer(failed),
+        sizes=(math.prod(batch), m, n),
+        threads=torch.get_num_threads(),
+    )
+    if failed.any():  # too ill-conditioned for the iteration
+        polar[failed], failed[failed.clone()] = reference.forward(weight[failed], r, 0.5)
+    return polar, failed
+
+
 def _cpu_forward(weight: Tensor, reg: Tensor, power: float) -> tuple[Tensor, Tensor]:
-    if power != 1.0:
-        return reference.forward(weight, reg, power)
     if weight.shape[-2] < weight.shape[-1]:
-        inverse, failed = _solve(weight.mT, None, reg)
+        inverse, failed = _cpu_forward(weight.mT, reg, power)
         return inverse.mT, failed
-    return _solve(weight, None, reg)
+    return _solve(weight, None, reg) if power == 1.0 else _polar(weight, reg)
 
 
 def _cpu_backward(grad: Tensor, weight: Tensor, inverse: Tensor, reg: Tensor, power: float) -> tuple[Tensor, Tensor]:
