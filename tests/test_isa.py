@@ -45,6 +45,7 @@ def test_tanh_accuracy(dtype, isa_level):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 3), (5, 2), (2, 7), (16, 16), (17, 15), (2, 33, 33), (64, 20)], ids=str)
 def test_regularized_inverse(shape, dtype, isa_level):
     inverse_check(matrices(shape, dtype), 0.25, 1.0, "cpu")
+    inverse_check(matrices(shape, dtype), 1e-4, 0.5, "cpu")
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
@@ -66,9 +67,10 @@ def test_threads_do_not_change_results(dtype, isa_level):
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         found = tp.rnn(*tensors, backend="cpu"), tp.regularized_inverse(weight, 0.25, backend="cpu")
+        found += (tp.regularized_inverse(weight, 0.25, power=0.5, backend="cpu"),)
         first = first or found
-        assert_identical(found[0], first[0], "h")
-        assert_identical(found[1], first[1], "P")
+        for what, *pair in zip(("h", "P at power 1", "P at power 1/2"), found, first, strict=True):
+            assert_identical(*pair, what)
 
 
 GUARD = 64
@@ -94,8 +96,9 @@ def test_nothing_is_written_outside_of_the_outputs(case, dtype, isa_level, fence
     h = torch.ops.tp_kernels.rnn_fwd(u, weight, h0, "tanh", "cpu")
     for inverse in ("none", "weight", "layer", "identity"):
         torch.ops.tp_kernels.rnn_bwd(u, None, h, weight, weight, h0, h0, "tanh", inverse, "total", 1.0, 0.1, "cpu")
-    tp.regularized_inverse(matrices((3, 7, case.N), dtype), 0.25, backend="cpu")
-    assert len(fences) == 1 + 4 * 3 + 1
+    for power in (1.0, 0.5):
+        tp.regularized_inverse(matrices((3, 7, case.N), dtype), 0.25, power=power, backend="cpu")
+    assert len(fences) == 1 + 4 * 3 + 2
     for memory in fences:
         assert memory[:GUARD].eq(12345).all(), "written before an output"
         assert memory[-GUARD:].eq(12345).all(), "written after an output"
@@ -120,7 +123,8 @@ for dtype in _cases.DTYPES:
         for rule in ("weight-total", "identity-local"):
             _checks.rnn_backward_check(case, _cases.RULES[rule], dtype, "cpu")
     for shape in ((3, 3), (2, 17, 15), (5, 9)):
-        _checks.inverse_check(_cases.matrices(shape, dtype), 0.25, 1.0, "cpu")
+        for power in (1.0, 0.5):
+            _checks.inverse_check(_cases.matrices(shape, dtype), 0.25, power, "cpu")
 print("done")
 """
 

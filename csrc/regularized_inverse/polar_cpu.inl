@@ -15,20 +15,17 @@ namespace tpk::TPK_ISA {
 // Steps at most that only raise the small singular values: each does so at least fourfold.
 constexpr int most_raising_steps = 12;
 
-// C = AᵀB, known to be symmetric, for A and B of k rows and n columns.
+// C = AᵀB, known to be symmetric, for A and B of k rows and n columns. C has whole vectors of rows too.
 template <class T>
 void multiply_symmetric(const Rows<T>& a, const Rows<T>& b, ptrdiff_t k, ptrdiff_t n, const Rows<T>& c) {
-    constexpr ptrdiff_t strip = 4 * block_rows;
-    for (ptrdiff_t first = 0; first < n; first += strip) {
-        const ptrdiff_t end = smaller(n, first + strip), start = first / lanes<T> * lanes<T>;
-        multiply<T, Into::store>(a[0] + first, 1, a.stride, end - first, b.from(0, start), k, c.columns - start,
-                                 c[first] + start, c.stride);
-        for (ptrdiff_t i = 0; i < first; i += strip)  // the mirrored elements left of this strip's diagonal block
-            for (ptrdiff_t row = first; row < end; ++row)
-                for (ptrdiff_t j = i; j < i + strip; ++j) c[row][j] = c[j][row];
+    constexpr ptrdiff_t L = lanes<T>;
+    for (ptrdiff_t first = 0; first < n; first += L) {
+        multiply<T, Into::store>(a[0] + first, 1, a.stride, smaller(L, n - first), b.from(0, first), k,
+                                 c.columns - first, c[first] + first, c.stride);
+        for (ptrdiff_t column = first + L; column < c.columns; column += L)  // mirrored square by square
+            for (ptrdiff_t j = column; j < column + L; ++j)
+                for (ptrdiff_t i = first; i < first + L; ++i) c[j][i] = c[i][j];
     }
-    for (ptrdiff_t row = 0; row < n; ++row)
-        for (ptrdiff_t j = row / strip * strip; j < row; ++j) c[row][j] = c[j][row];
 }
 
 // f(element, first column) for every vector of n rows.
@@ -69,15 +66,17 @@ inline double power_of_two(double x) {
 
 template <class T>
 inline ptrdiff_t polar_scratch(ptrdiff_t m, ptrdiff_t n) {
-    return (2 * (m + n) + 4 * n) * Rows<T>::stride_of(padded<T>(n));
+    const ptrdiff_t columns = padded<T>(n);
+    return (2 * (m + columns) + 4 * columns) * Rows<T>::stride_of(columns);
 }
 
 // False: too ill-conditioned.
 template <class T>
 bool polar_matrix(const T* weight, T reg, ptrdiff_t m, ptrdiff_t n, T* scratch, T* polar) {
     const Minimax* const table = minimax<T>;
-    Rows<T> x(scratch, n), next(x[m + n], n);
-    const Rows<T> gram(next[m + n], n), square(gram[n], n), factor(square[n], n), p(factor[n], n);
+    Rows<T> x(scratch, n), next(x[m + padded<T>(n)], n);
+    const Rows<T> gram(next[m + padded<T>(n)], n), square(gram[padded<T>(n)], n), factor(square[padded<T>(n)], n),
+        p(factor[padded<T>(n)], n);
     // P of sW and s²r is that of W and r: no square overflows.
     const double root_reg = root(static_cast<double>(reg)), largest = largest_magnitude(weight, m * n);
     const T scale = static_cast<T>(1 / power_of_two(largest > root_reg ? largest : root_reg));

@@ -1,11 +1,14 @@
 """``regularized_inverse``: the eight tests, and NumPy's solvers and decompositions as oracles."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from _cases import DTYPES, LAYOUTS, matrices, spectrum
 from _checks import inverse_check
-from _compare import assert_identical, assert_near, assert_small_residual
+from _compare import FLOOR, assert_budget, assert_identical, assert_near, assert_small_residual, errors
 from _oracle import extended, regularized_inverse, regularized_inverse_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -393,3 +396,94 @@ def test_second_derivatives_are_refused(backend):
     (grad,) = torch.autograd.grad(found.square().sum(), weight, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+# --- power 1/2 by matrix products
+
+
+def test_minimax_polynomials():
+    """Each leaves what the next one takes, and the last less than the unit roundoff; near 0 they raise fourfold."""
+    source = (Path(__file__).parents[2] / "csrc" / "regularized_inverse" / "minimax.h").read_text()
+    tables = re.findall(r"minimax<(float|double)>\[minimax_rows\] = \{(.*?)\n\};", source, re.DOTALL)
+    assert [name for name, _ in tables] == ["float", "double"]
+    for (_, table), roundoff in zip(tables, (2.0**-24, 2.0**-53), strict=True):
+        rows = np.array(re.findall(r"[-+.\de]+", table), dtype=np.longdouble).reshape(3, 7)
+        for (extent, centre, *coefficients), left in zip(rows, [*rows[1:, 0], roundoff], strict=True):
+            x = np.linspace(1 - extent, 1 + extent, 100_001)
+            error = np.abs(x * np.polyval(coefficients[::-1], x**2 - centre) - 1).max()
+            assert error <= left + 1e-9 * (left > 1e-3) + 1e-16
+        x = np.linspace(0, (1 - rows[0, 0]) / 4, 1001)[1:]
+        assert (np.polyval(rows[0, :1:-1], x**2 - rows[0, 1]) > 4).all()
+
+
+def polar(weight: Tensor, reg: float) -> tuple[Tensor, Tensor]:
+    """The native iteration alone, without the decomposition that takes over where it gives up."""
+    result = torch.empty_like(weight.mT.contiguous())
+    failed = torch.empty(weight.shape[:1], dtype=torch.bool)
+    addresses = {"weight": weight.data_ptr(), "polar": result.data_ptr(), "failed": failed.data_ptr()}
+    double = weight.dtype == torch.float64
+    _native.cpu.regularized_polar(double=double, reg=reg, sizes=tuple(weight.shape), threads=1, **addresses)
+    return result, failed
+
+
+@pytest.mark.parametrize("reg", [1e-4, 1e-8])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e2, 1e3])
+@pytest.mark.parametrize("shape", [(8, 1, 1), (8, 7, 5), (8, 33, 33), (4, 100, 100)], ids=str)
+def test_polar_converges(shape, size, reg, dtype, cpu):
+    """Against the decomposition of the same dtype, s_max/√r up to 1e7: full rank, twelve decades, rank 1, zero."""
+    gains = torch.logspace(0, -12, shape[-1], dtype=torch.float64)
+    rank_1 = torch.eye(shape[-1], dtype=torch.float64)[0]
+    weight = torch.stack([
+        matrices(shape[1:], torch.float64),
+        *(spectrum(shape[1:], values, torch.float64) for values in (gains, rank_1, 0 * gains)),
+    ]).mul(size).to(dtype)  # fmt: skip
+    found, failed = polar(weight, reg)
+    assert not failed.any()
+    exact = regularized_inverse(extended(weight), float(torch.tensor(reg, dtype=dtype)), 0.5)
+    plain = tp.regularized_inverse(weight, reg, power=0.5, backend="reference")
+    allowed = 2 * errors(plain, exact) + FLOOR[dtype]
+    assert (errors(found, exact) <= allowed).all()
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(data=st.data())
+def test_polar_never_gives_up_below_1e6(cpu, data):
+    """Whatever W is: gains below 1, and ``P Pᵀ + r A⁻¹ = I`` (A = WᵀW + rI) to rounding, which the condition scales."""
+    dtype = data.draw(st.sampled_from(DTYPES))
+    n = data.draw(st.integers(1, 40))
+    reg = data.draw(st.sampled_from([1e-4, 1e-8]))
+    condition = 10 ** data.draw(st.floats(-2, 6))
+    gains = 10 ** (-12 * torch.rand(n, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99)))).double())
+    weight = spectrum((1, n + data.draw(st.integers(0, 9)), n), condition * reg**0.5 * gains, dtype)
+    found, failed = polar(weight, reg)
+    assert not failed.any()
+    assert torch.linalg.matrix_norm(found.double(), 2).max() <= 1 + FLOOR[dtype]
+    assert_small_residual(found, weight, float(torch.tensor(reg, dtype=dtype)), 0.5)
+
+
+def test_polar_gives_up(dtype, cpu):
+    """NaN and ``failed``; the op then decomposes. Not for a matrix that is not finite."""
+    weight = torch.stack([torch.eye(3), torch.diag(torch.tensor([1e15, 1e15, 0])), torch.full((3, 3), torch.inf)])
+    weight = weight.to(dtype)
+    found, failed = polar(weight, 1e-8)
+    assert failed.tolist() == [False, True, False]
+    assert found.isnan().all(dim=(1, 2)).tolist() == [False, True, True]
+    given = weight[:2], 1e-8
+    found, expected = (tp.regularized_inverse(*given, power=0.5, backend=name) for name in ("cpu", "reference"))
+    assert_near(found, extended(expected), "P")
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (100, 100), (128, 128), (129, 129), (150, 120), (257, 257)], ids=str)
+@pytest.mark.parametrize("reg", [1e-4, 0.25])
+def test_large_polar(shape, reg, dtype, cpu):
+    """Up to the order at which the decomposition takes over, and beyond. The exact answer in float64 is near enough."""
+    weight = matrices(shape, dtype)
+    exact = tp.regularized_inverse(
+        weight.double(), float(torch.tensor(reg, dtype=dtype)), power=0.5, backend="reference"
+    )
+    found = tp.regularized_inverse(weight, reg, power=0.5, backend="cpu")
+    plain = tp.regularized_inverse(weight, reg, power=0.5, backend="reference")
+    if dtype == torch.float32:
+        assert_budget(found, plain, extended(exact), "P", condition=1 / reg**0.5)
+    else:
+        assert_near(found, extended(exact), "P", condition=1 / reg**0.5)

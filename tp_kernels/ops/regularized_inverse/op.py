@@ -33,6 +33,10 @@ def _solve(weight: Tensor, rhs: Tensor | None, r: Tensor) -> tuple[Tensor, Tenso
     return solved, failed
 
 
+# Beyond this many bytes in a row of the Gram matrix the decomposition of LAPACK is as fast.
+_LARGEST_POLAR_ROW = 1024
+
+
 def _polar(weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """``(WᵀW + rI)^{-1/2} Wᵀ`` for m >= n, and which matrices failed."""
     batch, (m, n) = weight.shape[:-2], weight.shape[-2:]
@@ -57,7 +61,11 @@ def _cpu_forward(weight: Tensor, reg: Tensor, power: float) -> tuple[Tensor, Ten
     if weight.shape[-2] < weight.shape[-1]:
         inverse, failed = _cpu_forward(weight.mT, reg, power)
         return inverse.mT, failed
-    return _solve(weight, None, reg) if power == 1.0 else _polar(weight, reg)
+    if power == 1.0:
+        return _solve(weight, None, reg)
+    if weight.shape[-1] * weight.element_size() > _LARGEST_POLAR_ROW:
+        return reference.forward(weight, reg, power)
+    return _polar(weight, reg)
 
 
 def _cpu_backward(grad: Tensor, weight: Tensor, inverse: Tensor, reg: Tensor, power: float) -> tuple[Tensor, Tensor]:
