@@ -4,7 +4,7 @@
 namespace tpk::TPK_ISA {
 
 // x Σ_j coefficients[j] (x² - centre)^j. What a polynomial leaves is the extent of the next; what the last
-// leaves is below the unit roundoff.
+// leaves is at rounding level.
 struct Minimax {
     double extent, centre, coefficients[5];
 };

@@ -4,7 +4,7 @@ import numpy as np
 
 DEGREE = 4  # in h = x² - centre
 ROWS = 3
-TARGET = {"float": 4e-8, "double": 1e-16}  # what the last polynomial may leave: below the unit roundoff
+TARGET = {"float": 4e-8, "double": 1e-16}  # what the last polynomial may leave
 
 
 def polynomial(extent: float) -> tuple[float, np.ndarray, float]:
@@ -51,7 +51,7 @@ if __name__ == "__main__":
     print("// Written by minimax.py: odd polynomials of degree 9 that are nearest to 1 on [1 - extent, 1 + extent].")
     print("#pragma once\n\nnamespace tpk::TPK_ISA {\n")
     print("// x Σ_j coefficients[j] (x² - centre)^j. What a polynomial leaves is the extent of the next; what the last")
-    print("// leaves is below the unit roundoff.")
+    print("// leaves is at rounding level.")
     print("struct Minimax {\n    double extent, centre, coefficients[5];\n};\n")
     print(f"constexpr int minimax_rows = {ROWS};\n")
     print("template <class T>\nconstexpr Minimax minimax[minimax_rows] = {};")

@@ -57,7 +57,7 @@ T largest_magnitude(const T* values, ptrdiff_t n) {
     return largest;
 }
 
-// The largest power of two, up to 2^1000, that does not exceed x > 0.
+// The largest power of two that does not exceed x > 0.
 inline double power_of_two(double x) {
     int exponent;
     __builtin_frexp(x, &exponent);
