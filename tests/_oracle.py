@@ -129,6 +129,16 @@ def displacements(
     return np.stack(result[::-1])
 
 
+def weight_gradient(delta: np.ndarray, h: np.ndarray, h0: np.ndarray | None) -> np.ndarray:
+    """``∂W = Σ_t δ_tᵀ h_{t-1}``, for each head where there are heads."""
+    before = np.concatenate([np.zeros_like(h[:1]) if h0 is None else h0[None], h[:-1]])
+    if h.ndim == 4:
+        starts = before[0].swapaxes(0, 1)
+        return np.stack([weight_gradient(delta[:, :, i], h[:, :, i], starts[i]) for i in range(h.shape[2])])
+    n = h.shape[-1]
+    return delta.reshape(-1, n).T.dot(before.reshape(-1, n))
+
+
 def rnn_backward(
     grad: np.ndarray,
     h: np.ndarray,
@@ -156,7 +166,4 @@ def rnn_backward(
     if update == "total":
         for t in range(len(h) - 2, -1, -1):
             delta[t] = slope[t] * (lam[t + 1] + delta[t + 1].dot(weight))
-    before = np.concatenate([np.zeros_like(h[:1]) if h0 is None else h0[None], h[:-1]])
-    n = weight.shape[0]
-    grad_weight = delta.reshape(-1, n).T.dot(before.reshape(-1, n))
-    return delta, grad_weight, delta[0].dot(weight) if update == "total" else lam[0]
+    return delta, weight_gradient(delta, h, h0), delta[0].dot(weight) if update == "total" else lam[0]

@@ -23,8 +23,7 @@ void multiply_symmetric(const Rows<T>& a, const Rows<T>& b, ptrdiff_t k, ptrdiff
         multiply<T, Into::store>(a[0] + first, 1, a.stride, smaller(L, n - first), b.from(0, first), k,
                                  c.columns - first, c[first] + first, c.stride);
         for (ptrdiff_t column = first + L; column < c.columns; column += L)  // mirrored square by square
-            for (ptrdiff_t j = column; j < column + L; ++j)
-                for (ptrdiff_t i = first; i < first + L; ++i) c[j][i] = c[i][j];
+            transpose_block(c[first] + column, c.stride, c[column] + first, c.stride);
     }
 }
 

@@ -18,7 +18,7 @@ from _cases import (
 )
 from _checks import backward_op, rnn_backward_check, rnn_forward_check, tanh_check
 from _compare import assert_budget, assert_differences, assert_identical, assert_near, assert_same_pattern
-from _oracle import displacements, extended, rnn_backward, rnn_forward
+from _oracle import displacements, extended, rnn_backward, rnn_forward, weight_gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -135,16 +135,17 @@ def test_gradients(shape, rule, nonlinearity, dtype, backend):
     found, reference = (gradients(case, rule, dtype, name) for name in (backend, "reference"))
     assert_budget(found[0], reference[0], rnn_forward(u, weight, h0, nonlinearity), "h")
 
-    def exact(h: Tensor, name: str) -> tuple[np.ndarray, ...]:
-        """At the states and the P that were found: each stage answers for its own errors."""
+    def exact(h: Tensor, delta: Tensor, name: str) -> tuple[np.ndarray, ...]:
+        """At the states, the P and the δ that were found: each stage answers for its own errors."""
         feedback = None
         if rule_words(rule)[0] in ("weight", "layer"):
             feedback = extended(tp.regularized_inverse(tensors[1], rule.reg, power=rule.power, backend=name))
-        return rnn_backward(
+        grad_u, _, grad_h0 = rnn_backward(
             extended(case.gradient(dtype)), extended(h), h0, weight, feedback, nonlinearity, *rule_words(rule)
         )
+        return grad_u, weight_gradient(extended(delta), extended(h), h0), grad_h0
 
-    answers = exact(found[0], backend), exact(reference[0], "reference")
+    answers = exact(*found[:2], backend), exact(*reference[:2], "reference")
     for what, *parts in zip(("grad_u", "grad_weight", "grad_h0"), found[1:], reference[1:], *answers, strict=False):
         actual, plain, answer, plain_answer = parts
         assert_budget(actual, plain, answer, what, condition=20, reference_exact=plain_answer)
