@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import tp_kernels as tp
 from tp_kernels import _native
+from tp_kernels.ops.rnn import op
 
 M, N, T, B = 3, 5, 7, 4
 
@@ -366,17 +367,17 @@ CALLS = {
         ValueError,
         "input must be on the device of weight_ih_l0, cpu, got meta",
     ),
-    "h0-dim": ({}, (X, H0[0]), ValueError, "h0 must have shape [1, B, N] = [1, 4, 5], got (4, 5)"),
-    "h0-batch": ({}, (X, H0[:, :2]), ValueError, "h0 must have shape [1, B, N] = [1, 4, 5], got (1, 2, 5)"),
+    "h0-dim": ({}, (X, H0[0]), ValueError, "hx must have shape [1, B, N] = [1, 4, 5], got (4, 5)"),
+    "h0-batch": ({}, (X, H0[:, :2]), ValueError, "hx must have shape [1, B, N] = [1, 4, 5], got (1, 2, 5)"),
     "h0-batch_first": (
         {"batch_first": True},
         (X, H0),
         ValueError,
-        "h0 must have shape [1, B, N] = [1, 7, 5], got (1, 4, 5)",
+        "hx must have shape [1, B, N] = [1, 7, 5], got (1, 4, 5)",
     ),
-    "h0-unbatched": ({}, (X[:, 0], H0), ValueError, "h0 must have shape [1, N] = [1, 5], got (1, 4, 5)"),
-    "h0-number": ({}, (X, 0), TypeError, "h0 must be a torch.Tensor, got int"),
-    "h0-dtype": ({}, (X, H0.double()), TypeError, "h0 must have the dtype of input, float32, got float64"),
+    "h0-unbatched": ({}, (X[:, 0], H0), ValueError, "hx must have shape [1, N] = [1, 5], got (1, 4, 5)"),
+    "h0-number": ({}, (X, 0), TypeError, "hx must be a torch.Tensor, got int"),
+    "h0-dtype": ({}, (X, H0.double()), TypeError, "hx must have the dtype of input, float32, got float64"),
     "packed": (
         {},
         (nn.utils.rnn.pack_sequence([X[:, 0], X[:3, 1]]),),
@@ -615,3 +616,129 @@ def test_bad_return_sequence():
     with pytest.raises(TypeError) as caught:
         tp.nn.RNN(M, N, return_sequence=None)
     assert str(caught.value) == "nn.RNN: return_sequence must be a bool, got NoneType"
+
+
+LEAVES = ("x", "hx", "weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+
+
+@pytest.mark.parametrize("needed", [LEAVES, *((leaf,) for leaf in LEAVES), ("x", "bias_hh_l0"), ("weight_ih_l0", "hx")])
+@pytest.mark.parametrize("every", [None, 3])
+def test_some_gradients_only(needed, every, backend):
+    """What is not asked for stays away, and leaves the others as ``torch.nn.RNN`` has them."""
+    results = []
+    for module in pair(tp.BackProp(), backend, torch.float64):
+        if isinstance(module, tp.nn.RNN):
+            module.checkpoint_every = every
+        leaves = {name: parameter.requires_grad_(name in needed) for name, parameter in module.named_parameters()}
+        leaves["x"] = X.double().requires_grad_("x" in needed)
+        leaves["hx"] = torch.full((1, B, N), 0.1, dtype=torch.float64, requires_grad="hx" in needed)
+        output, last = module(leaves["x"], hx=leaves["hx"])
+        (output.square().sum() + last.sum()).backward()
+        results.append({name: leaf.grad for name, leaf in leaves.items()})
+    for name in LEAVES:
+        found, expected = (result[name] for result in results)
+        assert (found is not None) == (expected is not None) == (name in needed), name
+        if name in needed:
+            assert_near(found, extended(expected), name, condition=20)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("sources", ["states", "last", "both"])
+def test_chunks_are_one_sequence(rule, sources, dtype, backend, monkeypatch):
+    """Projected and swept chunk by chunk, or all at once: the same states, δ and h_0 gradient, and the same sums."""
+    results = []
+    for steps in (T, 3):
+        chunks = [slice(first, min(first + steps, T)) for first in range(0, T, steps)]
+        monkeypatch.setattr(op, "_chunks", lambda *sizes, chunks=chunks: chunks)
+        torch.manual_seed(0)
+        layer = tp.nn.RNN(M, N, rule=RULES[rule], backend=backend, dtype=dtype)
+        x, hx = X.clone().to(dtype).requires_grad_(), torch.full((1, B, N), 0.1, dtype=dtype, requires_grad=True)
+        output, last = layer(x, hx)
+        loss = output.square().sum() if sources != "last" else 0
+        loss = loss + last.sum() if sources != "states" else loss
+        loss.backward()
+        results.append((output, last, hx.grad, x.grad, *(p.grad for p in layer.parameters())))
+    for found, expected in zip(*results, strict=True):
+        assert_near(found, extended(expected), "chunks", condition=20)
+        assert found.abs().max() > 0
+
+
+def test_chunks_cover_the_sequence():
+    for sizes in ((1, 1, 1), (784, 16, 100), (3072, 512, 64), (5, 0, 7), (100, 4000, 2)):
+        chunks = op._chunks(*sizes)
+        assert [t for steps in chunks for t in range(steps.start, steps.stop)] == list(range(sizes[0]))
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_to_the_parameters_dtype(half, backend):
+    """Also after a layer that autocast runs in half precision."""
+    layer, plain = tp.nn.RNN(N, N, backend=backend), tp.nn.RNN(N, N, backend=backend)
+    plain.load_state_dict(layer.state_dict())
+    before = nn.Linear(M, N)
+    with torch.autocast("cpu", half):
+        features = before(X)
+        output, last = layer(features)
+        last.sum().backward()
+    assert features.dtype == half
+    assert output.dtype == torch.float32
+    expected = plain(features.detach().float())[1]
+    expected.sum().backward()
+    assert_identical(last.detach(), expected.detach(), "last state")
+    for name, parameter in layer.named_parameters():
+        assert_identical(parameter.grad, plain.get_parameter(name).grad, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind", "text"),
+    [
+        ("weight_hh_l0", torch.eye(N).double(), TypeError, "have the dtype of weight_ih_l0, float32, got float64"),
+        ("weight_hh_l0", torch.eye(N)[:2], ValueError, f"have shape ({N}, {N}), got (2, {N})"),
+        ("weight_ih_l0", torch.zeros(N, M + 1), ValueError, f"have shape ({N}, {M}), got ({N}, {M + 1})"),
+        ("bias_hh_l0", torch.zeros(1), ValueError, f"have shape ({N},), got (1,)"),
+    ],
+)
+def test_parameters_put_in_from_outside_are_checked(name, value, kind, text):
+    layer = tp.nn.RNN(M, N)
+    setattr(layer, name, nn.Parameter(value))
+    with pytest.raises(kind) as caught:
+        layer(X)
+    assert str(caught.value) == f"nn.RNN: {name} must {text}"
+
+
+def test_rule_is_checked_when_assigned():
+    layer = tp.nn.RNN(M, N, rule=tp.BackProp())
+    layer.rule = None
+    assert layer.rule == tp.TargetProp()
+    with pytest.raises(TypeError):
+        layer.rule = "BackProp"
+
+
+@pytest.mark.parametrize("name", ["bias", "batch_first", "bidirectional"])
+def test_flags_are_bools(name):
+    with pytest.raises(TypeError) as caught:
+        tp.nn.RNN(M, N, **{name: "no"})
+    assert str(caught.value) == f"nn.RNN: {name} must be a bool, got str"
+
+
+@pytest.mark.parametrize("what", ["buffer", "module", "parameter", "tensor", "attribute", "forward", "state-dict-hook"])
+def test_convert_leaves_what_would_be_lost(what):
+    layer = nn.RNN(M, N)
+    if what == "buffer":
+        layer.register_buffer("seen", torch.zeros(1))
+    elif what == "module":
+        layer.norm = nn.LayerNorm(N)
+    elif what == "parameter":
+        layer.scale = nn.Parameter(torch.ones(1))
+    elif what == "tensor":
+        del layer.weight_hh_l0
+        layer.weight_hh_l0 = torch.eye(N)
+    elif what == "attribute":
+        layer.note = "mine"
+    elif what == "forward":
+        layer.forward = lambda x: x
+    else:
+        layer.register_state_dict_post_hook(lambda *arguments: None)
+    model = nn.ModuleDict({"rnn": layer})
+    with pytest.warns(UserWarning, match=r"nn.convert: 'rnn' stays a torch.nn.RNN: it"):
+        tp.nn.convert(model)
+    assert model["rnn"] is layer

@@ -71,9 +71,10 @@ POSITIVE = "must be positive and finite"
 ERRORS = {
     "inverse": ({"inverse": "pinv"}, ValueError, f"inverse must be one of {INVERSES}, got 'pinv'"),
     "inverse-none": ({"inverse": "none"}, ValueError, f"inverse must be one of {INVERSES}, got 'none'"),
-    "inverse-list": ({"inverse": ["weight"]}, ValueError, f"inverse must be one of {INVERSES}, got ['weight']"),
+    "inverse-list": ({"inverse": ["weight"]}, TypeError, "inverse must be a str, got list"),
     "update": ({"update": "both"}, ValueError, "update must be one of 'total', 'local', got 'both'"),
-    "mode": ({"mode": 1}, ValueError, "mode must be one of 'linearized', 'difference', 'direct', got 1"),
+    "mode": ({"mode": 1}, TypeError, "mode must be a str, got int"),
+    "mode-word": ({"mode": "x"}, ValueError, "mode must be one of 'linearized', 'difference', 'direct', got 'x'"),
     "jacobian": (
         {"inverse": "jacobian"},
         NotImplementedError,

@@ -1,5 +1,6 @@
 """Registration with ``torch.library``: one definition, one implementation, one fake per op."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -7,9 +8,24 @@ import torch
 _LIBRARY = torch.library.Library("tp_kernels", "FRAGMENT")
 
 
+def autocast_enabled(device: str) -> bool:
+    """Whether autocast is on for that type of device; some, such as "meta", have none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def register(schema: str, implementation: Callable, fake: Callable) -> None:
     """Define ``tp_kernels::<schema>``: the implementation picks the back-end, the fake gives shapes and dtypes."""
     name = schema.partition("(")[0]
+
+    @functools.wraps(implementation)
+    def run(*arguments: object) -> object:
+        # Autocast would change the dtype of what torch computes in between, behind the kernels' back.
+        device = next(argument.device.type for argument in arguments if isinstance(argument, torch.Tensor))
+        if not autocast_enabled(device):
+            return implementation(*arguments)
+        with torch.autocast(device, enabled=False):
+            return implementation(*arguments)
+
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tp_kernels::{name}", fake, lib=_LIBRARY)

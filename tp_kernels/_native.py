@@ -39,6 +39,15 @@ def cpu_supports(tensor: torch.Tensor, **options: object) -> Support:
     return True, ""
 
 
+def check_same_kind(op: str, first: torch.Tensor, *others: torch.Tensor | None) -> None:
+    """The last check before addresses are handed over: a kernel reads all of them as the first one's dtype."""
+    for other in others:
+        if other is not None and (other.dtype != first.dtype or other.device != first.device):
+            raise TypeError(
+                f"{op}: all tensors must be {first.dtype} on {first.device}, got {other.dtype} on {other.device}"
+            )
+
+
 def pointer(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 

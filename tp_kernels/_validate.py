@@ -20,6 +20,8 @@ def _shape(tensor: torch.Tensor) -> str:
 
 
 def word(op: str, argument: str, value: object, words: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{op}: {argument} must be a str, got {type(value).__name__}")
     if value not in words:
         raise ValueError(f"{op}: {argument} must be one of {', '.join(map(repr, words))}, got {value!r}")
 
@@ -45,8 +47,12 @@ def same_kind(op: str, argument: str, value: torch.Tensor, other_name: str, othe
         raise ValueError(f"{op}: {argument} must be on the device of {other_name}, {other.device}, got {value.device}")
 
 
-def regularization(op: str, value: float | torch.Tensor) -> None:
-    """A number is checked here; a tensor's value is checked by the op itself, when it runs on real data."""
+def regularization(op: str, value: float | torch.Tensor, dtype: torch.dtype | None = None) -> None:
+    """A number is checked here; a tensor's value is checked by the op itself, when it runs on real data.
+
+    With ``dtype``, that of the weight, the number must also be positive and finite in it: r is used in that dtype, in
+    float32 for half precision.
+    """
     if isinstance(value, torch.Tensor):
         floating_tensor(op, "reg", value)
         if value.dim() != 0:
@@ -55,6 +61,10 @@ def regularization(op: str, value: float | torch.Tensor) -> None:
         raise TypeError(f"{op}: reg must be a number or a tensor, got {type(value).__name__}")
     elif not 0 < value < math.inf:  # false for NaN too
         raise ValueError(f"{op}: reg must be positive and finite, got {value!r}")
+    elif dtype is not None:
+        factored = torch.float64 if dtype == torch.float64 else torch.float32
+        if not 0 < torch.tensor(value, dtype=factored, device="cpu").item() < math.inf:
+            raise ValueError(f"{op}: reg must be positive and finite in {_name(factored)}, got {value!r}")
 
 
 def regularized_inverse(
@@ -85,11 +95,16 @@ def checkpoint_every(op: str, value: object) -> None:
         raise ValueError(f"{op}: checkpoint_every must be at least 1, got {value}")
 
 
-def layer_inverse(op: str, rule: Rule, nonlinearity: str) -> None:
-    if isinstance(rule, TargetProp) and rule.inverse == "layer" and nonlinearity != "tanh":
+def layer_inverse(op: str, rule: Rule, nonlinearity: str, dtype: torch.dtype) -> None:
+    if not isinstance(rule, TargetProp) or rule.inverse != "layer":
+        return
+    if nonlinearity != "tanh":
         raise NotImplementedError(
             f"{op}: inverse='layer' with nonlinearity={nonlinearity!r} is not implemented yet; available: 'tanh'"
         )
+    smallest = torch.finfo(dtype).eps
+    if rule.clip < smallest:  # 1 - clip(h)² would be 0 where h rounds to 1
+        raise ValueError(f"{op}: rule must have clip of at least {smallest:.3g} in {_name(dtype)}, got {rule.clip!r}")
 
 
 def rnn(
@@ -122,6 +137,6 @@ def rnn(
             raise ValueError(f"{op}: h0 must have shape {letters} = {list(u.shape[1:])}, got {_shape(h0)}")
         same_kind(op, "h0", h0, "u", u)
     word(op, "nonlinearity", nonlinearity, NONLINEARITIES)
-    layer_inverse(op, rule, nonlinearity)
+    layer_inverse(op, rule, nonlinearity, u.dtype)
     checkpoint_every(op, every)
     backend(op, backend_name)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from tp_kernels import _validate
+from tp_kernels._library import autocast_enabled
 from tp_kernels.ops.rnn.op import rnn_layer
 from tp_kernels.rules import Rule, resolve
 
@@ -39,9 +40,12 @@ class RNN(nn.Module):
         backend: of the recurrence, as in ``tp_kernels.rnn``.
 
     Shape:
-        Input ``[T, B, M]`` (``[B, T, M]`` with ``batch_first``) or unbatched ``[T, M]``; ``h0``: ``[1, B, N]`` or
+        Input ``[T, B, M]`` (``[B, T, M]`` with ``batch_first``) or unbatched ``[T, M]``; ``hx``: ``[1, B, N]`` or
         ``[1, N]``, zero where it is left out. Output: all states ``[T, B, N]``, ``[B, T, N]`` or ``[T, N]``, and the
         last one ``[1, B, N]`` or ``[1, N]``.
+
+    Under autocast the layer computes in the dtype of its parameters. Its output must not be changed in place: backward
+    computes from it.
 
     Raises:
         TypeError, ValueError: an argument of another kind, shape or value than stated.
@@ -79,6 +83,9 @@ class RNN(nn.Module):
                 raise TypeError(f"nn.RNN: {name} must be an int, got {type(size).__name__}")
             if size < 1:
                 raise ValueError(f"nn.RNN: {name} must be at least 1, got {size}")
+        for name, value in (("bias", bias), ("batch_first", batch_first), ("bidirectional", bidirectional)):
+            if not isinstance(value, bool):
+                raise TypeError(f"nn.RNN: {name} must be a bool, got {type(value).__name__}")
         if num_layers > 1:
             raise _not_implemented(f"num_layers={num_layers}")
         if bidirectional:
@@ -98,7 +105,7 @@ class RNN(nn.Module):
         self.batch_first = batch_first
         self.dropout = float(dropout)
         self.bidirectional = bidirectional
-        self.rule = resolve("nn.RNN", rule)
+        self.rule = rule
         self.checkpoint_every = checkpoint_every
         self.return_sequence = return_sequence
         self.backend = backend
@@ -109,6 +116,15 @@ class RNN(nn.Module):
             self.bias_ih_l0 = nn.Parameter(torch.empty(hidden_size, **kind))
             self.bias_hh_l0 = nn.Parameter(torch.empty(hidden_size, **kind))
         self.reset_parameters()
+
+    @property
+    def rule(self) -> Rule:
+        """What backward computes. Assigning ``None`` means ``TargetProp()``."""
+        return self._rule
+
+    @rule.setter
+    def rule(self, rule: Rule | None) -> None:
+        self._rule = resolve("nn.RNN", rule)
 
     def reset_parameters(self) -> None:
         """Uniform on ±1/√N, as in ``torch.nn.RNN``."""
@@ -123,10 +139,15 @@ class RNN(nn.Module):
     def all_weights(self) -> list[list[nn.Parameter]]:
         return [list(self.parameters())]
 
-    def forward(self, input: Tensor, h0: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
         if isinstance(input, PackedSequence):
             raise _not_implemented("a PackedSequence as input")
-        self._check_input(input, h0)
+        if isinstance(input, Tensor) and autocast_enabled(input.device.type):
+            # The layer keeps to the parameters' dtype, whatever that of the layer before.
+            input = input.to(self.weight_ih_l0.dtype)
+            hx = None if hx is None else hx.to(self.weight_ih_l0.dtype)
+        self._check_parameters()
+        self._check_input(input, hx)
         batched = input.dim() == 3
         x = input if batched else input.unsqueeze(0 if self.batch_first else 1)
         h, last = rnn_layer(
@@ -134,7 +155,7 @@ class RNN(nn.Module):
             self.weight_ih_l0,
             self.bias_ih_l0 + self.bias_hh_l0 if self.bias else None,
             self.weight_hh_l0,
-            h0[0] if batched and h0 is not None else h0,
+            hx[0] if batched and hx is not None else hx,
             nonlinearity=self.nonlinearity,
             rule=self.rule,
             checkpoint_every=self.checkpoint_every,
@@ -145,7 +166,19 @@ class RNN(nn.Module):
             h = h.squeeze(1) if not batched else h.transpose(0, 1) if self.batch_first else h
         return h, last.unsqueeze(0) if batched else last
 
-    def _check_input(self, input: Tensor, h0: Tensor | None) -> None:
+    def _check_parameters(self) -> None:
+        """Parameters can be put in from outside; the kernels read them by their address."""
+        M, N, first = self.input_size, self.hidden_size, self.weight_ih_l0
+        expected = {"weight_ih_l0": (N, M), "weight_hh_l0": (N, N)}
+        if self.bias:
+            expected |= {"bias_ih_l0": (N,), "bias_hh_l0": (N,)}
+        for name, shape in expected.items():
+            parameter = getattr(self, name)
+            if parameter.shape != shape:
+                raise ValueError(f"nn.RNN: {name} must have shape {shape}, got {tuple(parameter.shape)}")
+            _validate.same_kind("nn.RNN", name, parameter, "weight_ih_l0", first)
+
+    def _check_input(self, input: Tensor, hx: Tensor | None) -> None:
         _validate.floating_tensor("nn.RNN", "input", input)
         letters = "[B, T, M]" if self.batch_first else "[T, B, M]"
         if input.dim() not in (2, 3):
@@ -158,17 +191,17 @@ class RNN(nn.Module):
         if input.shape[1 if self.batch_first and input.dim() == 3 else 0] == 0:
             raise ValueError(f"nn.RNN: input must have at least one time step (T >= 1), got {tuple(input.shape)}")
         _validate.same_kind("nn.RNN", "input", input, "weight_ih_l0", self.weight_ih_l0)
-        _validate.layer_inverse("nn.RNN", self.rule, self.nonlinearity)
-        if h0 is None:
+        _validate.layer_inverse("nn.RNN", self.rule, self.nonlinearity, input.dtype)
+        if hx is None:
             return
-        _validate.floating_tensor("nn.RNN", "h0", h0)
+        _validate.floating_tensor("nn.RNN", "hx", hx)
         if input.dim() == 2:
             letters, expected = "[1, N]", [1, self.hidden_size]
         else:
             letters, expected = "[1, B, N]", [1, input.shape[0 if self.batch_first else 1], self.hidden_size]
-        if list(h0.shape) != expected:
-            raise ValueError(f"nn.RNN: h0 must have shape {letters} = {expected}, got {tuple(h0.shape)}")
-        _validate.same_kind("nn.RNN", "h0", h0, "input", input)
+        if list(hx.shape) != expected:
+            raise ValueError(f"nn.RNN: hx must have shape {letters} = {expected}, got {tuple(hx.shape)}")
+        _validate.same_kind("nn.RNN", "hx", hx, "input", input)
 
     def extra_repr(self) -> str:
         words = [f"{self.input_size}, {self.hidden_size}"]
@@ -196,9 +229,18 @@ def _why_not(module: nn.RNN) -> str | None:
         return f"num_layers={module.num_layers} is not implemented yet"
     if module.bidirectional:
         return "bidirectional=True is not implemented yet"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    names = ["weight_ih_l0", "weight_hh_l0", *(["bias_ih_l0", "bias_hh_l0"] if module.bias else [])]
+    if sorted(module._parameters) != sorted(names) or any(
+        parameter is None for parameter in module._parameters.values()
+    ):
+        return f"its parameters are not {', '.join(names)}"
+    if module._buffers or module._modules:
+        return "it has buffers or modules of its own"
+    plain = nn.RNN(1, 1, device="meta")
+    if any(getattr(module, name) for name in vars(plain) if name.endswith("_hooks")):
         return "it has hooks"
-    return None
+    extra = sorted(set(vars(module)) - set(vars(plain)))
+    return f"it has attributes of its own: {', '.join(extra)}" if extra else None
 
 
 def _swapped(module: nn.RNN, rule: Rule) -> RNN:

@@ -10,6 +10,8 @@ _NOT_IMPLEMENTED = {"inverse": ("jacobian",), "mode": ("difference", "direct")}
 
 
 def _check_word(argument: str, value: object, words: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"TargetProp: {argument} must be a str, got {type(value).__name__}")
     if value not in words:
         raise ValueError(f"TargetProp: {argument} must be one of {', '.join(map(repr, words))}, got {value!r}")
     missing = _NOT_IMPLEMENTED.get(argument, ())
@@ -46,6 +48,8 @@ class TargetProp:
             (targets keep their length), 1 for the others.
         step: γ > 0, the step from a state to its target along the negative gradient. A mere scale here.
         clip: ε in (0, 1): ``inverse="layer"`` divides by ``1 - clip(h, ±(1-ε))²``.
+
+    The attributes hold resolved numbers: ``dataclasses.replace(rule, inverse=...)`` keeps reg and power as they are.
 
     Raises:
         TypeError: an argument is not of the stated kind.

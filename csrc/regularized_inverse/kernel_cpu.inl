@@ -1,5 +1,5 @@
-// One thread a matrix: Gram matrix, Cholesky factor and two triangular solves, all by the blocked micro-kernel of
-// gemm.h. Rows are padded to whole vectors, so that no product has a remainder.
+// One thread a matrix, or a team for a large one: Gram matrix, Cholesky factor and two triangular solves, all by the
+// blocked micro-kernel of gemm.h. Rows are padded to whole vectors, so that no product has a remainder.
 
 #include "../common/gemm.h"
 #include "../common/memory.h"

@@ -489,3 +489,34 @@ def test_large_polar(shape, reg, dtype, cpu):
         assert_budget(found, plain, extended(exact), "P", condition=1 / reg**0.5)
     else:
         assert_near(found, extended(exact), "P", condition=1 / reg**0.5)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, torch.inf, torch.nan])
+def test_reg_as_a_tensor_is_checked_without_check_errors(value, backend):
+    with pytest.raises(ValueError, match="reg must be positive and finite"):
+        tp.regularized_inverse(torch.eye(3), torch.tensor(value), check_errors=False, backend=backend)
+
+
+@pytest.mark.parametrize("reg", [1e-50, 1e60])
+def test_reg_must_be_a_number_of_the_weights_dtype(reg, backend):
+    tp.regularized_inverse(torch.eye(3, dtype=torch.float64), reg, backend=backend)
+    with pytest.raises(ValueError, match="float32") as caught:
+        tp.regularized_inverse(torch.eye(3), reg, backend=backend)
+    assert str(caught.value) == f"regularized_inverse: reg must be positive and finite in float32, got {reg!r}"
+
+
+@pytest.mark.parametrize("power", POWERS)
+def test_under_autocast(power, backend):
+    weight = matrices((3, 5, 4), torch.float32)
+    expected = tp.regularized_inverse(weight, 0.25, power=power, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = tp.regularized_inverse(weight, 0.25, power=power, backend=backend)
+    assert torch.equal(found, expected)
+
+
+def test_the_default_device_does_not_matter(backend):
+    weight = torch.eye(3)
+    expected = tp.regularized_inverse(weight, 0.25, backend=backend)
+    with torch.device("meta"):
+        found = tp.regularized_inverse(weight, 0.25, backend=backend)
+    assert torch.equal(found, expected)

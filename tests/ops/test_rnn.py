@@ -782,3 +782,33 @@ def test_inverse_is_computed_once_for_one_weight(monkeypatch):
     rule = tp.TargetProp(power=1.0, reg=0.5)
     assert not torch.equal(grad(), changed)
     assert len(computed) == 3
+
+
+def test_smallest_clip(dtype):
+    """A clip that is nothing in this dtype would divide by zero."""
+    u, weight, _ = SMALL.tensors(dtype)
+    eps = torch.finfo(dtype).eps
+    tp.rnn(u, weight, rule=tp.TargetProp(inverse="layer", clip=eps))
+    with pytest.raises(ValueError, match="clip") as caught:
+        tp.rnn(u, weight, rule=tp.TargetProp(inverse="layer", clip=eps / 2))
+    name = str(dtype).removeprefix("torch.")
+    assert str(caught.value) == f"rnn: rule must have clip of at least {eps:.3g} in {name}, got {eps / 2!r}"
+
+
+def test_the_kernels_refuse_mixed_dtypes(backend):
+    """The ops themselves can be called past the public checks; addresses are never handed over then."""
+    u, weight, h0 = SMALL.tensors(torch.float32)
+    if backend == "cpu":
+        with pytest.raises(TypeError, match=r"all tensors must be torch.float32 on cpu, got torch.float64 on cpu"):
+            ops.rnn_fwd(u, weight.double(), h0, "tanh", backend)
+
+
+def test_under_autocast(backend):
+    tensors = SMALL.tensors(torch.float32)
+    expected = gradients(SMALL, None, torch.float32, backend)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    with torch.autocast("cpu", torch.bfloat16):
+        h = tp.rnn(*leaves, backend=backend)
+    found = h.detach(), *torch.autograd.grad(h, leaves, SMALL.gradient(torch.float32))
+    for what, *pair in zip(("h", "grad_u", "grad_weight", "grad_h0"), found, expected, strict=True):
+        assert_identical(*pair, what)

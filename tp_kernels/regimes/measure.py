@@ -221,13 +221,14 @@ def settings(threads: int) -> Iterator[None]:
     ``torch.nn.RNN`` can go into them: that would be counted for whoever is compared with it.
     """
     before = torch.get_num_threads()
+    flushed = float(torch.tensor(torch.finfo(torch.float32).tiny) / 2) == 0
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # the threads of a pool take it over from the one that starts them
     try:
         yield
     finally:
         torch.set_num_threads(before)
-        torch.set_flush_denormal(False)
+        torch.set_flush_denormal(flushed)
 
 
 def measure_cell(case: Case, names: tuple[str, ...], effort: Effort, backend: str = "auto") -> list[dict]:

@@ -92,7 +92,7 @@ BACKENDS = BackendTable(
 
 def _forward(weight: Tensor, reg: Tensor, power: float, check_errors: bool, backend: str) -> Tensor:
     if check_errors or reg.device.type == "cpu":  # elsewhere, reading it waits for the device
-        _validate.regularization("regularized_inverse", float(reg))
+        _validate.regularization("regularized_inverse", float(reg), weight.dtype)
     inverse, failed = BACKENDS.resolve(backend, weight).forward(weight, reg, power)
     if check_errors and failed.any():
         index = tuple(failed.nonzero()[0].tolist())
@@ -188,5 +188,5 @@ def regularized_inverse(
                 [0.0000, 1.0000]])
     """
     _validate.regularized_inverse(weight, reg, power, check_errors, backend)
-    r = reg if isinstance(reg, Tensor) else torch.tensor(float(reg), dtype=torch.float64)
+    r = reg if isinstance(reg, Tensor) else torch.tensor(float(reg), dtype=torch.float64, device="cpu")
     return RegularizedInverseFunction.apply(weight, r, float(power), check_errors, backend)

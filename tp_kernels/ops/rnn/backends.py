@@ -26,6 +26,7 @@ def _sizes(h: Tensor) -> tuple[int, int, int, int]:
 
 
 def _cpu_forward(u: Tensor, weight: Tensor, h0: Tensor | None, nonlinearity: str, out: Tensor | None = None) -> Tensor:
+    _native.check_same_kind("rnn", u, weight, h0)
     u, weight = _unit_stride(u), weight.contiguous()
     h0 = u.new_zeros(u.shape[1:]) if h0 is None else h0.contiguous()
     h = u.new_empty(u.shape) if out is None else out
@@ -57,6 +58,7 @@ def _cpu_backward(
     step: float,
     clip: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _native.check_same_kind("rnn", h, grad_h, grad_last, weight, feedback, carried, through)
     grad_h = _unit_stride(grad_h)
     h, weight = h.contiguous(), weight.contiguous()
     grad_last, feedback, carried, through = (

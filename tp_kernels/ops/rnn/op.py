@@ -27,7 +27,7 @@ def _feedback(weight: Tensor, reg: float, power: float, backend: str) -> Tensor:
     last = _last_feedback
     if last is not None and last[1:4] == (reg, power, backend) and _same_values(last[0], weight):
         return last[4].clone()
-    r = torch.tensor(reg, dtype=torch.float64)
+    r = torch.tensor(reg, dtype=torch.float64, device="cpu")
     feedback = torch.ops.tp_kernels.regularized_inverse_fwd(weight, r, power, True, backend)
     if weight.device.type == "cpu":
         _last_feedback = (weight.detach().clone(), reg, power, backend, feedback.clone())
