@@ -1,5 +1,7 @@
 """The recurrence on each back-end: launchers, the back-end table, and the ops ``rnn_fwd`` and ``rnn_bwd``."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -131,19 +133,8 @@ def _backward(
     )
 
 
-def _fake_backward(
-    grad_h: Tensor | None,
-    grad_last: Tensor | None,
-    h: Tensor,
-    weight: Tensor,
-    feedback: Tensor | None,
-    carried: Tensor | None,
-    through: Tensor | None,
-    nonlinearity: str,
-    inverse: str,
-    update: str,
-    *rest: object,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, _, h, _, _, _, _, _, inverse, update, *_ = arguments
     return _backward_outputs(h, inverse, update)
 
 
