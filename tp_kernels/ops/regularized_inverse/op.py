@@ -19,7 +19,7 @@ def _solve(weight: Tensor, rhs: Tensor | None, r: Tensor) -> tuple[Tensor, Tenso
     weight = weight.contiguous()
     rhs = None if rhs is None else rhs.contiguous()
     solved = weight.new_empty((*batch, n, m))
-    failed = torch.empty(batch, dtype=torch.bool)
+    failed = torch.empty(batch, dtype=torch.bool, device="cpu")
     _native.cpu.regularized_solve(
         double=_native.is_double(weight),
         weight=_native.pointer(weight),
@@ -42,7 +42,7 @@ def _polar(weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     batch, (m, n) = weight.shape[:-2], weight.shape[-2:]
     weight = weight.contiguous()
     polar = weight.new_empty((*batch, n, m))
-    failed = torch.empty(batch, dtype=torch.bool)
+    failed = torch.empty(batch, dtype=torch.bool, device="cpu")
     _native.cpu.regularized_polar(
         double=_native.is_double(weight),
         weight=_native.pointer(weight),

@@ -92,10 +92,15 @@ def _cpu_backward(
 
 
 def _backward_outputs(h: Tensor, inverse: str, update: str) -> tuple[Tensor, Tensor, Tensor]:
-    """What backward fills: δ, and what it sends on to an earlier call; empty where the rule sends nothing."""
+    """What backward fills: δ, and what it sends on to an earlier call."""
+    return h.new_empty(h.shape), *sent_outputs(h, inverse, update)
+
+
+def sent_outputs(h: Tensor, inverse: str, update: str) -> tuple[Tensor, Tensor]:
+    """Memory for term(λ_1) and ``Wᵀ δ_1``; empty where the rule sends nothing."""
     carried = h.new_empty(h.shape[1:] if inverse != "none" else (0,))
     through = h.new_empty(h.shape[1:] if update == "total" else (0,))
-    return h.new_empty(h.shape), carried, through
+    return carried, through
 
 
 BACKENDS = BackendTable(

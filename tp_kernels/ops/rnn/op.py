@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from tp_kernels import _validate
 from tp_kernels._library import register
-from tp_kernels.ops.rnn.backends import BACKENDS
+from tp_kernels.ops.rnn.backends import BACKENDS, sent_outputs
 from tp_kernels.rules import BackProp, Rule, resolve
 
 _last_feedback: tuple[Tensor, float, float, str, Tensor] | None = None
@@ -99,8 +99,8 @@ def _layer_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     backward = BACKENDS.resolve(backend, h).backward
-    grad_x, grad_projection, grad_bias, grad_weight, *_ = _layer_outputs(
-        x, projection, h, inverse, update, needs_x, needs_projection, needs_weight
+    grad_x, grad_projection, grad_bias, grad_weight = _gradient_outputs(
+        x, projection, h, needs_x, needs_projection, needs_weight
     )
     for gradient in (grad_projection, grad_bias, grad_weight):
         gradient.zero_()
@@ -128,31 +128,22 @@ def _layer_backward(
     return grad_x, grad_projection, grad_bias, grad_weight, *sent
 
 
-def _layer_outputs(
-    x: Tensor,
-    projection: Tensor,
-    h: Tensor,
-    inverse: str,
-    update: str,
-    needs_x: bool,
-    needs_projection: bool,
-    needs_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients in x, U, b and W, and what is sent on to an earlier call; empty where nothing is."""
+def _gradient_outputs(
+    x: Tensor, projection: Tensor, h: Tensor, needs_x: bool, needs_projection: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Memory for the gradients in x, U, b and W; empty where they are not needed."""
     N = h.shape[-1]
     return (
         h.new_empty(x.shape if needs_x else (0,)),
         h.new_empty(projection.shape if needs_projection else (0,)),
         h.new_empty((N,) if needs_projection else (0,)),
         h.new_empty((N, N) if needs_weight else (0,)),
-        h.new_empty(h.shape[1:] if inverse != "none" else (0,)),
-        h.new_empty(h.shape[1:] if update == "total" else (0,)),
     )
 
 
 def _fake_layer_backward(*arguments: Any) -> tuple[Tensor, ...]:
     _, _, x, projection, h, _, _, _, _, _, _, inverse, update, _, _, *needed, _ = arguments
-    return _layer_outputs(x, projection, h, inverse, update, *needed)
+    return *_gradient_outputs(x, projection, h, *needed), *sent_outputs(h, inverse, update)
 
 
 register(
