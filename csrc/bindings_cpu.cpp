@@ -122,14 +122,10 @@ void regularized_solve(bool is_double, std::uintptr_t weight, std::uintptr_t rhs
     });
 }
 
-void regularized_polar(bool is_double, std::uintptr_t weight, double reg, std::uintptr_t polar, std::uintptr_t failed,
+void regularized_polar(std::uintptr_t weight, double reg, std::uintptr_t polar, std::uintptr_t failed,
                        const Array3& sizes, int threads) {
-    for_dtype(is_double, [&](auto zero) {
-        using T = decltype(zero);
-        launch(launchers<T>().regularized_polar,
-               RegularizedPolar<T>{at<const T>(weight), static_cast<T>(reg), at<T>(polar), at<bool>(failed), sizes[0],
-                                   sizes[1], sizes[2], threads});
-    });
+    launch(isa_level().regularized_polar, RegularizedPolar{at<const float>(weight), reg, at<float>(polar),
+                                                           at<bool>(failed), sizes[0], sizes[1], sizes[2], threads});
 }
 
 double multiply_add_loop(bool is_double, long iterations) {
@@ -169,8 +165,8 @@ PYBIND11_MODULE(_cpu, m) {
           py::arg("threads"));
     m.def("regularized_solve", &regularized_solve, py::kw_only(), py::arg("double"), py::arg("weight"), py::arg("rhs"),
           py::arg("reg"), py::arg("solved"), py::arg("failed"), py::arg("sizes"), py::arg("threads"));
-    m.def("regularized_polar", &regularized_polar, py::kw_only(), py::arg("double"), py::arg("weight"), py::arg("reg"),
-          py::arg("polar"), py::arg("failed"), py::arg("sizes"), py::arg("threads"));
+    m.def("regularized_polar", &regularized_polar, py::kw_only(), py::arg("weight"), py::arg("reg"), py::arg("polar"),
+          py::arg("failed"), py::arg("sizes"), py::arg("threads"));
     m.def("multiply_add_loop", &multiply_add_loop, py::kw_only(), py::arg("double"), py::arg("iterations"),
           "Fused multiply-adds on registers only; returns how many floating-point operations that took.");
     m.def("build_info", &build_info);

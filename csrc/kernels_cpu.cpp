@@ -13,10 +13,9 @@ namespace tpk::TPK_ISA {
 extern const IsaLevel level;
 const IsaLevel level = {
     TPK_STRING(TPK_ISA),
-    {rnn_forward<float>, rnn_backward<float>, regularized_solve<float>, regularized_polar<float>,
-     multiply_add_loop<float>},
-    {rnn_forward<double>, rnn_backward<double>, regularized_solve<double>, regularized_polar<double>,
-     multiply_add_loop<double>},
+    {rnn_forward<float>, rnn_backward<float>, regularized_solve<float>, multiply_add_loop<float>},
+    {rnn_forward<double>, rnn_backward<double>, regularized_solve<double>, multiply_add_loop<double>},
+    regularized_polar,
 };
 
 }  // namespace tpk::TPK_ISA

@@ -98,7 +98,8 @@ def test_nothing_is_written_outside_of_the_outputs(case, dtype, isa_level, fence
         torch.ops.tp_kernels.rnn_bwd(u, None, h, weight, weight, h0, h0, "tanh", inverse, "total", 1.0, 0.1, "cpu")
     for power in (1.0, 0.5):
         tp.regularized_inverse(matrices((3, 7, case.N), dtype), 0.25, power=power, backend="cpu")
-    assert len(fences) == 1 + 4 * 3 + 2
+    polar = 1 if dtype == torch.float32 else 0  # in float64 LAPACK decomposes
+    assert len(fences) == 1 + 4 * 3 + 1 + polar
     for memory in fences:
         assert memory[:GUARD].eq(12345).all(), "written before an output"
         assert memory[-GUARD:].eq(12345).all(), "written after an output"

@@ -54,7 +54,6 @@ def regularized_solve(
 ) -> None: ...
 def regularized_polar(
     *,
-    double: bool,
     weight: int,
     reg: float,
     polar: int,

@@ -12,7 +12,6 @@ struct Launchers {
     bool (*rnn_forward)(const RnnForward<T>&);
     bool (*rnn_backward)(const RnnBackward<T>&);
     bool (*regularized_solve)(const RegularizedSolve<T>&);
-    bool (*regularized_polar)(const RegularizedPolar<T>&);
     double (*multiply_add_loop)(long iterations);  // the ceiling; returns the operations it took
 };
 
@@ -20,6 +19,7 @@ struct IsaLevel {
     const char* name;
     Launchers<float> single_precision;
     Launchers<double> double_precision;
+    bool (*regularized_polar)(const RegularizedPolar&);
 };
 
 // Levels that are compiled in and that this processor has, best first; null-terminated.

@@ -1,4 +1,4 @@
-// Aligned scratch memory that frees itself; empty where there was none to be had.
+// Aligned scratch memory, kept for the next call of the same thread; empty where there was none to be had.
 #pragma once
 
 #include <stddef.h>
@@ -6,19 +6,63 @@
 
 namespace tpk::TPK_ISA {
 
+// What a thread's last calls took. Given back to the system it would come back page by page, each a fault that costs
+// as much as thousands of multiply-adds.
+class KeptMemory {
+public:
+    ~KeptMemory() {
+        for (Block& block : blocks_) free(block.memory);
+    }
+
+    struct Block {
+        void* memory = nullptr;
+        size_t bytes = 0;
+    };
+
+    Block take(size_t bytes) {
+        for (Block& block : blocks_) {
+            // A block much too large is left for the call that needed it.
+            if (block.memory && block.bytes >= bytes && block.bytes <= 4 * bytes) {
+                const Block taken = block;
+                block = {};
+                return taken;
+            }
+        }
+        return {aligned_alloc(64, bytes), bytes};
+    }
+
+    void keep(const Block& block) {
+        if (!block.memory || block.bytes > largest) return free(block.memory);
+        Block& place = blocks_[next_++ % count];
+        free(place.memory);
+        place = block;
+    }
+
+private:
+    static constexpr unsigned count = 8;
+    static constexpr size_t largest = 4 << 20;
+    Block blocks_[count];
+    unsigned next_ = 0;
+};
+
+inline KeptMemory& kept_memory() {
+    static thread_local KeptMemory memory;
+    return memory;
+}
+
 template <class T>
 class Scratch {
 public:
     explicit Scratch(ptrdiff_t size)
-        : data_(static_cast<T*>(aligned_alloc(64, (static_cast<size_t>(size) * sizeof(T) / 64 + 1) * 64))) {}
-    ~Scratch() { free(data_); }
+        : block_(kept_memory().take((static_cast<size_t>(size) * sizeof(T) / 64 + 1) * 64)) {}
+    ~Scratch() { kept_memory().keep(block_); }
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
-    explicit operator bool() const { return data_ != nullptr; }
-    T* get() const { return data_; }
+    explicit operator bool() const { return block_.memory != nullptr; }
+    T* get() const { return static_cast<T*>(block_.memory); }
 
 private:
-    T* data_;
+    KeptMemory::Block block_;
 };
 
 }  // namespace tpk::TPK_ISA

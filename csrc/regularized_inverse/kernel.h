@@ -17,12 +17,11 @@ struct RegularizedSolve {
     int threads;
 };
 
-// polar = (WᵀW + rI)^{-1/2} Wᵀ for each matrix W [m][n] of a batch, m >= n. All arrays contiguous.
-template <class T>
+// polar = (WᵀW + rI)^{-1/2} Wᵀ for each float matrix W [m][n] of a batch, m >= n. All arrays contiguous.
 struct RegularizedPolar {
-    const T* weight;  // [batch][m][n]
-    T reg;
-    T* polar;      // [batch][n][m]; NaN where the iteration failed or the matrix is not finite
+    const float* weight;  // [batch][m][n]
+    double reg;
+    float* polar;  // [batch][n][m]; NaN where the iteration failed or the matrix is not finite
     bool* failed;  // [batch]: finite, and too ill-conditioned for the iteration
     ptrdiff_t batch, m, n;
     int threads;

@@ -198,6 +198,27 @@ void solve(const Rows<T>& factor, ptrdiff_t n, const T* inverse_diagonal, const 
     }
 }
 
+// X = U^{-T}, lower triangular; whole vectors above the diagonal stay untouched but for the first.
+template <class T>
+void invert_factor(const Rows<T>& factor, ptrdiff_t n, const T* inverse_diagonal, const Rows<T>& x) {
+    for (ptrdiff_t i = 0; i < n; ++i)
+        for (ptrdiff_t j = 0; j < x.columns; ++j) x[i][j] = j == i ? T(1) : T(0);
+    for (ptrdiff_t outer = 0; outer < n; outer += outer_rows) {
+        const ptrdiff_t end = smaller(n, outer + outer_rows);
+        const auto subtract = [&](ptrdiff_t first, ptrdiff_t rows, ptrdiff_t from, ptrdiff_t count) {
+            multiply<T, Into::subtract>(factor[from] + first, 1, factor.stride, rows, x.from(from, 0), count,
+                                        padded<T>(from + count), x[first], x.stride);
+        };
+        subtract(outer, end - outer, 0, outer);
+        for (ptrdiff_t first = outer; first < end; first += block_rows) {
+            const ptrdiff_t rows = smaller(end - first, block_rows);
+            subtract(first, rows, outer, first - outer);
+            solve_rows<T, Triangle::lower>(factor[first] + first, factor.stride, inverse_diagonal + first, rows,
+                                           x[first], x.stride, padded<T>(first + rows));
+        }
+    }
+}
+
 #if defined(__GNUC__) && !defined(__clang__)
 template <size_t Bytes>
 struct Integer {

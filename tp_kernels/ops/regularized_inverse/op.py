@@ -33,18 +33,13 @@ def _solve(weight: Tensor, rhs: Tensor | None, r: Tensor) -> tuple[Tensor, Tenso
     return solved, failed
 
 
-# Beyond this many bytes in a row of the Gram matrix the decomposition of LAPACK is as fast.
-_LARGEST_POLAR_ROW = 1024
-
-
 def _polar(weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """``(WᵀW + rI)^{-1/2} Wᵀ`` for m >= n, and which matrices failed."""
+    """``(WᵀW + rI)^{-1/2} Wᵀ`` for m >= n, float32, and which matrices failed."""
     batch, (m, n) = weight.shape[:-2], weight.shape[-2:]
     weight = weight.contiguous()
     polar = weight.new_empty((*batch, n, m))
     failed = torch.empty(batch, dtype=torch.bool, device="cpu")
     _native.cpu.regularized_polar(
-        double=_native.is_double(weight),
         weight=_native.pointer(weight),
         reg=float(r),
         polar=_native.pointer(polar),
@@ -63,7 +58,7 @@ def _cpu_forward(weight: Tensor, reg: Tensor, power: float) -> tuple[Tensor, Ten
         return inverse.mT, failed
     if power == 1.0:
         return _solve(weight, None, reg)
-    if weight.shape[-1] * weight.element_size() > _LARGEST_POLAR_ROW:
+    if weight.dtype == torch.float64:  # its steps would need more than double precision
         return reference.forward(weight, reg, power)
     return _polar(weight, reg)
 
