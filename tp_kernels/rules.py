@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 _INVERSES = ("weight", "layer", "identity", "jacobian")
 _UPDATES = ("total", "local")
@@ -111,6 +112,28 @@ class BackProp:
 
 
 Rule = TargetProp | BackProp
+
+
+class Sweep(NamedTuple):
+    """What one sweep back over time computes: a rule for one nonlinearity, in the words of the backward ops."""
+
+    nonlinearity: str
+    inverse: str = "none"  # with the update "total": back-propagation
+    update: str = "total"
+    step: float = 1.0
+    clip: float = 1e-3
+
+    @classmethod
+    def of(cls, rule: Rule, nonlinearity: str) -> "Sweep":
+        """The sweep of a rule.
+
+        Example:
+            >>> Sweep.of(BackProp(), "tanh")
+            Sweep(nonlinearity='tanh', inverse='none', update='total', step=1.0, clip=0.001)
+        """
+        if isinstance(rule, BackProp):
+            return cls(nonlinearity)
+        return cls(nonlinearity, rule.inverse, rule.update, rule.step, rule.clip)
 
 
 def resolve(op: str, rule: Rule | None) -> Rule:

@@ -14,7 +14,6 @@ from _cases import (
     TILE_CASES,
     TIME_CASES,
     RNNCase,
-    rule_words,
 )
 from _checks import backward_op, rnn_backward_check, rnn_forward_check, tanh_check
 from _compare import assert_budget, assert_differences, assert_identical, assert_near, assert_same_pattern
@@ -26,6 +25,7 @@ from torch import Tensor
 import tp_kernels as tp
 from tp_kernels import _native
 from tp_kernels.ops.rnn import op
+from tp_kernels.rules import Sweep
 
 SMALL = RNNCase(T=4, B=3, N=5)
 HEADS = SMALL.with_(H=2)
@@ -104,16 +104,16 @@ def test_backward_sources(case, rule, sources, dtype, backend):
     """A gradient that does not arrive is the same as one of zeros."""
     u, weight, h0 = case.tensors(dtype)
     h = ops.rnn_fwd(u, weight, h0, case.nonlinearity, "reference")
-    words = case.nonlinearity, *rule_words(RULES[rule])
-    feedback = weight.mT.contiguous() if words[1] in ("weight", "layer") else None
+    sweep = Sweep.of(RULES[rule], case.nonlinearity)
+    feedback = weight.mT.contiguous() if sweep.inverse in ("weight", "layer") else None
     grad, last = torch.zeros_like(h), torch.zeros_like(h[-1])
     if sources == "states":
         grad = case.gradient(dtype)
     elif sources == "last":
         last = case.gradient(dtype)[-1]
     arrives = grad if sources == "states" else None, last if sources == "last" else None
-    found = backward_op(*arrives, h, weight, feedback, *words, backend)
-    expected = backward_op(grad, last, h, weight, feedback, *words, backend)
+    found = backward_op(*arrives, h, weight, feedback, sweep, backend)
+    expected = backward_op(grad, last, h, weight, feedback, sweep, backend)
     for what, *pair in zip(("grad_u", "grad_h0"), found, expected, strict=True):
         assert_identical(*pair, what)
     assert found[0].any() == (sources != "neither")
@@ -138,11 +138,10 @@ def test_gradients(shape, rule, nonlinearity, dtype, backend):
     def exact(h: Tensor, delta: Tensor, name: str) -> tuple[np.ndarray, ...]:
         """At the states, the P and the δ that were found: each stage answers for its own errors."""
         feedback = None
-        if rule_words(rule)[0] in ("weight", "layer"):
+        if Sweep.of(rule, nonlinearity).inverse in ("weight", "layer"):
             feedback = extended(tp.regularized_inverse(tensors[1], rule.reg, power=rule.power, backend=name))
-        grad_u, _, grad_h0 = rnn_backward(
-            extended(case.gradient(dtype)), extended(h), h0, weight, feedback, nonlinearity, *rule_words(rule)
-        )
+        sweep = Sweep.of(rule, nonlinearity)
+        grad_u, _, grad_h0 = rnn_backward(extended(case.gradient(dtype)), extended(h), h0, weight, feedback, sweep)
         return grad_u, weight_gradient(extended(delta), extended(h), h0), grad_h0
 
     answers = exact(*found[:2], backend), exact(*reference[:2], "reference")
@@ -536,7 +535,7 @@ def test_gradient_of_the_stated_objective(rule, nonlinearity, backend):
     u, weight, h0 = (tensor.requires_grad_() for tensor in case.tensors(torch.float64))
     feedback = numpy_inverse(weight.detach().numpy(), rule.reg, rule.power)
     grad = case.gradient(torch.float64).numpy()
-    lam = displacements(grad, h.numpy(), feedback, rule.inverse, rule.step, rule.clip)
+    lam = displacements(grad, h.numpy(), feedback, Sweep.of(rule, nonlinearity))
     targets = h - torch.from_numpy(lam[1:])
     activation = {"tanh": torch.tanh, "relu": torch.relu, "identity": lambda z: z}[nonlinearity]
     objective, state = 0.0, h0
@@ -695,18 +694,18 @@ def test_backward_in_two_calls(case, rule, dtype, backend):
     """What the later steps send on makes two calls the same as one, bit for bit, for every rule."""
     u, weight, h0 = case.tensors(dtype)
     h = ops.rnn_fwd(u, weight, h0, case.nonlinearity, backend)
-    words = case.nonlinearity, *rule_words(RULES[rule]), backend
-    feedback = weight.mT.contiguous() if words[1] in ("weight", "layer") else None
+    sweep = Sweep.of(RULES[rule], case.nonlinearity)
+    feedback = weight.mT.contiguous() if sweep.inverse in ("weight", "layer") else None
     grad, last = case.gradient(dtype), case.gradient(dtype, seed=3)[0]
-    whole = ops.rnn_bwd(grad, last, h, weight, feedback, None, None, *words)
-    later = ops.rnn_bwd(grad[4:], last, h[4:], weight, feedback, None, None, *words)
+    whole = ops.rnn_bwd(grad, last, h, weight, feedback, None, None, *sweep, backend)
+    later = ops.rnn_bwd(grad[4:], last, h[4:], weight, feedback, None, None, *sweep, backend)
     sent = [tensor if tensor.numel() else None for tensor in later[1:]]
-    earlier = ops.rnn_bwd(grad[:4], None, h[:4], weight, feedback, *sent, *words)
+    earlier = ops.rnn_bwd(grad[:4], None, h[:4], weight, feedback, *sent, *sweep, backend)
     assert_identical(torch.cat([earlier[0], later[0]]), whole[0], "grad_u")
     for what, *pair in zip(("carried", "through"), earlier[1:], whole[1:], strict=True):
         assert_identical(*pair, what)
-    assert (whole[1].numel() == 0) == (words[1] == "none")
-    assert (whole[2].numel() == 0) == (words[2] == "local")
+    assert (whole[1].numel() == 0) == (sweep.inverse == "none")
+    assert (whole[2].numel() == 0) == (sweep.update == "local")
 
 
 @pytest.mark.parametrize("every", [1, 3, 7, 100])

@@ -6,6 +6,8 @@ Shapes with heads, ``[T, B, H, N]`` and ``[H, N, N]``, work as without: a produc
 import torch
 from torch import Tensor
 
+from tp_kernels.rules import Sweep
+
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "identity": lambda z: z}
 
 
@@ -39,11 +41,7 @@ def backward(
     feedback: Tensor | None,
     carried: Tensor | None,
     through: Tensor | None,
-    nonlinearity: str,
-    inverse: str,
-    update: str,
-    step: float,
-    clip: float,
+    sweep: Sweep,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Displacements λ, adjoints μ and pre-activation gradients δ, from the last step to the first.
 
@@ -58,13 +56,14 @@ def backward(
         weight: [N, N] or [H, N, N], W.
         feedback: like ``weight``, P; needed by "weight" and "layer", unused otherwise.
         carried, through: like ``h[0]``: term(λ) and ``Wᵀ δ`` of the step after the last one; ``None`` is zero.
-        nonlinearity, inverse, update, step, clip: the rule.
+        sweep: the rule.
 
     Returns:
         ``grad_u``, like ``h``: δ; ``carried``, like ``h[0]``: term(λ_1), empty for "none"; and ``through``, like
         ``h[0]``: ``Wᵀ δ_1``, empty for "local". All contiguous. The gradient of the first state is ``through`` for
         "total" and ``carried`` for "local".
     """
+    nonlinearity, inverse, update, step, clip = sweep
     grad_u = torch.empty_like(h, memory_format=torch.contiguous_format)
     zero = torch.zeros_like(h[0])
     carried = zero if carried is None or inverse == "none" else carried
