@@ -9,6 +9,12 @@ from torch import Tensor
 from tp_kernels.rules import Sweep
 
 ACTIVATIONS = {"tanh": np.tanh, "relu": lambda z: np.maximum(z, 0), "identity": lambda z: z}
+# Of the inverse, at h_t: relu's is taken as relu.
+INVERSE_SLOPES = {
+    "tanh": lambda lam, h, high: lam / (1 - np.clip(h, -high, high) ** 2),
+    "relu": lambda lam, h, high: np.where(h > 0, lam, 0),
+    "identity": lambda lam, h, high: lam,
+}
 SLOPES = {"tanh": lambda h: 1 - h**2, "relu": lambda h: (h > 0).astype(h.dtype), "identity": np.ones_like}
 
 
@@ -123,7 +129,7 @@ def displacements(grad: np.ndarray, h: np.ndarray, feedback: np.ndarray | None, 
         "none": lambda lam, h_t: np.zeros_like(lam),
         "identity": lambda lam, h_t: lam,
         "weight": lambda lam, h_t: lam.dot(feedback.T),
-        "layer": lambda lam, h_t: (lam / (1 - np.clip(h_t, sweep.clip - 1, 1 - sweep.clip) ** 2)).dot(feedback.T),
+        "layer": lambda lam, h_t: INVERSE_SLOPES[sweep.nonlinearity](lam, h_t, 1 - sweep.clip).dot(feedback.T),
     }
     result = [sweep.step * grad[-1]]
     for t in range(len(h) - 1, 0, -1):

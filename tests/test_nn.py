@@ -404,14 +404,6 @@ def test_no_time_step():
     assert str(caught.value) == "nn.RNN: input must have at least one time step (T >= 1), got (0, 4, 3)"
 
 
-def test_layer_with_relu():
-    with pytest.raises(NotImplementedError) as caught:
-        tp.nn.RNN(M, N, nonlinearity="relu", rule=tp.TargetProp.paper())(X)
-    assert str(caught.value) == (
-        "nn.RNN: inverse='layer' with nonlinearity='relu' is not implemented yet; available: 'tanh'"
-    )
-
-
 # --- convert
 
 

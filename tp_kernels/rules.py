@@ -48,7 +48,7 @@ class TargetProp:
         power: 1 or 1/2, the exponent α of ``P = (WᵀW + rI)^{-α} Wᵀ``. ``None``: 1/2 for ``inverse="weight"``
             (targets keep their length), 1 for the others.
         step: γ > 0, the step from a state to its target along the negative gradient. A mere scale here.
-        clip: ε in (0, 1): ``inverse="layer"`` divides by ``1 - clip(h, ±(1-ε))²``.
+        clip: ε in (0, 1): ``inverse="layer"`` divides by ``1 - clip(h, ±(1-ε))²`` where the activation is tanh.
 
     The attributes hold resolved numbers: ``dataclasses.replace(rule, inverse=...)`` keeps reg and power as they are.
 

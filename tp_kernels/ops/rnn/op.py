@@ -333,7 +333,6 @@ def rnn(
     Raises:
         TypeError: an argument of another kind or dtype than stated.
         ValueError: a shape, device or word other than stated, or T = 0.
-        NotImplementedError: ``inverse="layer"`` with another nonlinearity than "tanh".
         BackendUnavailableError: a back-end asked for by name that cannot run this call.
         torch.linalg.LinAlgError: in backward, a Gram matrix of ``weight`` is not numerically positive definite.
 

@@ -46,7 +46,8 @@ def backward(
     """Displacements λ, adjoints μ and pre-activation gradients δ, from the last step to the first.
 
     ``λ_{t-1} = step g_{t-1} + term(λ_t)``, where the term is 0 (``inverse="none"``), λ_t (``"identity"``),
-    ``P λ_t`` (``"weight"``) or ``P (λ_t / (1 - clip(h_t)²))`` (``"layer"``); ``μ_t = λ_t`` (``update="local"``)
+    ``P λ_t`` (``"weight"``) or ``P (λ_t / (1 - clip(h_t)²))`` (``"layer"``, with tanh; relu passes λ_t on where
+    h_t > 0, the identity everywhere); ``μ_t = λ_t`` (``update="local"``)
     or ``μ_t = λ_t + Wᵀ δ_{t+1}`` (``"total"``); ``δ_t = a'(z_t) μ_t``. Back-propagation is "none" with "total".
 
     Args:
@@ -81,7 +82,7 @@ def backward(
         elif inverse == "weight":
             carried = _apply(feedback, displacement)
         elif inverse == "layer":
-            carried = _apply(feedback, displacement / (1 - h[t].clamp(clip - 1, 1 - clip).square()))
+            carried = _apply(feedback, _through_inverse(displacement, h[t], nonlinearity, clip))
         if update == "total":
             through = _apply(weight.mT, delta)
     nothing = h.new_empty(0)
@@ -97,6 +98,13 @@ def _through_activation(adjoint: Tensor, h: Tensor, nonlinearity: str) -> Tensor
     if nonlinearity == "tanh":
         return adjoint * (1 - h.square())
     return torch.where(h <= 0, 0, adjoint) if nonlinearity == "relu" else adjoint
+
+
+def _through_inverse(displacement: Tensor, h: Tensor, nonlinearity: str, clip: float) -> Tensor:
+    """The linearized inverse of the activation, at h. relu counts as its own inverse."""
+    if nonlinearity != "tanh":
+        return _through_activation(displacement, h, nonlinearity)
+    return displacement / (1 - h.clamp(clip - 1, 1 - clip).square())
 
 
 def _apply(matrix: Tensor, state: Tensor) -> Tensor:
