@@ -14,6 +14,7 @@ from torch import Tensor
 import tp_kernels as tp
 from tp_kernels.regimes import measure
 from tp_kernels.regimes.cases import Case
+from tp_kernels.rules import Sweep
 
 CASES = (Case(60, 100, 20), Case(784, 100, 1), Case(784, 64, 16), Case(784, 100, 16), Case(784, 256, 16))
 SMOKE = (Case(5, 3, 2),)
@@ -21,8 +22,7 @@ _rnn_bwd = torch.ops.tp_kernels.rnn_bwd
 
 
 def sweep(last: Tensor, h: Tensor, weight: Tensor, feedback: Tensor, backend: str = "auto") -> Tensor:
-    words = ("tanh", "weight", "total", 1.0, 0.5, backend)
-    return _rnn_bwd(None, last, h, weight, feedback, None, None, *words)[0]
+    return _rnn_bwd(None, last, h, weight, feedback, None, None, *Sweep("tanh", "weight"), backend)[0]
 
 
 def doubling(last: Tensor, h: Tensor, weight: Tensor, feedback: Tensor) -> Tensor:
@@ -35,8 +35,7 @@ def doubling(last: Tensor, h: Tensor, weight: Tensor, feedback: Tensor) -> Tenso
         torch.mm(source, power, out=displacements[T - known - more : T - known].view(more * B, N))
         known += more
         power = power @ power
-    words = ("tanh", "none", "total", 1.0, 0.5, "auto")
-    return _rnn_bwd(displacements, None, h, weight, None, None, None, *words)[0]
+    return _rnn_bwd(displacements, None, h, weight, None, None, None, *Sweep("tanh"), "auto")[0]
 
 
 WAYS = {"sweep": sweep, "doubling": doubling}

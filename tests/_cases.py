@@ -126,10 +126,3 @@ RULES: dict[str, tp.BackProp | tp.TargetProp] = {
     "identity-total": tp.TargetProp(inverse="identity", step=0.7),
     "identity-local": tp.TargetProp(inverse="identity", update="local"),
 }
-
-
-def rule_words(rule: tp.BackProp | tp.TargetProp) -> tuple[str, str, float, float]:
-    """inverse, update, step and clip as the backward op takes them."""
-    if isinstance(rule, tp.BackProp):
-        return "none", "total", 1.0, 0.5
-    return rule.inverse, rule.update, rule.step, rule.clip

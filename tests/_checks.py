@@ -2,12 +2,13 @@
 
 import numpy as np
 import torch
-from _cases import LAYOUTS, RNNCase, matrices, rule_words
+from _cases import LAYOUTS, RNNCase, matrices
 from _compare import assert_average_budget, assert_budget, assert_near, assert_residual, assert_tanh
 from _oracle import extended, regularized_inverse, regularized_inverse_gradients, rnn_backward, rnn_forward
 from torch import Tensor
 
 import tp_kernels as tp
+from tp_kernels.rules import Sweep
 
 ops = torch.ops.tp_kernels
 
@@ -24,11 +25,17 @@ def rnn_forward_check(case: RNNCase, dtype: torch.dtype, backend: str, layout: s
 
 
 def backward_op(
-    grad: Tensor | None, last: Tensor | None, h: Tensor, weight: Tensor, feedback: Tensor | None, *words: object
+    grad: Tensor | None,
+    last: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    feedback: Tensor | None,
+    sweep: Sweep,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The backward op on a whole sequence: ``grad_u`` and ``grad_h0``."""
-    grad_u, carried, through = ops.rnn_bwd(grad, last, h, weight, feedback, None, None, *words)
-    return grad_u, through if words[2] == "total" else carried
+    grad_u, carried, through = ops.rnn_bwd(grad, last, h, weight, feedback, None, None, *sweep, backend)
+    return grad_u, through if sweep.update == "total" else carried
 
 
 def rnn_backward_check(
@@ -37,17 +44,17 @@ def rnn_backward_check(
     """The backward op by itself, on given states and a given P."""
     u, weight, h0 = case.tensors(dtype)
     h = ops.rnn_fwd(u, weight, h0, case.nonlinearity, "reference")
-    words = case.nonlinearity, *rule_words(rule)
-    feedback = 0.6 * case.tensors(dtype, seed=2)[1] if words[1] in ("weight", "layer") else None
+    sweep = Sweep.of(rule, case.nonlinearity)
+    feedback = 0.6 * case.tensors(dtype, seed=2)[1] if sweep.inverse in ("weight", "layer") else None
     grad, last = case.gradient(dtype), case.gradient(dtype, seed=3)[0]
     tensors = grad, last, h, weight, feedback
     placed = [None if tensor is None else LAYOUTS[layout](tensor) for tensor in tensors]
-    found = backward_op(*placed, *words, backend)
-    reference = backward_op(*tensors, *words, "reference")
+    found = backward_op(*placed, sweep, backend)
+    reference = backward_op(*tensors, sweep, "reference")
     whole = extended(grad)
     whole[-1] += extended(last)
-    exact = rnn_backward(whole, *map(extended, (h, h0, weight, feedback)), *words)
-    condition = 10 if words[1] == "layer" else 1  # 1 - h² loses digits where h is near 1
+    exact = rnn_backward(whole, *map(extended, (h, h0, weight, feedback)), sweep)
+    condition = 10 if sweep.inverse == "layer" else 1  # 1 - h² loses digits where h is near 1
     for what, *parts in zip(("grad_u", "grad_h0"), found, reference, (exact[0], exact[2]), strict=True):
         assert_budget(*parts, what, condition)
         assert parts[0].is_contiguous()

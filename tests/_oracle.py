@@ -1,9 +1,20 @@
-"""The maths once more, in NumPy and in extended precision where the machine has it. Shares no code with the library."""
+"""The maths once more, in NumPy and in extended precision where the machine has it.
+
+It shares no code with the library, only the names in a ``Sweep``.
+"""
 
 import numpy as np
 from torch import Tensor
 
+from tp_kernels.rules import Sweep
+
 ACTIVATIONS = {"tanh": np.tanh, "relu": lambda z: np.maximum(z, 0), "identity": lambda z: z}
+# Of the inverse, at h_t: relu's is taken as relu.
+INVERSE_SLOPES = {
+    "tanh": lambda lam, h, high: lam / (1 - np.clip(h, -high, high) ** 2),
+    "relu": lambda lam, h, high: np.where(h > 0, lam, 0),
+    "identity": lambda lam, h, high: lam,
+}
 SLOPES = {"tanh": lambda h: 1 - h**2, "relu": lambda h: (h > 0).astype(h.dtype), "identity": np.ones_like}
 
 
@@ -112,20 +123,18 @@ def rnn_forward(u: np.ndarray, weight: np.ndarray, h0: np.ndarray | None, nonlin
     return np.stack(states[1:])
 
 
-def displacements(
-    grad: np.ndarray, h: np.ndarray, feedback: np.ndarray | None, inverse: str, step: float, clip: float
-) -> np.ndarray:
+def displacements(grad: np.ndarray, h: np.ndarray, feedback: np.ndarray | None, sweep: Sweep) -> np.ndarray:
     """``λ_0 … λ_T`` of algorithm.md's section 3; no gradient arrives at ``h_0``."""
     terms = {
         "none": lambda lam, h_t: np.zeros_like(lam),
         "identity": lambda lam, h_t: lam,
         "weight": lambda lam, h_t: lam.dot(feedback.T),
-        "layer": lambda lam, h_t: (lam / (1 - np.clip(h_t, clip - 1, 1 - clip) ** 2)).dot(feedback.T),
+        "layer": lambda lam, h_t: INVERSE_SLOPES[sweep.nonlinearity](lam, h_t, 1 - sweep.clip).dot(feedback.T),
     }
-    result = [step * grad[-1]]
+    result = [sweep.step * grad[-1]]
     for t in range(len(h) - 1, 0, -1):
-        result.append(step * grad[t - 1] + terms[inverse](result[-1], h[t]))
-    result.append(terms[inverse](result[-1], h[0]))
+        result.append(sweep.step * grad[t - 1] + terms[sweep.inverse](result[-1], h[t]))
+    result.append(terms[sweep.inverse](result[-1], h[0]))
     return np.stack(result[::-1])
 
 
@@ -145,25 +154,20 @@ def rnn_backward(
     h0: np.ndarray | None,
     weight: np.ndarray,
     feedback: np.ndarray | None,
-    nonlinearity: str,
-    inverse: str,
-    update: str,
-    step: float,
-    clip: float,
+    sweep: Sweep,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gradients in u, W and h_0 of algorithm.md's section 4. Back-propagation is "none" with "total"."""
-    words = (nonlinearity, inverse, update, step, clip)
     if h.ndim == 4:
         none = [None] * h.shape[2]
         starts = none if h0 is None else h0.swapaxes(0, 1)
         matrices = none if feedback is None else feedback
         heads = zip(np.moveaxis(grad, 2, 0), np.moveaxis(h, 2, 0), starts, weight, matrices, strict=True)
-        deltas, weights, firsts = zip(*(rnn_backward(*head, *words) for head in heads), strict=True)
+        deltas, weights, firsts = zip(*(rnn_backward(*head, sweep) for head in heads), strict=True)
         return np.stack(deltas, axis=2), np.stack(weights), np.stack(firsts, axis=1)
-    lam = displacements(grad, h, feedback, inverse, step, clip)
-    slope = SLOPES[nonlinearity](h)
+    lam = displacements(grad, h, feedback, sweep)
+    slope = SLOPES[sweep.nonlinearity](h)
     delta = slope * lam[1:]
-    if update == "total":
+    if sweep.update == "total":
         for t in range(len(h) - 2, -1, -1):
             delta[t] = slope[t] * (lam[t + 1] + delta[t + 1].dot(weight))
-    return delta, weight_gradient(delta, h, h0), delta[0].dot(weight) if update == "total" else lam[0]
+    return delta, weight_gradient(delta, h, h0), delta[0].dot(weight) if sweep.update == "total" else lam[0]

@@ -26,8 +26,6 @@ def test_rnn(case, dtype, isa_level):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu", "identity"])
 def test_rules(rule, nonlinearity, dtype, isa_level):
-    if rule.startswith("layer"):
-        nonlinearity = "tanh"
     rnn_backward_check(ODD.with_(nonlinearity=nonlinearity), RULES[rule], dtype, "cpu")
 
 

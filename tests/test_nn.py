@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import tp_kernels as tp
 from tp_kernels import _native
 from tp_kernels.ops.rnn import op
+from tp_kernels.rules import Sweep
 
 M, N, T, B = 3, 5, 7, 4
 
@@ -56,7 +57,7 @@ def exact(
     output = rnn_forward(u, w_hh, start, module.nonlinearity)
     arrives, h = extended(grad), extended(states)
     arrives[-1] += extended(grad_last)[0]
-    delta, grad_hh, first = rnn_backward(arrives, h, start, w_hh, None, module.nonlinearity, "none", "total", 1.0, 0.5)
+    delta, grad_hh, first = rnn_backward(arrives, h, start, w_hh, None, Sweep.of(tp.BackProp(), module.nonlinearity))
     rows = delta.reshape(-1, len(w_hh))
     before = np.concatenate([np.zeros_like(h[:1]) if start is None else start[None], h[:-1]]).reshape(rows.shape)
     answers = {
@@ -401,14 +402,6 @@ def test_no_time_step():
     with pytest.raises(ValueError, match="at least one time step") as caught:
         tp.nn.RNN(M, N)(X[:0])
     assert str(caught.value) == "nn.RNN: input must have at least one time step (T >= 1), got (0, 4, 3)"
-
-
-def test_layer_with_relu():
-    with pytest.raises(NotImplementedError) as caught:
-        tp.nn.RNN(M, N, nonlinearity="relu", rule=tp.TargetProp.paper())(X)
-    assert str(caught.value) == (
-        "nn.RNN: inverse='layer' with nonlinearity='relu' is not implemented yet; available: 'tanh'"
-    )
 
 
 # --- convert

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 _INVERSES = ("weight", "layer", "identity", "jacobian")
 _UPDATES = ("total", "local")
@@ -47,7 +48,7 @@ class TargetProp:
         power: 1 or 1/2, the exponent α of ``P = (WᵀW + rI)^{-α} Wᵀ``. ``None``: 1/2 for ``inverse="weight"``
             (targets keep their length), 1 for the others.
         step: γ > 0, the step from a state to its target along the negative gradient. A mere scale here.
-        clip: ε in (0, 1): ``inverse="layer"`` divides by ``1 - clip(h, ±(1-ε))²``.
+        clip: ε in (0, 1): ``inverse="layer"`` divides by ``1 - clip(h, ±(1-ε))²`` where the activation is tanh.
 
     The attributes hold resolved numbers: ``dataclasses.replace(rule, inverse=...)`` keeps reg and power as they are.
 
@@ -111,6 +112,28 @@ class BackProp:
 
 
 Rule = TargetProp | BackProp
+
+
+class Sweep(NamedTuple):
+    """What one sweep back over time computes: a rule for one nonlinearity, in the words of the backward ops."""
+
+    nonlinearity: str
+    inverse: str = "none"  # with the update "total": back-propagation
+    update: str = "total"
+    step: float = 1.0
+    clip: float = 1e-3
+
+    @classmethod
+    def of(cls, rule: Rule, nonlinearity: str) -> "Sweep":
+        """The sweep of a rule.
+
+        Example:
+            >>> Sweep.of(BackProp(), "tanh")
+            Sweep(nonlinearity='tanh', inverse='none', update='total', step=1.0, clip=0.001)
+        """
+        if isinstance(rule, BackProp):
+            return cls(nonlinearity)
+        return cls(nonlinearity, rule.inverse, rule.update, rule.step, rule.clip)
 
 
 def resolve(op: str, rule: Rule | None) -> Rule:

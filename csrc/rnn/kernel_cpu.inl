@@ -44,6 +44,20 @@ inline V through_activation(V adjoint, V h) {
     return adjoint;
 }
 
+template <class V, class T>
+inline V clamp(V x, T low, T high) {
+    const V raised = x < low ? broadcast<V>(low) : x;
+    return raised > high ? broadcast<V>(high) : raised;  // NaN stays
+}
+
+// The linearized inverse of the activation, at h; that of relu is relu.
+template <Nonlinearity a, class V, class T>
+inline V through_inverse(V lambda, V h, T low, T high) {
+    if constexpr (a != Nonlinearity::tanh) return through_activation<a>(lambda, h);
+    const V clipped = clamp(h, low, high);
+    return lambda / (1 - clipped * clipped);
+}
+
 template <class T, Nonlinearity a>
 void forward_tile(const RnnForward<T>& f, const T* packed, ptrdiff_t head, ptrdiff_t first, ptrdiff_t rows,
                   T* product) {
@@ -106,11 +120,7 @@ void backward_tile(const RnnBackward<T>& f, const T* packed_feedback, const T* p
             const V mu = adjoint ? lambda + load<V>(through + i * columns + j) : lambda;
             const V state = load<V>(h + i * row + j);
             store(grad_u + i * row + j, through_activation<a>(mu, state));
-            if (inverse == Inverse::layer) {
-                V clipped = state < low ? broadcast<V>(low) : state;
-                clipped = clipped > high ? broadcast<V>(high) : clipped;
-                lambda /= 1 - clipped * clipped;
-            }
+            if (inverse == Inverse::layer) lambda = through_inverse<a>(lambda, state, low, high);
             if (inverse != Inverse::none) store(next + i * columns + j, lambda);
         });
         delta = grad_u;

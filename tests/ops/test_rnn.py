@@ -14,11 +14,10 @@ from _cases import (
     TILE_CASES,
     TIME_CASES,
     RNNCase,
-    rule_words,
 )
 from _checks import backward_op, rnn_backward_check, rnn_forward_check, tanh_check
 from _compare import assert_budget, assert_differences, assert_identical, assert_near, assert_same_pattern
-from _oracle import displacements, extended, rnn_backward, rnn_forward, weight_gradient
+from _oracle import SLOPES, displacements, extended, rnn_backward, rnn_forward, weight_gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -26,6 +25,7 @@ from torch import Tensor
 import tp_kernels as tp
 from tp_kernels import _native
 from tp_kernels.ops.rnn import op
+from tp_kernels.rules import Sweep
 
 SMALL = RNNCase(T=4, B=3, N=5)
 HEADS = SMALL.with_(H=2)
@@ -90,7 +90,7 @@ def test_backward_tiles(case, rule, dtype, backend):
         pytest.param(case, rule, id=f"{case}-{rule}")
         for case in TIME_CASES + HEAD_CASES
         for rule in RULES
-        if not (rule.startswith("layer") and (case.nonlinearity != "tanh" or case.T == 1000))
+        if not (rule.startswith("layer") and case.nonlinearity == "tanh" and case.T == 1000)
     ],
 )
 def test_backward_times_and_heads(case, rule, dtype, backend):
@@ -104,16 +104,16 @@ def test_backward_sources(case, rule, sources, dtype, backend):
     """A gradient that does not arrive is the same as one of zeros."""
     u, weight, h0 = case.tensors(dtype)
     h = ops.rnn_fwd(u, weight, h0, case.nonlinearity, "reference")
-    words = case.nonlinearity, *rule_words(RULES[rule])
-    feedback = weight.mT.contiguous() if words[1] in ("weight", "layer") else None
+    sweep = Sweep.of(RULES[rule], case.nonlinearity)
+    feedback = weight.mT.contiguous() if sweep.inverse in ("weight", "layer") else None
     grad, last = torch.zeros_like(h), torch.zeros_like(h[-1])
     if sources == "states":
         grad = case.gradient(dtype)
     elif sources == "last":
         last = case.gradient(dtype)[-1]
     arrives = grad if sources == "states" else None, last if sources == "last" else None
-    found = backward_op(*arrives, h, weight, feedback, *words, backend)
-    expected = backward_op(grad, last, h, weight, feedback, *words, backend)
+    found = backward_op(*arrives, h, weight, feedback, sweep, backend)
+    expected = backward_op(grad, last, h, weight, feedback, sweep, backend)
     for what, *pair in zip(("grad_u", "grad_h0"), found, expected, strict=True):
         assert_identical(*pair, what)
     assert found[0].any() == (sources != "neither")
@@ -124,10 +124,6 @@ def test_backward_sources(case, rule, sources, dtype, backend):
 @pytest.mark.parametrize("shape", [SMALL, HEADS, SMALL.with_(h0=False), SMALL.with_(T=65, N=33)], ids=str)
 def test_gradients(shape, rule, nonlinearity, dtype, backend):
     """All gradients of the public function, with the P it computes itself."""
-    if rule.startswith("layer") and nonlinearity != "tanh":
-        with pytest.raises(NotImplementedError):
-            gradients(shape.with_(nonlinearity=nonlinearity), RULES[rule], dtype, backend)
-        return
     case = shape.with_(nonlinearity=nonlinearity)
     rule = RULES[rule]
     tensors = case.tensors(dtype)
@@ -138,11 +134,10 @@ def test_gradients(shape, rule, nonlinearity, dtype, backend):
     def exact(h: Tensor, delta: Tensor, name: str) -> tuple[np.ndarray, ...]:
         """At the states, the P and the δ that were found: each stage answers for its own errors."""
         feedback = None
-        if rule_words(rule)[0] in ("weight", "layer"):
+        if Sweep.of(rule, nonlinearity).inverse in ("weight", "layer"):
             feedback = extended(tp.regularized_inverse(tensors[1], rule.reg, power=rule.power, backend=name))
-        grad_u, _, grad_h0 = rnn_backward(
-            extended(case.gradient(dtype)), extended(h), h0, weight, feedback, nonlinearity, *rule_words(rule)
-        )
+        sweep = Sweep.of(rule, nonlinearity)
+        grad_u, _, grad_h0 = rnn_backward(extended(case.gradient(dtype)), extended(h), h0, weight, feedback, sweep)
         return grad_u, weight_gradient(extended(delta), extended(h), h0), grad_h0
 
     answers = exact(*found[:2], backend), exact(*reference[:2], "reference")
@@ -295,11 +290,10 @@ def test_random_shapes_and_layouts(data):
         nonlinearity=data.draw(st.sampled_from(NONLINEARITIES)),
         h0=data.draw(st.booleans()),
     )
-    rules = [name for name in RULES if case.nonlinearity == "tanh" or not name.startswith("layer")]
     dtype = data.draw(st.sampled_from(DTYPES))
     layout = data.draw(st.sampled_from(list(LAYOUTS)))
     torch.set_num_threads(data.draw(st.integers(1, 3)))
-    rule = RULES[data.draw(st.sampled_from(rules))]
+    rule = RULES[data.draw(st.sampled_from(list(RULES)))]
     for backend in ("reference", "cpu") if _native.cpu_available()[0] else ("reference",):
         rnn_forward_check(case, dtype, backend, layout)
         rnn_backward_check(case, rule, dtype, backend, layout)
@@ -377,11 +371,6 @@ BAD_INPUT = {
         TypeError,
         "rnn: rule must be a TargetProp, a BackProp or None, got type",
     ),
-    "layer-relu": (
-        {"nonlinearity": "relu", "rule": tp.TargetProp(inverse="layer")},
-        NotImplementedError,
-        "rnn: inverse='layer' with nonlinearity='relu' is not implemented yet; available: 'tanh'",
-    ),
     "backend": (
         {"backend": "gpu"},
         ValueError,
@@ -405,11 +394,9 @@ def test_bad_input(name, monkeypatch):
 
 
 @pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
-@pytest.mark.parametrize("rule", [name for name in RULES if not name.startswith("layer")] + ["layer-total"])
+@pytest.mark.parametrize("rule", RULES)
 def test_deterministic(rule, nonlinearity, dtype, backend):
     """Bit for bit the same in every run, and with any number of threads on the native back-end."""
-    if rule == "layer-total":
-        nonlinearity = "tanh"
     case = RNNCase(T=9, B=33, N=64, nonlinearity=nonlinearity)
     first = None
     for count in (1, 1, 2, 2, 3) if backend == "cpu" else (1, 1):
@@ -529,14 +516,12 @@ def numpy_inverse(weight: np.ndarray, reg: float, power: float) -> np.ndarray:
 def test_gradient_of_the_stated_objective(rule, nonlinearity, backend):
     """Autograd of ``Σ_t ½‖h_t(θ) - v_t‖²`` with ``v_t = h_t - λ_t`` constant; "local" holds h_{t-1} fixed."""
     rule = RULES[rule]
-    if rule.inverse == "layer":
-        nonlinearity = "tanh"
     case = RNNCase(T=6, B=3, N=4, nonlinearity=nonlinearity)
     h, *found = gradients(case, rule, torch.float64, backend)
     u, weight, h0 = (tensor.requires_grad_() for tensor in case.tensors(torch.float64))
     feedback = numpy_inverse(weight.detach().numpy(), rule.reg, rule.power)
     grad = case.gradient(torch.float64).numpy()
-    lam = displacements(grad, h.numpy(), feedback, rule.inverse, rule.step, rule.clip)
+    lam = displacements(grad, h.numpy(), feedback, Sweep.of(rule, nonlinearity))
     targets = h - torch.from_numpy(lam[1:])
     activation = {"tanh": torch.tanh, "relu": torch.relu, "identity": lambda z: z}[nonlinearity]
     objective, state = 0.0, h0
@@ -552,25 +537,30 @@ def test_gradient_of_the_stated_objective(rule, nonlinearity, backend):
         assert_near(found[2], lam[0].astype(np.longdouble), "grad_h0", condition=20)
 
 
-def test_layer_inverse_is_the_jacobian_of_the_regularized_inverse(backend):
-    """Central differences of ``f⁻¹(v) = P(atanh(v) - u_t)`` at h_t, along λ_t."""
-    case = RNNCase(T=2, B=3, N=4)
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+def test_layer_inverse_is_the_jacobian_of_the_regularized_inverse(nonlinearity, backend):
+    """Central differences of ``f⁻¹(v) = P(a⁻¹(v) - u_t)`` at h_t, along λ_t."""
+    case = RNNCase(T=2, B=3, N=4, nonlinearity=nonlinearity)
     u, weight, h0 = case.tensors(torch.float64)
     rule = tp.TargetProp(inverse="layer", update="local", clip=1e-6)
     source = case.gradient(torch.float64)[-1]
     leaves = (u.requires_grad_(), h0.requires_grad_())
-    h = tp.rnn(u, weight, h0, rule=rule, backend=backend)
+    h = tp.rnn(u, weight, h0, nonlinearity=nonlinearity, rule=rule, backend=backend)
     grad_u, grad_h0 = torch.autograd.grad(h[-1], leaves, source)
     h, u = h.detach(), u.detach()
+    if nonlinearity == "relu":  # differences across the kink are none
+        h = torch.where(h > 0, h, -1)
+    inverse_activation = {"tanh": torch.atanh, "relu": torch.relu, "identity": lambda v: v}[nonlinearity]
     inverse = torch.from_numpy(numpy_inverse(weight.numpy(), rule.reg, rule.power))
 
     def carried(lam: Tensor, t: int) -> Tensor:
         small = 1e-6
-        high, low = ((torch.atanh(h[t] + sign * small * lam) - u[t]) @ inverse.mT for sign in (1, -1))
+        high, low = ((inverse_activation(h[t] + sign * small * lam) - u[t]) @ inverse.mT for sign in (1, -1))
         return (high - low) / (2 * small)
 
-    first = grad_u[0] / (1 - h[0].square())
-    assert_differences(first, carried(source, 1), "λ_1")
+    first = carried(source, 1)
+    slope = torch.from_numpy(SLOPES[nonlinearity](h[0].numpy()))
+    assert_differences(grad_u[0], slope * first, "δ_1")
     assert_differences(grad_h0, carried(first, 0), "λ_0")
 
 
@@ -695,18 +685,18 @@ def test_backward_in_two_calls(case, rule, dtype, backend):
     """What the later steps send on makes two calls the same as one, bit for bit, for every rule."""
     u, weight, h0 = case.tensors(dtype)
     h = ops.rnn_fwd(u, weight, h0, case.nonlinearity, backend)
-    words = case.nonlinearity, *rule_words(RULES[rule]), backend
-    feedback = weight.mT.contiguous() if words[1] in ("weight", "layer") else None
+    sweep = Sweep.of(RULES[rule], case.nonlinearity)
+    feedback = weight.mT.contiguous() if sweep.inverse in ("weight", "layer") else None
     grad, last = case.gradient(dtype), case.gradient(dtype, seed=3)[0]
-    whole = ops.rnn_bwd(grad, last, h, weight, feedback, None, None, *words)
-    later = ops.rnn_bwd(grad[4:], last, h[4:], weight, feedback, None, None, *words)
+    whole = ops.rnn_bwd(grad, last, h, weight, feedback, None, None, *sweep, backend)
+    later = ops.rnn_bwd(grad[4:], last, h[4:], weight, feedback, None, None, *sweep, backend)
     sent = [tensor if tensor.numel() else None for tensor in later[1:]]
-    earlier = ops.rnn_bwd(grad[:4], None, h[:4], weight, feedback, *sent, *words)
+    earlier = ops.rnn_bwd(grad[:4], None, h[:4], weight, feedback, *sent, *sweep, backend)
     assert_identical(torch.cat([earlier[0], later[0]]), whole[0], "grad_u")
     for what, *pair in zip(("carried", "through"), earlier[1:], whole[1:], strict=True):
         assert_identical(*pair, what)
-    assert (whole[1].numel() == 0) == (words[1] == "none")
-    assert (whole[2].numel() == 0) == (words[2] == "local")
+    assert (whole[1].numel() == 0) == (sweep.inverse == "none")
+    assert (whole[2].numel() == 0) == (sweep.update == "local")
 
 
 @pytest.mark.parametrize("every", [1, 3, 7, 100])

@@ -9,6 +9,7 @@ from tp_kernels import _native
 from tp_kernels._backends import Backend, BackendTable, missing
 from tp_kernels._library import register
 from tp_kernels.ops.rnn import reference
+from tp_kernels.rules import Sweep
 
 
 def _unit_stride(tensor: Tensor | None) -> Tensor | None:
@@ -54,11 +55,7 @@ def _cpu_backward(
     feedback: Tensor | None,
     carried: Tensor | None,
     through: Tensor | None,
-    nonlinearity: str,
-    inverse: str,
-    update: str,
-    step: float,
-    clip: float,
+    sweep: Sweep,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _native.check_same_kind("rnn", h, grad_h, grad_last, weight, feedback, carried, through)
     grad_h = _unit_stride(grad_h)
@@ -66,7 +63,7 @@ def _cpu_backward(
     grad_last, feedback, carried, through = (
         None if tensor is None else tensor.contiguous() for tensor in (grad_last, feedback, carried, through)
     )
-    grad_u, carried_out, through_out = _backward_outputs(h, inverse, update)
+    grad_u, carried_out, through_out = _backward_outputs(h, sweep)
     _native.cpu.rnn_bwd(
         double=_native.is_double(h),
         grad_h=_native.pointer(grad_h),
@@ -81,25 +78,21 @@ def _cpu_backward(
         through_out=_native.pointer(through_out),
         grad_u=_native.pointer(grad_u),
         sizes=_sizes(h),
-        nonlinearity=nonlinearity,
-        inverse=inverse,
-        update=update,
-        step=step,
-        clip=clip,
+        **sweep._asdict(),
         threads=torch.get_num_threads(),
     )
     return grad_u, carried_out, through_out
 
 
-def _backward_outputs(h: Tensor, inverse: str, update: str) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_outputs(h: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor, Tensor]:
     """What backward fills: δ, and what it sends on to an earlier call."""
-    return h.new_empty(h.shape), *sent_outputs(h, inverse, update)
+    return h.new_empty(h.shape), *sent_outputs(h, sweep)
 
 
-def sent_outputs(h: Tensor, inverse: str, update: str) -> tuple[Tensor, Tensor]:
+def sent_outputs(h: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor]:
     """Memory for term(λ_1) and ``Wᵀ δ_1``; empty where the rule sends nothing."""
-    carried = h.new_empty(h.shape[1:] if inverse != "none" else (0,))
-    through = h.new_empty(h.shape[1:] if update == "total" else (0,))
+    carried = h.new_empty(h.shape[1:] if sweep.inverse != "none" else (0,))
+    through = h.new_empty(h.shape[1:] if sweep.update == "total" else (0,))
     return carried, through
 
 
@@ -126,22 +119,21 @@ def _backward(
     feedback: Tensor | None,
     carried: Tensor | None,
     through: Tensor | None,
-    nonlinearity: str,
-    inverse: str,
-    update: str,
-    step: float,
-    clip: float,
-    backend: str,
+    *words: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    *sweep, backend = words
     return BACKENDS.resolve(backend, h).backward(
-        grad_h, grad_last, h, weight, feedback, carried, through, nonlinearity, inverse, update, step, clip
+        grad_h, grad_last, h, weight, feedback, carried, through, Sweep(*sweep)
     )
 
 
 def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _, _, h, _, _, _, _, _, inverse, update, *_ = arguments
-    return _backward_outputs(h, inverse, update)
+    _, _, h, _, _, _, _, *sweep, _ = arguments
+    return _backward_outputs(h, Sweep(*sweep))
 
+
+# The fields of a Sweep, in a schema.
+SWEEP = "str nonlinearity, str inverse, str update, float step, float clip"
 
 register(
     "rnn_fwd(Tensor u, Tensor weight, Tensor? h0, str nonlinearity, str backend) -> Tensor",
@@ -150,8 +142,7 @@ register(
 )
 register(
     "rnn_bwd(Tensor? grad_h, Tensor? grad_last, Tensor h, Tensor weight, Tensor? feedback, Tensor? carried, "
-    "Tensor? through, str nonlinearity, str inverse, str update, float step, float clip, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
+    f"Tensor? through, {SWEEP}, str backend) -> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
 )

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from tp_kernels import _validate
 from tp_kernels._library import register
-from tp_kernels.ops.rnn.backends import BACKENDS, sent_outputs
-from tp_kernels.rules import BackProp, Rule, resolve
+from tp_kernels.ops.rnn.backends import BACKENDS, SWEEP, sent_outputs
+from tp_kernels.rules import Rule, Sweep, TargetProp, resolve
 
 _last_feedback: tuple[Tensor, float, float, str, Tensor] | None = None
 
@@ -88,16 +88,10 @@ def _layer_backward(
     feedback: Tensor | None,
     carried: Tensor | None,
     through: Tensor | None,
-    nonlinearity: str,
-    inverse: str,
-    update: str,
-    step: float,
-    clip: float,
-    needs_x: bool,
-    needs_projection: bool,
-    needs_weight: bool,
-    backend: str,
+    *words: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *sweep, needs_x, needs_projection, needs_weight, backend = words
+    sweep = Sweep(*sweep)
     backward = BACKENDS.resolve(backend, h).backward
     grad_x, grad_projection, grad_bias, grad_weight = _gradient_outputs(
         x, projection, h, needs_x, needs_projection, needs_weight
@@ -109,10 +103,10 @@ def _layer_backward(
         grad_u, carried, through = backward(
             None if grad_h is None else grad_h[steps],
             grad_last if steps is chunks[-1] else None,
-            *(h[steps], weight, feedback, carried, through, nonlinearity, inverse, update, step, clip),
+            *(h[steps], weight, feedback, carried, through, sweep),
         )
-        carried = None if inverse == "none" else carried
-        through = None if update == "local" else through
+        carried = None if sweep.inverse == "none" else carried
+        through = None if sweep.update == "local" else through
         delta = grad_u.flatten(0, 1)
         if needs_x:
             grad_x[steps] = grad_u @ projection
@@ -142,8 +136,9 @@ def _gradient_outputs(
 
 
 def _fake_layer_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    _, _, x, projection, h, _, _, _, _, _, _, inverse, update, _, _, *needed, _ = arguments
-    return *_gradient_outputs(x, projection, h, *needed), *sent_outputs(h, inverse, update)
+    _, _, x, projection, h, _, _, _, _, _, *sweep, needs_x, needs_projection, needs_weight, _ = arguments
+    gradients = _gradient_outputs(x, projection, h, needs_x, needs_projection, needs_weight)
+    return *gradients, *sent_outputs(h, Sweep(*sweep))
 
 
 register(
@@ -154,9 +149,8 @@ register(
 )
 register(
     "rnn_layer_bwd(Tensor? grad_h, Tensor? grad_last, Tensor x, Tensor projection, Tensor h, Tensor weight, "
-    "Tensor? h0, Tensor? feedback, Tensor? carried, Tensor? through, str nonlinearity, str inverse, str update, "
-    "float step, float clip, bool needs_x, bool needs_projection, bool needs_weight, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor? h0, Tensor? feedback, Tensor? carried, Tensor? through, {SWEEP}, bool needs_x, bool needs_projection, "
+    "bool needs_weight, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _layer_backward,
     _fake_layer_backward,
 )
@@ -203,15 +197,12 @@ class RNNFunction(torch.autograd.Function):
         h0: Tensor | None,
         checkpoint_every: int | None,
         return_sequence: bool,
-        nonlinearity: str,
-        inverse: str,
-        update: str,
-        power: float,
         reg: float,
-        step: float,
-        clip: float,
+        power: float,
+        sweep: Sweep,
         backend: str,
     ) -> tuple[Tensor | None, Tensor]:
+        nonlinearity = sweep.nonlinearity
         if checkpoint_every is None:
             kept = sequence = _states(x, projection, bias, weight, h0, nonlinearity, backend)
             last = sequence[-1].clone()
@@ -231,34 +222,33 @@ class RNNFunction(torch.autograd.Function):
         ctx.save_for_backward(x if needs_x else None, projection, bias, weight, h0, kept)
         ctx.set_materialize_grads(False)
         ctx.checkpoint_every = checkpoint_every
-        ctx.words = (nonlinearity, inverse, update, power, reg, step, clip, backend)
+        ctx.words = (reg, power, sweep, backend)
         return sequence if return_sequence else None, last
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_h: Tensor | None, grad_last: Tensor | None) -> tuple:
         x, projection, bias, weight, h0, kept = ctx.saved_tensors
-        nonlinearity, inverse, update, power, reg, step, clip, backend = ctx.words
+        reg, power, sweep, backend = ctx.words
         needs_x, needs_projection, needs_bias, needs_weight = ctx.needs_input_grad[:4]
         feedback = None
-        if inverse in ("weight", "layer"):
+        if sweep.inverse in ("weight", "layer"):
             feedback = torch.ops.tp_kernels.rnn_feedback(weight, reg, power, backend)
 
         def gradients_of(h: Tensor, start: Tensor | None, x: Tensor | None, *sources: Tensor | None) -> tuple:
             """Gradients in x, U, b and W of some steps, and what these send on to the steps before."""
             grad_h, grad_last, carried, through = sources
-            words = (nonlinearity, inverse, update, step, clip)
             if projection is None:
                 grad_x, carried, through = torch.ops.tp_kernels.rnn_bwd(
-                    grad_h, grad_last, h, weight, feedback, carried, through, *words, backend
+                    grad_h, grad_last, h, weight, feedback, carried, through, *sweep, backend
                 )
                 gradients = [grad_x, None, None, _weight_gradient(grad_x, h, start) if needs_weight else None]
             else:
                 *gradients, carried, through = torch.ops.tp_kernels.rnn_layer_bwd(
                     *(grad_h, grad_last, x, projection, h, weight, start, feedback, carried, through),
-                    *(*words, needs_x, needs_projection or needs_bias, needs_weight, backend),
+                    *(*sweep, needs_x, needs_projection or needs_bias, needs_weight, backend),
                 )
-            return gradients, carried if inverse != "none" else None, through if update == "total" else None
+            return gradients, carried if sweep.inverse != "none" else None, through if sweep.update == "total" else None
 
         if ctx.checkpoint_every is None:
             gradients, carried, through = gradients_of(kept, h0, x, grad_h, grad_last, None, None)
@@ -268,7 +258,7 @@ class RNNFunction(torch.autograd.Function):
             for i in reversed(range(kept.shape[0])):
                 steps = slice(i * ctx.checkpoint_every, (i + 1) * ctx.checkpoint_every)
                 start = kept[i - 1] if i else h0
-                h = _states(x[steps], projection, bias, weight, start, nonlinearity, backend)
+                h = _states(x[steps], projection, bias, weight, start, sweep.nonlinearity, backend)
                 grad = None if grad_h is None else grad_h[steps]
                 part, carried, through = gradients_of(h, start, x[steps], grad, grad_last, carried, through)
                 grad_last = None  # the last state is the last chunk's
@@ -277,9 +267,9 @@ class RNNFunction(torch.autograd.Function):
                 part[0] = None
                 gradients = part if gradients is None else [_add(a, b) for a, b in zip(gradients, part, strict=True)]
             gradients[0] = grad_x
-        gradients.append(through if update == "total" else carried)  # of the first state
+        gradients.append(through if sweep.update == "total" else carried)  # of the first state
         needed = ctx.needs_input_grad[:5]
-        return (*(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), *[None] * 10)
+        return (*(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), *[None] * 6)
 
 
 def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
@@ -303,12 +293,10 @@ def rnn_layer(
 
     The last state is an output of its own, so that its gradient needs no zero-filled [T, B, N].
     """
-    if isinstance(rule, BackProp):
-        words = ("none", "total", 1.0, 1.0, 1.0, 0.5)
-    else:
-        words = (rule.inverse, rule.update, rule.power, rule.reg, rule.step, rule.clip)
+    reg, power = (rule.reg, rule.power) if isinstance(rule, TargetProp) else (None, None)
+    sweep = Sweep.of(rule, nonlinearity)
     return RNNFunction.apply(
-        x, projection, bias, weight, h0, checkpoint_every, return_sequence, nonlinearity, *words, backend
+        x, projection, bias, weight, h0, checkpoint_every, return_sequence, reg, power, sweep, backend
     )
 
 
@@ -345,7 +333,6 @@ def rnn(
     Raises:
         TypeError: an argument of another kind or dtype than stated.
         ValueError: a shape, device or word other than stated, or T = 0.
-        NotImplementedError: ``inverse="layer"`` with another nonlinearity than "tanh".
         BackendUnavailableError: a back-end asked for by name that cannot run this call.
         torch.linalg.LinAlgError: in backward, a Gram matrix of ``weight`` is not numerically positive definite.
 

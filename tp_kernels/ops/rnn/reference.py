@@ -6,6 +6,8 @@ Shapes with heads, ``[T, B, H, N]`` and ``[H, N, N]``, work as without: a produc
 import torch
 from torch import Tensor
 
+from tp_kernels.rules import Sweep
+
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "identity": lambda z: z}
 
 
@@ -39,16 +41,13 @@ def backward(
     feedback: Tensor | None,
     carried: Tensor | None,
     through: Tensor | None,
-    nonlinearity: str,
-    inverse: str,
-    update: str,
-    step: float,
-    clip: float,
+    sweep: Sweep,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Displacements λ, adjoints μ and pre-activation gradients δ, from the last step to the first.
 
     ``λ_{t-1} = step g_{t-1} + term(λ_t)``, where the term is 0 (``inverse="none"``), λ_t (``"identity"``),
-    ``P λ_t`` (``"weight"``) or ``P (λ_t / (1 - clip(h_t)²))`` (``"layer"``); ``μ_t = λ_t`` (``update="local"``)
+    ``P λ_t`` (``"weight"``) or ``P (λ_t / (1 - clip(h_t)²))`` (``"layer"``, with tanh; relu passes λ_t on where
+    h_t > 0, the identity everywhere); ``μ_t = λ_t`` (``update="local"``)
     or ``μ_t = λ_t + Wᵀ δ_{t+1}`` (``"total"``); ``δ_t = a'(z_t) μ_t``. Back-propagation is "none" with "total".
 
     Args:
@@ -58,13 +57,14 @@ def backward(
         weight: [N, N] or [H, N, N], W.
         feedback: like ``weight``, P; needed by "weight" and "layer", unused otherwise.
         carried, through: like ``h[0]``: term(λ) and ``Wᵀ δ`` of the step after the last one; ``None`` is zero.
-        nonlinearity, inverse, update, step, clip: the rule.
+        sweep: the rule.
 
     Returns:
         ``grad_u``, like ``h``: δ; ``carried``, like ``h[0]``: term(λ_1), empty for "none"; and ``through``, like
         ``h[0]``: ``Wᵀ δ_1``, empty for "local". All contiguous. The gradient of the first state is ``through`` for
         "total" and ``carried`` for "local".
     """
+    nonlinearity, inverse, update, step, clip = sweep
     grad_u = torch.empty_like(h, memory_format=torch.contiguous_format)
     zero = torch.zeros_like(h[0])
     carried = zero if carried is None or inverse == "none" else carried
@@ -82,7 +82,7 @@ def backward(
         elif inverse == "weight":
             carried = _apply(feedback, displacement)
         elif inverse == "layer":
-            carried = _apply(feedback, displacement / (1 - h[t].clamp(clip - 1, 1 - clip).square()))
+            carried = _apply(feedback, _through_inverse(displacement, h[t], nonlinearity, clip))
         if update == "total":
             through = _apply(weight.mT, delta)
     nothing = h.new_empty(0)
@@ -98,6 +98,13 @@ def _through_activation(adjoint: Tensor, h: Tensor, nonlinearity: str) -> Tensor
     if nonlinearity == "tanh":
         return adjoint * (1 - h.square())
     return torch.where(h <= 0, 0, adjoint) if nonlinearity == "relu" else adjoint
+
+
+def _through_inverse(displacement: Tensor, h: Tensor, nonlinearity: str, clip: float) -> Tensor:
+    """The linearized inverse of the activation, at h. relu counts as its own inverse."""
+    if nonlinearity != "tanh":
+        return _through_activation(displacement, h, nonlinearity)
+    return displacement / (1 - h.clamp(clip - 1, 1 - clip).square())
 
 
 def _apply(matrix: Tensor, state: Tensor) -> Tensor:
