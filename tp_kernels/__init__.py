@@ -9,7 +9,8 @@ from tp_kernels._backends import BackendUnavailableError
 from tp_kernels.ops.regularized_inverse import regularized_inverse
 from tp_kernels.ops.rnn import rnn
 from tp_kernels.rules import BackProp, TargetProp
+from tp_kernels.trace import trace
 
 __version__ = "0.1.0"
 
-__all__ = ["BackProp", "BackendUnavailableError", "TargetProp", "nn", "regularized_inverse", "rnn"]
+__all__ = ["BackProp", "BackendUnavailableError", "TargetProp", "nn", "regularized_inverse", "rnn", "trace"]

@@ -3,6 +3,8 @@
 Shapes with heads, ``[T, B, H, N]`` and ``[H, N, N]``, work as without: a product with a weight is over the last axis.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -66,6 +68,35 @@ def backward(
     """
     nonlinearity, inverse, update, step, clip = sweep
     grad_u = torch.empty_like(h, memory_format=torch.contiguous_format)
+    words = (nonlinearity, inverse, update, step, clip)
+    for swept in sweep(grad_h, grad_last, h, weight, feedback, carried, through, *words):
+        t, _, _, delta, carried, through = swept
+        grad_u[t] = delta
+    nothing = h.new_empty(0)
+    return (
+        grad_u,
+        nothing if inverse == "none" else carried.clone(memory_format=torch.contiguous_format),
+        nothing if update == "local" else through.clone(memory_format=torch.contiguous_format),
+    )
+
+
+def sweep(
+    grad_h: Tensor | None,
+    grad_last: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    feedback: Tensor | None,
+    carried: Tensor | None,
+    through: Tensor | None,
+    nonlinearity: str,
+    inverse: str,
+    update: str,
+    step: float,
+    clip: float,
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """The recursion of ``backward``, with its arguments: t, λ_t, μ_t, δ_t, term(λ_t) and ``Wᵀ δ_t`` of each step, from
+    the last (t = T - 1, counted from 0) to the first.
+    """
     zero = torch.zeros_like(h[0])
     carried = zero if carried is None or inverse == "none" else carried
     through = zero if through is None or update == "local" else through
@@ -75,8 +106,8 @@ def backward(
             displacement = displacement + step * grad_h[t]
         if grad_last is not None and t == h.shape[0] - 1:
             displacement = displacement + step * grad_last
-        delta = _through_activation(displacement + through, h[t], nonlinearity)
-        grad_u[t] = delta
+        adjoint = displacement + through
+        delta = _through_activation(adjoint, h[t], nonlinearity)
         if inverse == "identity":
             carried = displacement
         elif inverse == "weight":
@@ -85,12 +116,7 @@ def backward(
             carried = _apply(feedback, _through_inverse(displacement, h[t], nonlinearity, clip))
         if update == "total":
             through = _apply(weight.mT, delta)
-    nothing = h.new_empty(0)
-    return (
-        grad_u,
-        nothing if inverse == "none" else carried.clone(memory_format=torch.contiguous_format),
-        nothing if update == "local" else through.clone(memory_format=torch.contiguous_format),
-    )
+        yield t, displacement, adjoint, delta, carried, through
 
 
 def _through_activation(adjoint: Tensor, h: Tensor, nonlinearity: str) -> Tensor:

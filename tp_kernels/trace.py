@@ -1,0 +1,353 @@
+"""What researchers of credit assignment log by hand: displacements, adjoints, saturation, the angle to BP's update."""
+
+import json
+import math
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tp_kernels.nn import RNN
+from tp_kernels.ops.rnn import reference
+from tp_kernels.ops.rnn.op import rnn_layer
+from tp_kernels.regimes.store import finite
+from tp_kernels.rules import BackProp, TargetProp
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# What RNNFunction takes and gives gradients in, in its order; the bias is the sum of the layer's two.
+_INPUTS = ("input", "weight_ih", "bias", "weight_hh", "h0")
+_PARAMETERS = ("weight_ih", "weight_hh", "bias")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One backward pass through one layer.
+
+    Lists hold a number for each time step t = 1 … T. Norms are Euclidean, of one sequence at one time step; their mean
+    and their largest over the batch are kept.
+
+    Attributes:
+        layer: the module's qualified name in the traced model; "" is the model itself.
+        pass_index: how many backward passes went through the layer before, since the trace began.
+        displacement_mean, displacement_max: ``‖λ_t‖``.
+        adjoint_mean, adjoint_max: ``‖μ_t‖``.
+        gradient_mean, gradient_max: ``‖g_t‖``, of the gradient that arrives at h_t from outside the layer.
+        saturated: share of the units with ``|h_t| > 1 - clip`` (tanh; the rule's clip, 1e-3 for ``BackProp``) or
+            ``h_t = 0`` (relu); 0 for the identity.
+        angle_weight_ih, angle_weight_hh, angle_all: degrees between the gradient that the layer returned and BP's, for
+            one weight and for all trained parameters of the layer together. ``None`` where there is none: a parameter
+            that is not trained, a gradient that is zero or not finite.
+        weight_hh_norm: spectral norm ``‖W‖₂``.
+        solver_iterations: the largest number of iterations at each time step, for an inverse found by iteration.
+            ``None`` for the others.
+    """
+
+    layer: str
+    pass_index: int
+    displacement_mean: list[float]
+    displacement_max: list[float]
+    adjoint_mean: list[float]
+    adjoint_max: list[float]
+    gradient_mean: list[float]
+    gradient_max: list[float]
+    saturated: list[float]
+    angle_weight_ih: float | None
+    angle_weight_hh: float | None
+    angle_all: float | None
+    weight_hh_norm: float
+    solver_iterations: list[int] | None
+
+
+@dataclass
+class Trace:
+    """What ``trace`` recorded.
+
+    Attributes:
+        records: in the order of the backward passes.
+    """
+
+    records: list[Record] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers; what JSON has no word for (NaN, infinity) is ``None``."""
+        return {"records": [finite(asdict(record)) for record in self.records]}
+
+    def save(self, path: str | Path) -> None:
+        """Write ``to_dict()`` as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict()) + "\n")
+
+    def plot(self, where: "str | Path | Sequence[Axes]") -> None:
+        """Draw four pictures a layer: norms and saturation over time, the angle to BP and ``‖W‖₂`` over the passes.
+
+        Those over time are of the layer's last recorded pass. ``Trace(records).plot(...)`` draws a selection.
+
+        Args:
+            where: the file to write, one row of pictures a layer; its ending is the format. Or the matplotlib axes to
+                draw on, four for each layer.
+
+        Raises:
+            ValueError: there are no records, or not four axes a layer.
+            ImportError: matplotlib is not installed.
+        """
+        layers: dict[str, list[Record]] = {}
+        for record in self.records:
+            layers.setdefault(record.layer, []).append(record)
+        if not layers:
+            raise ValueError("Trace.plot: there must be at least one record, got none")
+        if not isinstance(where, (str, Path)):
+            axes = list(np.ravel(where))
+            if len(axes) != 4 * len(layers):
+                raise ValueError(f"Trace.plot: where must have 4 axes a layer, {4 * len(layers)}, got {len(axes)}")
+            _draw(layers, axes)
+            return
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("Trace.plot: matplotlib is not installed: pip install 'tp_kernels[regimes]'") from error
+        figure = Figure(figsize=(15, 3.3 * len(layers)), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+        _draw(layers, list(figure.subplots(len(layers), 4, squeeze=False).ravel()))
+        figure.savefig(where, dpi=150, facecolor="white")
+
+
+def trace(model: nn.Module, every: int = 1) -> AbstractContextManager[Trace]:
+    """Record how credit flows through every ``tp_kernels.nn.RNN`` of a model, from pass to pass.
+
+    Inside the context each backward pass through a layer leaves one ``Record``: for every time step the norms of
+    displacement ``λ_t``, adjoint ``μ_t`` and incoming gradient ``g_t`` and the share of saturated units; for the pass
+    the angle between the rule's update and BP's, and ``‖W‖₂``. Gradients and results are, bit for bit, those without a
+    trace, and a model that is not traced pays nothing: the hooks are there only inside the context.
+
+    A recorded pass costs a forward and a BP pass of the layer on its own kernels, the recursion once more in plain
+    PyTorch and in the layer's dtype (``ops/rnn/reference.py``: many times slower than the kernels on a CPU), and a
+    singular value decomposition of W; and memory for all T states, also where ``checkpoint_every`` saves it.
+
+    Args:
+        model: any module; its layers are those it has on entry.
+        every: k >= 1: record only passes 0, k, 2k, … of each layer.
+
+    Returns:
+        A context manager, which gives the ``Trace`` that is being filled.
+
+    Raises:
+        TypeError: ``model`` is not a module or ``every`` not an int.
+        ValueError: there is no ``tp_kernels.nn.RNN`` in ``model``, or ``every`` is less than 1.
+        RuntimeError: inside the context, a layer runs under ``torch.compile``.
+
+    Example:
+        >>> import torch, tp_kernels as tp
+        >>> layer = tp.nn.RNN(4, 8)
+        >>> with tp.trace(layer) as trace:
+        ...     output, last = layer(torch.randn(10, 2, 4))
+        ...     last.sum().backward()
+        >>> record, = trace.records
+        >>> len(record.displacement_mean), 0 < record.angle_weight_hh < 180
+        (10, True)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"trace: model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(every, bool) or not isinstance(every, int):
+        raise TypeError(f"trace: every must be an int, got {type(every).__name__}")
+    if every < 1:
+        raise ValueError(f"trace: every must be at least 1, got {every}")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, RNN)}
+    if not layers:
+        raise ValueError(f"trace: model must have a tp_kernels.nn.RNN in it, got a {type(model).__name__} without one")
+    return _tracing(layers, every)
+
+
+@contextmanager
+def _tracing(layers: dict[str, RNN], every: int) -> Iterator[Trace]:
+    found = Trace()
+    recorders = [_Recorder(name, layer, every, found.records) for name, layer in layers.items()]
+    try:
+        yield found
+    finally:
+        for recorder in recorders:
+            recorder.remove()
+
+
+class _Recorder:
+    """The hooks of one layer: one on its forward, and one on the autograd node of each call of it."""
+
+    def __init__(self, name: str, layer: RNN, every: int, records: list[Record]) -> None:
+        self.name, self.every, self.records = name, every, records
+        self.passes = 0
+        # First in the row: other hooks may hand on something else than what the layer gave.
+        self.forward = layer.register_forward_hook(self.on_forward, prepend=True)
+        self.backwards: list[torch.utils.hooks.RemovableHandle] = []
+
+    def remove(self) -> None:
+        for handle in (self.forward, *self.backwards):
+            handle.remove()
+
+    def on_forward(self, layer: RNN, inputs: tuple, outputs: tuple[Tensor | None, Tensor]) -> None:
+        compiled = f"trace: layer {self.name!r} cannot be traced under torch.compile: call the model that was compiled"
+        if torch.compiler.is_compiling():
+            raise RuntimeError(compiled)
+        last = outputs[1]
+        if not last.requires_grad or not last.numel():
+            return
+        node = last.grad_fn if last.dim() == 2 else last.grad_fn.next_functions[0][0]  # batched, last is a view
+        if node is None or node.name() != "RNNFunctionBackward":
+            raise RuntimeError(compiled)
+        weak = weakref.ref(node)  # a hook that held its own node would keep the graph alive
+        clip = layer.rule.clip if isinstance(layer.rule, TargetProp) else TargetProp.clip
+        device = last.device.type
+        biases = layer.bias_ih_l0.requires_grad + layer.bias_hh_l0.requires_grad if layer.bias else 0
+
+        def on_backward(gradients: tuple[Tensor | None, ...], arrived: tuple[Tensor | None, ...]) -> None:
+            index = self.passes
+            self.passes += 1
+            if index % self.every:
+                return
+            # Not the user's autograd graph, and not autocast: the layer keeps to the dtype of its parameters.
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                self.records.append(_record(self.name, index, weak(), gradients, arrived, clip, biases))
+
+        self.backwards = [handle for handle in self.backwards if handle.hooks_dict_ref() is not None]
+        self.backwards.append(node.register_hook(on_backward))
+
+
+def _record(
+    name: str,
+    pass_index: int,
+    node: Any,
+    gradients: tuple[Tensor | None, ...],
+    arrived: tuple[Tensor | None, Tensor | None],
+    clip: float,
+    biases: int,
+) -> Record:
+    """One backward pass, from its autograd node, the gradients it returned and those that arrived at its outputs."""
+    inputs = dict(zip(_INPUTS, node.saved_tensors[: len(_INPUTS)], strict=True))
+    present = [name for name, tensor in inputs.items() if tensor is not None]
+    found = dict.fromkeys(_INPUTS) | dict(zip(present, gradients, strict=True))
+    nonlinearity, inverse, update, power, reg, step, rule_clip, backend = node.words
+    weight, words = inputs["weight_hh"], (nonlinearity, inverse, update, step, rule_clip)
+    trained = [parameter for parameter in _PARAMETERS if found[parameter] is not None]
+    h, bp = _back_propagation(inputs, trained, arrived, nonlinearity, backend)
+    grad_h, grad_last = arrived
+    g = torch.zeros_like(h) if grad_h is None else grad_h.clone()
+    if grad_last is not None:
+        g[-1] += grad_last
+    feedback = None
+    if inverse in ("weight", "layer"):
+        feedback = torch.ops.tp_kernels.rnn_feedback(weight, reg, power, backend)
+    norms = [
+        torch.stack([*_mean_and_max(displacement), *_mean_and_max(adjoint), *_mean_and_max(g[t])])
+        for t, displacement, adjoint, *_ in reference.sweep(g, None, h, weight, feedback, None, None, *words)
+    ]
+
+    def angle(*parameters: str) -> float | None:
+        chosen = [parameter for parameter in parameters if parameter in trained]
+        return _angle([found[parameter] for parameter in chosen], [bp[parameter] for parameter in chosen])
+
+    return Record(
+        name,
+        pass_index,
+        *torch.stack(norms[::-1], dim=1).tolist(),
+        saturated=_saturated(h, nonlinearity, clip).tolist(),
+        angle_weight_ih=angle("weight_ih"),
+        angle_weight_hh=angle("weight_hh"),
+        angle_all=angle("weight_ih", "weight_hh", *["bias"] * biases),
+        weight_hh_norm=torch.linalg.matrix_norm(weight.double(), 2).item(),
+        solver_iterations=None,
+    )
+
+
+def _back_propagation(
+    inputs: dict[str, Tensor | None],
+    trained: list[str],
+    arrived: tuple[Tensor | None, Tensor | None],
+    nonlinearity: str,
+    backend: str,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The layer's states, to the same bits, and BP's gradients in its trained parameters, on its own kernels."""
+    leaves = {
+        name: None if tensor is None else tensor.detach().requires_grad_(name in trained)
+        for name, tensor in inputs.items()
+    }
+    with torch.enable_grad():
+        outputs = rnn_layer(
+            *leaves.values(),
+            nonlinearity=nonlinearity,
+            rule=BackProp(),
+            checkpoint_every=None,
+            return_sequence=True,
+            backend=backend,
+        )
+    gradients = ()
+    if trained:
+        reached, grads = zip(*((out, g) for out, g in zip(outputs, arrived, strict=True) if g is not None), strict=True)
+        gradients = torch.autograd.grad(reached, [leaves[name] for name in trained], grads)
+    return outputs[0].detach(), dict(zip(trained, gradients, strict=True))
+
+
+def _mean_and_max(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the norms of [B, N], in float64: squares of what the layer's dtype can hold may overflow there."""
+    norms = torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float64)
+    return norms.mean(), norms.amax()
+
+
+def _saturated(h: Tensor, nonlinearity: str, clip: float) -> Tensor:
+    """Share of saturated units at each time step: [T]."""
+    if nonlinearity == "identity":
+        return h.new_zeros(len(h))
+    saturated = h.abs() > 1 - clip if nonlinearity == "tanh" else h == 0
+    return saturated.flatten(1).double().mean(1)
+
+
+def _angle(gradients: list[Tensor], others: list[Tensor]) -> float | None:
+    """Degrees between two lists of tensors, each taken as one vector, by a formula that is exact near 0 and 180."""
+    if not gradients:
+        return None
+    u, v = (torch.cat([tensor.flatten().double() for tensor in tensors]) for tensors in (gradients, others))
+    u, v = u / u.norm(), v / v.norm()
+    degrees = math.degrees(2 * math.atan2((u - v).norm(), (u + v).norm()))
+    return degrees if math.isfinite(degrees) else None
+
+
+_NORMS = {"displacement": ("λ", "#5b3a8c"), "adjoint": ("μ", "#009E73"), "gradient": ("g", "#D55E00")}
+_ANGLES = {
+    "angle_weight_ih": ("weight_ih", "#56B4E9", "--"),
+    "angle_weight_hh": ("weight_hh", "#0072B2", ":"),
+    "angle_all": ("all parameters", "#1f2937", "-"),
+}
+
+
+def _draw(layers: dict[str, list[Record]], axes: "list[Axes]") -> None:
+    for row, (layer, records) in enumerate(layers.items()):
+        norms, saturation, angles, spectral = axes[4 * row : 4 * row + 4]
+        last, passes = records[-1], [record.pass_index for record in records]
+        steps = range(1, len(last.saturated) + 1)
+        where = f"{layer or 'the layer'}, pass {last.pass_index}"
+        for name, (letter, colour) in _NORMS.items():
+            mean, largest = ([v if v > 0 else math.nan for v in getattr(last, f"{name}_{s}")] for s in ("mean", "max"))
+            norms.plot(steps, mean, color=colour, linewidth=1.6, marker=".", markersize=3, label=f"‖{letter}‖ {name}")
+            norms.fill_between(steps, mean, largest, color=colour, alpha=0.15, linewidth=0)
+        norms.set(yscale="log", title=f"{where}: norms", xlabel="time step", ylabel="mean, shaded up to the largest")
+        norms.legend(fontsize=8)
+        saturation.plot(steps, [100 * share for share in last.saturated], color="#8c510a", linewidth=1.6, marker=".")
+        saturation.set(title=f"{where}: saturated units", xlabel="time step", ylabel="percent of the units")
+        saturation.set_ylim(0, max(1, 105 * max(last.saturated)))
+        for name, (label, colour, style) in _ANGLES.items():
+            values = [math.nan if getattr(record, name) is None else getattr(record, name) for record in records]
+            angles.plot(passes, values, color=colour, linestyle=style, marker=".", label=label)
+        angles.set(title=f"{layer or 'the layer'}: angle to BP", xlabel="pass", ylabel="degrees", ylim=(-4, 184))
+        angles.set_yticks(range(0, 181, 45))
+        angles.legend(fontsize=8)
+        spectral.plot(passes, [record.weight_hh_norm for record in records], color="#1f2937", marker=".")
+        spectral.set(title=f"{layer or 'the layer'}: ‖W‖₂ of weight_hh", xlabel="pass", ylabel="spectral norm")
+    for axis in axes:
+        axis.title.set_fontsize(10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="#eef0f3", linewidth=0.8)
+        axis.set_axisbelow(True)
