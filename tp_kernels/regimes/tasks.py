@@ -340,9 +340,8 @@ def make_task(name: str, T: int | None = None, data: str | Path | None = None) -
         return _images(name, T, _idx(Path(data)), bar=0.9)
     if name.startswith("copy"):
         length = 3 if name == "copy-3" else 10
-        shortest = 2 * length + 1
-        if T < shortest:
-            raise ValueError(f"make_task: T must be at least {shortest} for {name!r}, got {T}")
+        if T - 2 * length < 1:  # no step for the delimiter
+            raise ValueError(f"make_task: T must be at least {2 * length + 1} for {name!r}, got {T}")
         return Copy(name, T, 10, 8, bar=0.9, length=length)
     if T < 10:
         raise ValueError(f"make_task: T must be at least 10 for {name!r}, got {T}")
