@@ -735,3 +735,37 @@ def test_convert_leaves_what_would_be_lost(what):
     with pytest.warns(UserWarning, match=r"nn.convert: 'rnn' stays a torch.nn.RNN: it"):
         tp.nn.convert(model)
     assert model["rnn"] is layer
+
+
+def test_feedback_is_a_buffer_of_its_own():
+    """A fixed matrix in place of P: moved with the module, not trained, in no state_dict."""
+    feedback = torch.linalg.qr(torch.randn(N, N, generator=torch.Generator().manual_seed(3))).Q
+    torch.manual_seed(0)
+    layer = tp.nn.RNN(M, N, feedback=feedback)
+    assert list(layer.state_dict()) == [name for name, _ in layer.named_parameters()]
+    assert layer.double().feedback.dtype == torch.float64
+    layer.float()
+    layer(X)[1].sum().backward()
+    weight = layer.weight_hh_l0.detach().requires_grad_()
+    u = nn.functional.linear(X, layer.weight_ih_l0, layer.bias_ih_l0 + layer.bias_hh_l0).detach()
+    tp.rnn(u, weight, feedback=feedback)[-1].sum().backward()
+    assert_near(layer.weight_hh_l0.grad, extended(weight.grad), "grad_weight", condition=20)
+    assert "feedback=..." in repr(layer)
+    found = layer.weight_hh_l0.grad.clone()
+    layer.feedback = None
+    layer.zero_grad()
+    layer(X)[1].sum().backward()
+    assert not torch.allclose(layer.weight_hh_l0.grad, found)
+
+
+def test_feedback_is_checked():
+    text = re.escape("nn.RNN: feedback must have the shape of weight_hh_l0, (5, 5), got (3, 3)")
+    with pytest.raises(ValueError, match=text):
+        tp.nn.RNN(M, N, feedback=torch.eye(M))
+    layer = tp.nn.RNN(M, N)
+    layer.feedback = torch.eye(M)
+    with pytest.raises(ValueError, match=text):
+        layer(X)
+    layer.feedback, layer.rule = torch.eye(N), tp.BackProp()
+    with pytest.raises(ValueError, match="feedback must be None where the rule has no inverse to replace"):
+        layer(X)

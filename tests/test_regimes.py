@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tp_kernels.regimes import __main__ as command
-from tp_kernels.regimes import measure, model, report, store, summary
+from tp_kernels.regimes import measure, model, pictures, report, store, summary, train
 from tp_kernels.regimes.cases import CONTENDERS, PRESETS, Case, Effort, Grid, LastState, spec
 from tp_kernels.rules import BackProp
 
@@ -332,6 +332,20 @@ def test_a_race_won_by_the_inverse():
     assert "TP passes 90% in 3 of 3 seeds, after 510 ms and 51 steps in the median" in text
     assert text.endswith("A win for TP: it is there before every BP contender, whatever the seed.")
     assert inverse_text.startswith("Here the win is the inverse's")
+    assert "Identity feedback, which has no inverse at all, passes in 3 of 3 seeds, after 810 ms" in inverse_text
+    assert "Random orthogonal feedback passes in 3 of 3 seeds, after 910 ms" in inverse_text
+
+
+def test_random_feedback_alone_can_take_the_win_from_the_inverse():
+    _, (kind, text) = _texts(_race(tp=0.5, bp=1.0, identity=0.8, random=0.4))
+    assert kind == "level"
+    assert text.startswith("That the inverse is what helps is not shown here: a control is as fast.")
+
+
+@pytest.mark.parametrize("name", train.CONTENDERS)
+def test_every_contender_of_the_race_has_a_label_and_a_colour(name):
+    assert summary.race_label(name) != name
+    assert name in pictures.CURVE_COLOURS
 
 
 def test_a_race_won_but_not_by_the_inverse():

@@ -80,6 +80,33 @@ def test_adding_is_right_within_the_tolerance(name: str, tolerance: float, guess
     assert task.correct(torch.full((20_000, 1), 0.5), answers).float().mean().item() == pytest.approx(guess, abs=0.02)
 
 
+@pytest.mark.parametrize(("name", "length"), [("copy", 10), ("copy-3", 3)])
+@pytest.mark.parametrize("T", [21, 40])
+def test_copy_by_definition(name: str, length: int, T: int) -> None:
+    task = make_task(name, T)
+    x, y = draw(task, 300)
+    assert x.shape == (T, 300, 10)
+    assert set(x.unique().tolist()) == {0.0, 1.0}
+    assert (x.sum(-1) == 1).all()
+    for sequence, answers in zip(x.transpose(0, 1), y.tolist(), strict=True):
+        symbols = [step.tolist().index(1.0) for step in sequence]
+        assert symbols == answers + [8] * (T - 2 * length - 1) + [9] + [8] * length
+    assert (task.answers, task.output_size) == (length, 8)
+    counts = torch.bincount(y.flatten(), minlength=8)
+    torch.testing.assert_close(counts / y.numel(), torch.full((8,), 1 / 8), rtol=0, atol=0.05)
+
+
+def test_copy_is_judged_answer_by_answer() -> None:
+    task = make_task("copy-3", 10)
+    y = torch.tensor([[0, 1, 2], [3, 4, 5]])
+    output = torch.zeros(2, 3, 8)
+    output[0, 0, 0] = output[0, 1, 1] = output[1, 2, 5] = 10.0
+    output[0, 2, 7] = output[1, 0, 7] = output[1, 1, 7] = 10.0
+    assert task.correct(output, y).tolist() == [[True, True, False], [False, False, True]]
+    each = [-torch.log_softmax(output[i, k], -1)[y[i, k]] for i in range(2) for k in range(3)]
+    torch.testing.assert_close(task.loss(output, y), sum(each) / 6)
+
+
 @cache
 def whereabouts() -> dict[tuple[float, ...], int]:
     """Each of scikit-learn's images, 64 grey levels in raster order, and its index: no two are alike."""
@@ -179,11 +206,12 @@ def test_shapes_and_a_loss_with_a_gradient(name: str) -> None:
     x, y = draw(task, 3)
     assert x.shape == (task.T, 3, task.input_size)
     assert x.dtype == torch.float32
-    assert y.shape == (3,)
-    output = torch.randn(3, task.output_size, requires_grad=True)
+    several = () if task.answers == 1 else (task.answers,)
+    assert y.shape == (3, *several)
+    output = torch.randn(3, *several, task.output_size, requires_grad=True)
     task.loss(output, y).backward()
     assert output.grad.abs().sum() > 0
-    assert task.correct(output, y).shape == (3,)
+    assert task.correct(output, y).shape == y.shape
     assert 0 < task.bar < 1
 
 
@@ -246,11 +274,13 @@ def test_idx_files_that_are_damaged_or_absent(idx_folder, tmp_path) -> None:
     [
         ({"name": "sorting"}, "name must be one of 'temporal-order', .*got 'sorting'"),
         ({"name": "temporal-order", "T": 9}, "T must be at least 10 for 'temporal-order', got 9"),
+        ({"name": "copy", "T": 20}, "T must be at least 21 for 'copy', got 20"),
+        ({"name": "copy-3", "T": 6}, "T must be at least 7 for 'copy-3', got 6"),
         ({"name": "digits", "T": 784}, "T must divide the 64 pixels of an image of 'digits', got 784"),
         ({"name": "idx"}, "data must be a folder of IDX files for 'idx', got None"),
         ({"name": "digits", "data": "x"}, "data must be None for 'digits', got 'x'"),
     ],
-    ids=["name", "short", "pixels", "no data", "data"],
+    ids=["name", "short", "copy", "copy-3", "pixels", "no data", "data"],
 )
 def test_bad_arguments(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -9,13 +9,14 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from _cases import RULES, rule_words
+from _cases import RULES
 from _compare import assert_identical, assert_near
 from _oracle import SLOPES, displacements, extended, regularized_inverse, rnn_backward
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import tp_kernels as tp
+from tp_kernels.rules import Sweep
 from tp_kernels.trace import Record, Trace, _angle
 
 M, N, T, B = 3, 5, 7, 4
@@ -81,16 +82,16 @@ def expected(layer: tp.nn.RNN, sources: str) -> dict[str, object]:
         g[-1] += extended(grad_last)[0]
     weight, start, u = extended(layer.weight_hh_l0), extended(hx)[0], extended(x)
     rule, word = layer.rule, layer.nonlinearity
-    inverse, update, size, clip = rule_words(rule)
-    p = regularized_inverse(weight, rule.reg, rule.power) if inverse in ("weight", "layer") else None
-    lam = displacements(g, h, p, inverse, size, clip)[1:]
+    sweep = Sweep.of(rule, word)
+    p = regularized_inverse(weight, rule.reg, rule.power) if sweep.inverse in ("weight", "layer") else None
+    lam = displacements(g, h, p, sweep)[1:]
     mu = lam.copy()
-    if update == "total":
+    if sweep.update == "total":
         for t in range(T - 2, -1, -1):
             mu[t] += (SLOPES[word](h[t + 1]) * mu[t + 1]).dot(weight)
     gradients = []
-    for words in ((p, word, inverse, update, size, clip), (None, word, "none", "total", 1.0, 0.5)):
-        delta, grad_hh, _ = rnn_backward(g, h, start, weight, *words)
+    for feedback, own in ((p, sweep), (None, Sweep(word))):
+        delta, grad_hh, _ = rnn_backward(g, h, start, weight, feedback, own)
         rows = delta.reshape(-1, N)
         bias = [rows.sum(0)] * (2 * layer.bias)
         gradients.append([rows.T.dot(u.reshape(-1, M)), grad_hh, *bias])

@@ -156,6 +156,44 @@ def test_frozen_leaves_the_recurrent_layer_bit_for_bit(nets) -> None:
     assert all(parameter.grad is None for parameter in model["rnn"].parameters()), "nothing is sent back through it"
 
 
+def test_random_feedback_is_orthogonal_fixed_and_one_per_seed(nets) -> None:
+    """The rest of the net is the others', and so is the rule: only P is another matrix."""
+    for seed in (100, 100, 101):
+        train.run(spec_of("tp-random", seed=seed, stop_at_bar=False))
+    first, again, other = (model["rnn"].feedback for _, model in nets)
+    torch.testing.assert_close(first @ first.T, torch.eye(SMALL["N"]))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    random, tp = (spec_of(name, steps=1, floor=1, evaluate_every=1) for name in ("tp-random", "tp"))
+    assert train.run(random)["rule"] == f"{random.rule}, random orthogonal feedback"
+    train.run(tp)
+    assert nets[-1][1]["rnn"].rule == nets[-2][1]["rnn"].rule
+    moved = [moves(net)["rnn.weight_hh_l0"] for net in nets[-2:]]
+    assert not torch.allclose(*moved)
+
+
+def test_power_1_is_the_papers_inverse(nets) -> None:
+    train.run(spec_of("tp-power1", steps=1, floor=1, evaluate_every=1))
+    assert (nets[0][1]["rnn"].rule.power, nets[0][1]["rnn"].rule.reg) == (1.0, 0.25)
+
+
+def test_several_answers_train_the_last_steps(nets) -> None:
+    """One step of SGD on the copy task, written out with torch alone."""
+    spec = spec_of("nn.RNN", task="copy-3", T=8, optimizer="sgd", clip=None, step_sizes=StepSizes(all=0.5), steps=1)
+    record = train.run(spec)
+    task = make_task("copy-3", 8)
+    plain = nn.ModuleDict({"rnn": nn.RNN(10, spec.N), "readout": nn.Linear(spec.N, 8)})
+    plain.load_state_dict(nets[0][0])
+    x, y = next(train.batches(spec, task))
+    outputs = [plain["readout"](h) for h in plain["rnn"](x)[0][-3:]]
+    (sum(nn.functional.cross_entropy(output, y[:, k]) for k, output in enumerate(outputs)) / 3).backward()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(nets[0][1].state_dict()[name], parameter - 0.5 * parameter.grad, msg=name)
+    x, y = task.held_out("validation")
+    right = nets[0][1]["readout"](nets[0][1]["rnn"](x)[0][-3:]).argmax(-1) == y.T
+    assert record["curve"][-1]["accuracy"] == pytest.approx(right.double().mean().item())
+
+
 @pytest.mark.parametrize("contender", [name for name in ALL if name != "frozen"])
 def test_everyone_else_trains_everything(nets, contender: str) -> None:
     train.run(spec_of(contender))

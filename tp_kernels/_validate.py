@@ -104,10 +104,24 @@ def layer_inverse(op: str, rule: Rule, nonlinearity: str, dtype: torch.dtype) ->
         raise ValueError(f"{op}: rule must have clip of at least {smallest:.3g} in {_name(dtype)}, got {rule.clip!r}")
 
 
+def feedback(op: str, value: object, weight: torch.Tensor, weight_name: str, rule: Rule) -> None:
+    if value is None:
+        return
+    floating_tensor(op, "feedback", value)
+    if not isinstance(rule, TargetProp) or rule.inverse not in ("weight", "layer"):
+        raise ValueError(f"{op}: feedback must be None where the rule has no inverse to replace, got one with {rule!r}")
+    if value.shape != weight.shape:
+        raise ValueError(f"{op}: feedback must have the shape of {weight_name}, {_shape(weight)}, got {_shape(value)}")
+    same_kind(op, "feedback", value, weight_name, weight)
+    if value.requires_grad:
+        raise ValueError(f"{op}: feedback must not require a gradient, as none reaches it")
+
+
 def rnn(
     u: torch.Tensor,
     weight: torch.Tensor,
     h0: torch.Tensor | None,
+    feedback_matrix: torch.Tensor | None,
     nonlinearity: str,
     rule: Rule,
     every: int | None,
@@ -133,6 +147,7 @@ def rnn(
             letters = "[B, N]" if u.dim() == 3 else "[B, H, N]"
             raise ValueError(f"{op}: h0 must have shape {letters} = {list(u.shape[1:])}, got {_shape(h0)}")
         same_kind(op, "h0", h0, "u", u)
+    feedback(op, feedback_matrix, weight, "weight", rule)
     word(op, "nonlinearity", nonlinearity, NONLINEARITIES)
     layer_inverse(op, rule, nonlinearity, u.dtype)
     checkpoint_every(op, every)

@@ -37,6 +37,8 @@ class RNN(nn.Module):
             input projection included. ``None`` keeps all states.
         return_sequence: with ``False`` the first output is ``None``, and with ``checkpoint_every`` no array of
             T states exists at any time: memory grows with T/k + k.
+        feedback: [N, N], a fixed matrix in place of the rule's inverse P, as a control of what P itself contributes. A
+            buffer that is not in ``state_dict``. ``None`` is P.
         backend: of the recurrence, as in ``tp_kernels.rnn``.
 
     Shape:
@@ -75,6 +77,7 @@ class RNN(nn.Module):
         rule: Rule | None = None,
         checkpoint_every: int | None = None,
         return_sequence: bool = True,
+        feedback: Tensor | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -115,6 +118,8 @@ class RNN(nn.Module):
         if bias:
             self.bias_ih_l0 = nn.Parameter(torch.empty(hidden_size, **kind))
             self.bias_hh_l0 = nn.Parameter(torch.empty(hidden_size, **kind))
+        _validate.feedback("nn.RNN", feedback, self.weight_hh_l0, "weight_hh_l0", self.rule)
+        self.register_buffer("feedback", feedback, persistent=False)
         self.reset_parameters()
 
     @property
@@ -156,6 +161,7 @@ class RNN(nn.Module):
             self.bias_ih_l0 + self.bias_hh_l0 if self.bias else None,
             self.weight_hh_l0,
             hx[0] if batched and hx is not None else hx,
+            feedback=self.feedback,
             nonlinearity=self.nonlinearity,
             rule=self.rule,
             checkpoint_every=self.checkpoint_every,
@@ -177,6 +183,7 @@ class RNN(nn.Module):
             if parameter.shape != shape:
                 raise ValueError(f"nn.RNN: {name} must have shape {shape}, got {tuple(parameter.shape)}")
             _validate.same_kind("nn.RNN", name, parameter, "weight_ih_l0", first)
+        _validate.feedback("nn.RNN", self.feedback, self.weight_hh_l0, "weight_hh_l0", self.rule)
 
     def _check_input(self, input: Tensor, hx: Tensor | None) -> None:
         _validate.floating_tensor("nn.RNN", "input", input)
@@ -216,6 +223,8 @@ class RNN(nn.Module):
             words.append(f"checkpoint_every={self.checkpoint_every}")
         if not self.return_sequence:
             words.append("return_sequence=False")
+        if self.feedback is not None:
+            words.append("feedback=...")
         if self.backend != "auto":
             words.append(f"backend={self.backend!r}")
         return ", ".join(words)

@@ -230,20 +230,20 @@ def _record(
     inputs = dict(zip(_INPUTS, node.saved_tensors[: len(_INPUTS)], strict=True))
     present = [name for name, tensor in inputs.items() if tensor is not None]
     found = dict.fromkeys(_INPUTS) | dict(zip(present, gradients, strict=True))
-    nonlinearity, inverse, update, power, reg, step, rule_clip, backend = node.words
-    weight, words = inputs["weight_hh"], (nonlinearity, inverse, update, step, rule_clip)
+    reg, power, sweep, backend = node.words
+    weight, nonlinearity = inputs["weight_hh"], sweep.nonlinearity
     trained = [parameter for parameter in _PARAMETERS if found[parameter] is not None]
     h, bp = _back_propagation(inputs, trained, arrived, nonlinearity, backend)
     grad_h, grad_last = arrived
     g = torch.zeros_like(h) if grad_h is None else grad_h.clone()
     if grad_last is not None:
         g[-1] += grad_last
-    feedback = None
-    if inverse in ("weight", "layer"):
+    feedback = node.saved_tensors[len(_INPUTS)]
+    if feedback is None and sweep.inverse in ("weight", "layer"):
         feedback = torch.ops.tp_kernels.rnn_feedback(weight, reg, power, backend)
     norms = [
         torch.stack([*_mean_and_max(displacement), *_mean_and_max(adjoint), *_mean_and_max(g[t])])
-        for t, displacement, adjoint, *_ in reference.sweep(g, None, h, weight, feedback, None, None, *words)
+        for t, displacement, adjoint, *_ in reference.steps_back(g, None, h, weight, feedback, None, None, sweep)
     ]
 
     def angle(*parameters: str) -> float | None:

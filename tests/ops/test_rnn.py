@@ -159,6 +159,7 @@ def test_gradcheck(case, nonlinearity, backend):
         u, weight, h0 = (*inputs, None)[:3]
         return op.rnn_layer(
             *(u, None, None, weight, h0),
+            feedback=None,
             nonlinearity=nonlinearity,
             rule=tp.BackProp(),
             checkpoint_every=None,
@@ -370,6 +371,38 @@ BAD_INPUT = {
         {"rule": tp.BackProp},
         TypeError,
         "rnn: rule must be a TargetProp, a BackProp or None, got type",
+    ),
+    "feedback-list": ({"feedback": [1.0]}, TypeError, "rnn: feedback must be a torch.Tensor, got list"),
+    "feedback-shape": (
+        {"feedback": ONES(5, 4)},
+        ValueError,
+        "rnn: feedback must have the shape of weight, (5, 5), got (5, 4)",
+    ),
+    "feedback-dtype": (
+        {"feedback": ONES(5, 5, dtype=torch.float64)},
+        TypeError,
+        "rnn: feedback must have the dtype of weight, float32, got float64",
+    ),
+    "feedback-device": (
+        {"feedback": ONES(5, 5, device="meta")},
+        ValueError,
+        "rnn: feedback must be on the device of weight, cpu, got meta",
+    ),
+    "feedback-trained": (
+        {"feedback": ONES(5, 5).requires_grad_()},
+        ValueError,
+        "rnn: feedback must not require a gradient, as none reaches it",
+    ),
+    "feedback-bp": (
+        {"feedback": ONES(5, 5), "rule": tp.BackProp()},
+        ValueError,
+        "rnn: feedback must be None where the rule has no inverse to replace, got one with BackProp()",
+    ),
+    "feedback-identity": (
+        {"feedback": ONES(5, 5), "rule": tp.TargetProp(inverse="identity")},
+        ValueError,
+        "rnn: feedback must be None where the rule has no inverse to replace, got one with "
+        f"{tp.TargetProp(inverse='identity')}",
     ),
     "backend": (
         {"backend": "gpu"},
@@ -631,6 +664,42 @@ def test_an_orthogonal_weight_makes_target_propagation_back_propagation(backend)
         found.append(torch.autograd.grad(h, leaves, case.gradient(torch.float64)))
     for what, *pair in zip(("grad_u", "grad_weight", "grad_h0"), *found, strict=True):
         assert_near(pair[0], extended(pair[1]), what, condition=20)
+
+
+@pytest.mark.parametrize("every", [None, 3])
+@pytest.mark.parametrize("case", [IDENTITY_CASE, IDENTITY_CASE.with_(H=2)], ids=str)
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule.startswith(("weight", "layer"))])
+def test_feedback_takes_the_place_of_the_inverse(rule, case, every, dtype, backend):
+    """The rule's own P put in gives the same bits; any other matrix, the oracle's recursion with that matrix."""
+    rule = RULES[rule]
+
+    def found(feedback: Tensor | None) -> tuple[Tensor, ...]:
+        leaves = [tensor.requires_grad_() for tensor in case.tensors(dtype)]
+        h = tp.rnn(*leaves, feedback=feedback, rule=rule, checkpoint_every=every, backend=backend)
+        return h.detach(), *torch.autograd.grad(h, leaves, case.gradient(dtype))
+
+    weight = case.tensors(dtype)[1]
+    names = ("h", "grad_u", "grad_weight", "grad_h0")
+    own = tp.regularized_inverse(weight, rule.reg, power=rule.power, backend=backend)
+    for what, *pair in zip(names, found(own), found(None), strict=True):
+        assert_identical(*pair, what)
+    other = torch.linalg.qr(torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)).to(dtype)).Q
+    h, *grads = found(other)
+    exact = rnn_backward(
+        *(extended(tensor) for tensor in (case.gradient(dtype), h, case.tensors(dtype)[2], weight, other)),
+        Sweep.of(rule, "tanh"),
+    )
+    for what, grad, answer in zip(names[1:], grads, exact, strict=True):
+        assert_near(grad, answer, what, condition=20)
+
+
+def test_identity_feedback_is_the_identity_rule(dtype, backend):
+    leaves = [tensor.requires_grad_() for tensor in IDENTITY_CASE.tensors(dtype)]
+    h = tp.rnn(*leaves, feedback=torch.eye(IDENTITY_CASE.N, dtype=dtype), rule=tp.TargetProp(), backend=backend)
+    found = torch.autograd.grad(h, leaves, IDENTITY_CASE.gradient(dtype))
+    expected = gradients(IDENTITY_CASE, tp.TargetProp(inverse="identity"), dtype, backend)[1:]
+    for what, *pair in zip(("grad_u", "grad_weight", "grad_h0"), found, expected, strict=True):
+        assert_near(pair[0], extended(pair[1]), what)
 
 
 @pytest.mark.parametrize("cut", [1, 3, 6])

@@ -24,12 +24,14 @@ from tp_kernels.regimes.summary import (
 )
 
 # Okabe and Ito's palette, told apart by every kind of colour vision; line styles tell the roles apart as well.
-_CURVE_COLOURS = {
+CURVE_COLOURS = {
     "tp": "#5b3a8c",
     "tp-local": "#CC79A7",
     "tp-paper": "#0072B2",
     "tp-paper-local": "#56B4E9",
+    "tp-power1": "#F0E442",
     "tp-identity": "#009E73",
+    "tp-random": "#000000",
     "bp": "#D55E00",
     "bp-two": "#E69F00",
     "nn.RNN": "#8c510a",
@@ -191,7 +193,7 @@ def race_curves(race: list[dict]) -> bytes:
             lines = np.array(
                 [np.interp(grid, [p[quantity] for p in curve], [p["accuracy"] for p in curve]) for curve in curves]
             )
-            colour, style = _CURVE_COLOURS.get(name, _INK), _STYLES[runs[0]["role"]]
+            colour, style = CURVE_COLOURS.get(name, _INK), _STYLES[runs[0]["role"]]
             axis.plot(
                 grid, np.median(lines, axis=0), color=colour, linestyle=style, linewidth=1.8, label=race_label(name)
             )

@@ -23,7 +23,9 @@ _RACE_LABELS = {
     "tp-local": "TP, local update",
     "tp-paper": "TP, paper's code",
     "tp-paper-local": "TP, paper's formula",
+    "tp-power1": "TP, power 1",
     "tp-identity": "identity feedback",
+    "tp-random": "random feedback",
     "bp": "BP",
     "bp-two": "BP, two step sizes",
     "nn.RNN": "torch.nn.RNN",
@@ -358,6 +360,7 @@ def _inverse_finding(finals: dict[str, list[dict]], name: str, kind: str) -> Fin
     random = next((runs for control, runs in finals.items() if "random" in control), None)
     lacking = [word for word, runs in (("identity", identity), ("random orthogonal", random)) if not runs]
     compared = "" if not identity else f" Identity feedback, which has no inverse at all, passes {_reached(identity)}."
+    compared += "" if not random else f" Random orthogonal feedback passes {_reached(random)}."
     if kind == "win" and not lacking:
         if beats(finals[name], identity) and beats(finals[name], random):
             return Finding(

@@ -1,4 +1,4 @@
-"""The tasks of the race: many steps in, one answer after the last one. Real images come with scikit-learn."""
+"""The tasks of the race: many steps in, an answer at the last ones. Real images come with scikit-learn."""
 
 import gzip
 import math
@@ -26,7 +26,7 @@ _PERMUTATION_SEED = 92_916
 
 @dataclass(frozen=True)
 class Task:
-    """A sequence-to-one task.
+    """A task with an answer at the last step, or at each of the last ``answers`` steps.
 
     Attributes:
         name: what ``make_task`` takes.
@@ -42,20 +42,25 @@ class Task:
     output_size: int
     bar: float
 
+    @property
+    def answers(self) -> int:
+        """How many steps have an answer, K: the last ones. Of one answer y and outputs have no axis."""
+        return 1
+
     def batch(self, generator: torch.Generator, B: int) -> tuple[Tensor, Tensor]:
-        """Training input x: [T, B, M], float32, and answers y: [B]. The generator alone decides what they are."""
+        """Training input x: [T, B, M], float32, and answers y: [B] or [B, K]. The generator alone decides on both."""
         raise NotImplementedError
 
     def held_out(self, which: str) -> tuple[Tensor, Tensor]:
-        """The fixed "validation" or "test" set: x: [T, B', M], y: [B']."""
+        """The fixed "validation" or "test" set: x: [T, B', M], y: [B'] or [B', K]."""
         raise NotImplementedError
 
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
-        """Mean loss of output: [B, output_size] against y: [B]."""
-        return functional.cross_entropy(output, y)
+        """Mean loss of output: [B, output_size] or [B, K, output_size] against y."""
+        return functional.cross_entropy(output.flatten(0, -2), y.flatten())
 
     def correct(self, output: Tensor, y: Tensor) -> Tensor:
-        """Whether each answer is right: [B], bool."""
+        """Whether each answer is right: bool, of the shape of y."""
         return output.argmax(-1) == y
 
 
@@ -134,6 +139,33 @@ class Adding(_Synthetic):
 
     def correct(self, output: Tensor, y: Tensor) -> Tensor:
         return (output[:, 0] - y).abs() <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Copy(_Synthetic):
+    """Repeat the first symbols, in order, at the last steps.
+
+    One-hot input over ten symbols: ``length`` of the symbols 0 … 7, then blanks (8), a delimiter (9) at the step before
+    the first answer, and blanks again while the symbols are to be given back. An answer is a symbol, so guessing scores
+    1/8. The loss is over the answers only; Arjovsky et al. also ask for blanks everywhere else, and count the blanks
+    between the symbols and the answers, which are ``T - 2 length`` with the delimiter here.
+
+    Source: Arjovsky, Shah and Bengio, "Unitary Evolution Recurrent Neural Networks", ICML 2016, after experiment 2 of
+    Hochreiter and Schmidhuber, 1997.
+    """
+
+    length: int = 10
+
+    @property
+    def answers(self) -> int:
+        return self.length
+
+    def batch(self, generator: torch.Generator, B: int) -> tuple[Tensor, Tensor]:
+        y = torch.randint(8, (self.length, B), generator=generator)
+        symbols = torch.full((self.T, B), 8)
+        symbols[: self.length] = y
+        symbols[-self.length - 1] = 9
+        return functional.one_hot(symbols, 10).float(), y.T.contiguous()
 
 
 @dataclass(frozen=True)
@@ -248,6 +280,8 @@ TASKS = {
     "temporal-order-3bit": 60,
     "adding": 30,
     "adding-squared": 30,
+    "copy": 40,
+    "copy-3": 40,
     "digits": 64,
     "digits-permuted": 64,
     "digits28": 784,
@@ -274,10 +308,10 @@ def make_task(name: str, T: int | None = None, data: str | Path | None = None) -
 
     Args:
         name: "temporal-order", "temporal-order-3bit": 4 and 8 classes. "adding", "adding-squared": right within 0.04
-            and within 0.2. "digits": scikit-learn's 8×8 images, "digits28": up-sampled to 28×28, "idx": those in
-            ``data``, each plain or "-permuted".
-        T: sequence length; ``None``: 60 for temporal order, 30 for adding, a pixel a step for images. A shorter T for
-            images takes pixels / T of them a step.
+            and within 0.2. "copy", "copy-3": 10 and 3 symbols to repeat. "digits": scikit-learn's 8×8 images,
+            "digits28": up-sampled to 28×28, "idx": those in ``data``, each plain or "-permuted".
+        T: sequence length; ``None``: 60 for temporal order, 30 for adding, 40 for copying, a pixel a step for images.
+            A shorter T for images takes pixels / T of them a step.
         data: for "idx" and "idx-permuted": a folder with MNIST's (or Fashion-MNIST's) four IDX files, gzipped or not.
             Nothing is ever downloaded. Of the images held out, 2,000 by a fixed seed are looked at.
 
@@ -304,6 +338,11 @@ def make_task(name: str, T: int | None = None, data: str | Path | None = None) -
         return _images(name, T, _digits(8), bar=0.9)
     if name.startswith("idx"):
         return _images(name, T, _idx(Path(data)), bar=0.9)
+    if name.startswith("copy"):
+        length = 3 if name == "copy-3" else 10
+        if T - 2 * length < 1:  # no step for the delimiter
+            raise ValueError(f"make_task: T must be at least {2 * length + 1} for {name!r}, got {T}")
+        return Copy(name, T, 10, 8, bar=0.9, length=length)
     if T < 10:
         raise ValueError(f"make_task: T must be at least 10 for {name!r}, got {T}")
     if name == "adding":

@@ -27,8 +27,9 @@ OPTIMIZERS = ("adam", "sgd")
 INITIALIZATIONS = ("default", "orthogonal")
 # Adam's gradient is clipped to this global norm; SGD's is not, as in the paper.
 _CLIP = {"adam": 1.0, "sgd": None}
-# Batches come from a stream of their own: the seed alone also draws the weights.
+# Batches and random feedback come from streams of their own: the seed alone also draws the weights.
 _BATCH_SEED = 1_000_000
+_FEEDBACK_SEED = 2_000_000
 _EVALUATED_AT_ONCE = 1000
 
 Progress = Callable[[str, int, int], None]
@@ -47,6 +48,7 @@ class Contender:
         rule: what backward computes; ``None``: ``torch.nn.RNN`` as it is.
         two_step_sizes: one step size for the readout, another for the recurrent layer.
         frozen: the recurrent layer keeps its first weights and only the readout is trained.
+        random_feedback: a random orthogonal matrix, fixed for the run, takes the place of the rule's inverse.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Contender:
     rule: Rule | None
     two_step_sizes: bool = False
     frozen: bool = False
+    random_feedback: bool = False
 
     def grid(self, step_sizes: Sequence[float], ratio: float) -> tuple["StepSizes", ...]:
         """One point per step size, so that all contenders get the same number of trials.
@@ -85,11 +88,13 @@ CONTENDERS = {
     for contender in (
         Contender("tp", "tp", TargetProp()),
         Contender("tp-local", "tp", TargetProp(update="local")),
+        Contender("tp-power1", "tp", TargetProp(power=1.0)),
         # The paper's inverse with the update of its formula, and with the update of its released code. The plan
         # gives each task its r.
         Contender("tp-paper-local", "tp", TargetProp(inverse="layer", update="local")),
         Contender("tp-paper", "tp", TargetProp(inverse="layer", update="total")),
         Contender("tp-identity", "control", TargetProp(inverse="identity")),
+        Contender("tp-random", "control", TargetProp(), random_feedback=True),
         Contender("bp", "bp", BackProp()),
         Contender("bp-two", "bp", BackProp(), two_step_sizes=True),
         Contender("nn.RNN", "bp", None),
@@ -321,7 +326,11 @@ def _choose_word(argument: str, value: object, words: Sequence[str]) -> None:
 
 
 def _family(task: str) -> str:
-    return "images" if task.startswith(("digits", "idx")) else task.removesuffix("-3bit").removesuffix("-squared")
+    return (
+        "images"
+        if task.startswith(("digits", "idx"))
+        else task.removesuffix("-3bit").removesuffix("-squared").removesuffix("-3")
+    )
 
 
 def _start(preset: tuple[dict[str, Any], ...], task: str, T: int | None) -> dict[str, Any]:
@@ -458,7 +467,7 @@ _task = lru_cache(make_task)
 
 
 def build(spec: RaceSpec, task: Task) -> nn.ModuleDict:
-    """The net: "rnn", one tanh layer of N, and "readout", linear on its last state. One seed, one net.
+    """The net: "rnn", one tanh layer of N, and "readout", linear on its last states. One seed, one net.
 
     Every contender's is made as ``torch.nn.RNN`` and then converted, so that all of them start alike.
     """
@@ -470,6 +479,9 @@ def build(spec: RaceSpec, task: Task) -> nn.ModuleDict:
         model = nn.ModuleDict({"rnn": rnn, "readout": nn.Linear(spec.N, task.output_size)})
     if spec.rule is not None:
         tp.nn.convert(model, spec.rule)
+    if CONTENDERS[spec.contender].random_feedback:
+        generator = torch.Generator().manual_seed(_FEEDBACK_SEED + spec.seed)
+        model["rnn"].feedback = nn.init.orthogonal_(torch.empty(spec.N, spec.N), generator=generator)
     if CONTENDERS[spec.contender].frozen:
         model["rnn"].requires_grad_(False)
     return model.to(spec.device)
@@ -497,8 +509,10 @@ def batches(spec: RaceSpec, task: Task) -> Iterator[tuple[Tensor, Tensor]]:
         yield x.to(spec.device), y.to(spec.device)
 
 
-def _output(model: nn.ModuleDict, x: Tensor) -> Tensor:
-    return model["readout"](model["rnn"](x)[1][0])
+def _output(model: nn.ModuleDict, task: Task, x: Tensor) -> Tensor:
+    """Of the steps that have an answer: [B, output_size], or [B, K, output_size] where these are several."""
+    h, last = model["rnn"](x)
+    return model["readout"](last[0] if task.answers == 1 else h[-task.answers :].transpose(0, 1))
 
 
 def _clock(device: str) -> float:
@@ -512,8 +526,8 @@ def _evaluate(model: nn.ModuleDict, task: Task, x: Tensor, y: Tensor) -> tuple[f
     """Accuracy and mean loss over a held-out set."""
     right = total = 0.0
     for part, answers in zip(x.split(_EVALUATED_AT_ONCE, 1), y.split(_EVALUATED_AT_ONCE), strict=True):
-        output = _output(model, part)
-        right += task.correct(output, answers).sum().item()
+        output = _output(model, task, part)
+        right += task.correct(output, answers).sum().item() / task.answers
         total += task.loss(output, answers).item() * len(answers)
     return right / len(y), total / len(y)
 
@@ -557,7 +571,7 @@ def _train(
 
     def backward(x: Tensor, y: Tensor) -> Tensor:
         optimizer.zero_grad()
-        loss = task.loss(_output(model, x), y)
+        loss = task.loss(_output(model, task, x), y)
         loss.backward()
         return loss.detach()
 
@@ -591,6 +605,12 @@ def _train(
     return None
 
 
+def _rule_words(spec: RaceSpec) -> str:
+    if spec.rule is None:
+        return "torch.nn.RNN"
+    return f"{spec.rule}{', random orthogonal feedback' if CONTENDERS[spec.contender].random_feedback else ''}"
+
+
 def run(spec: RaceSpec, on_steps: Callable[[int], None] = lambda step: None) -> dict[str, Any]:
     """Train one net and return its record.
 
@@ -617,7 +637,7 @@ def run(spec: RaceSpec, on_steps: Callable[[int], None] = lambda step: None) -> 
         "B": spec.B,
         "contender": spec.contender,
         "role": CONTENDERS[spec.contender].role,
-        "rule": "torch.nn.RNN" if spec.rule is None else repr(spec.rule),
+        "rule": _rule_words(spec),
         "phase": spec.phase,
         "optimizer": spec.optimizer,
         "initialization": spec.initialization,

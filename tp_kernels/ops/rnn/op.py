@@ -195,6 +195,7 @@ class RNNFunction(torch.autograd.Function):
         bias: Tensor | None,
         weight: Tensor,
         h0: Tensor | None,
+        feedback: Tensor | None,
         checkpoint_every: int | None,
         return_sequence: bool,
         reg: float,
@@ -219,7 +220,7 @@ class RNNFunction(torch.autograd.Function):
                     sequence[steps] = h
             kept = torch.stack(ends)
         needs_x = projection is not None or checkpoint_every is not None
-        ctx.save_for_backward(x if needs_x else None, projection, bias, weight, h0, kept)
+        ctx.save_for_backward(x if needs_x else None, projection, bias, weight, h0, feedback, kept)
         ctx.set_materialize_grads(False)
         ctx.checkpoint_every = checkpoint_every
         ctx.words = (reg, power, sweep, backend)
@@ -228,11 +229,10 @@ class RNNFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_h: Tensor | None, grad_last: Tensor | None) -> tuple:
-        x, projection, bias, weight, h0, kept = ctx.saved_tensors
+        x, projection, bias, weight, h0, feedback, kept = ctx.saved_tensors
         reg, power, sweep, backend = ctx.words
         needs_x, needs_projection, needs_bias, needs_weight = ctx.needs_input_grad[:4]
-        feedback = None
-        if sweep.inverse in ("weight", "layer"):
+        if feedback is None and sweep.inverse in ("weight", "layer"):
             feedback = torch.ops.tp_kernels.rnn_feedback(weight, reg, power, backend)
 
         def gradients_of(h: Tensor, start: Tensor | None, x: Tensor | None, *sources: Tensor | None) -> tuple:
@@ -269,7 +269,7 @@ class RNNFunction(torch.autograd.Function):
             gradients[0] = grad_x
         gradients.append(through if sweep.update == "total" else carried)  # of the first state
         needed = ctx.needs_input_grad[:5]
-        return (*(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), *[None] * 6)
+        return (*(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), *[None] * 7)
 
 
 def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
@@ -283,6 +283,7 @@ def rnn_layer(
     weight: Tensor,
     h0: Tensor | None,
     *,
+    feedback: Tensor | None = None,
     nonlinearity: str,
     rule: Rule | None,
     checkpoint_every: int | None,
@@ -296,7 +297,7 @@ def rnn_layer(
     reg, power = (rule.reg, rule.power) if isinstance(rule, TargetProp) else (None, None)
     sweep = Sweep.of(rule, nonlinearity)
     return RNNFunction.apply(
-        x, projection, bias, weight, h0, checkpoint_every, return_sequence, reg, power, sweep, backend
+        x, projection, bias, weight, h0, feedback, checkpoint_every, return_sequence, reg, power, sweep, backend
     )
 
 
@@ -305,6 +306,7 @@ def rnn(
     weight: Tensor,
     h0: Tensor | None = None,
     *,
+    feedback: Tensor | None = None,
     nonlinearity: str = "tanh",
     rule: Rule | None = None,
     checkpoint_every: int | None = None,
@@ -321,6 +323,8 @@ def rnn(
             pre-activation, ``x_t Uᵀ + b``. The "cpu" back-end takes float32 and float64.
         weight: [N, N] or [H, N, N], W, in the dtype and on the device of ``u``.
         h0: [B, N] or [B, H, N], the first state. ``None`` is zero.
+        feedback: like ``weight``, a fixed matrix in place of the rule's inverse P, as a control of what P itself
+            contributes; no gradient reaches it. ``None`` is P.
         nonlinearity: "tanh", "relu" or "identity".
         rule: ``TargetProp(...)`` or ``BackProp()``. ``None`` is ``TargetProp()``.
         checkpoint_every: k >= 1: keep u and every k-th state for backward, and compute the other states again, to the
@@ -332,7 +336,7 @@ def rnn(
 
     Raises:
         TypeError: an argument of another kind or dtype than stated.
-        ValueError: a shape, device or word other than stated, or T = 0.
+        ValueError: a shape, device or word other than stated, T = 0, or ``feedback`` with a rule that has no P.
         BackendUnavailableError: a back-end asked for by name that cannot run this call.
         torch.linalg.LinAlgError: in backward, a Gram matrix of ``weight`` is not numerically positive definite.
 
@@ -349,9 +353,10 @@ def rnn(
         (torch.Size([5, 2, 3]), torch.Size([3, 3]))
     """
     rule = resolve("rnn", rule)
-    _validate.rnn(u, weight, h0, nonlinearity, rule, checkpoint_every, backend)
+    _validate.rnn(u, weight, h0, feedback, nonlinearity, rule, checkpoint_every, backend)
     return rnn_layer(
         *(u, None, None, weight, h0),
+        feedback=feedback,
         nonlinearity=nonlinearity,
         rule=rule,
         checkpoint_every=checkpoint_every,

@@ -66,21 +66,19 @@ def backward(
         ``h[0]``: ``Wᵀ δ_1``, empty for "local". All contiguous. The gradient of the first state is ``through`` for
         "total" and ``carried`` for "local".
     """
-    nonlinearity, inverse, update, step, clip = sweep
     grad_u = torch.empty_like(h, memory_format=torch.contiguous_format)
-    words = (nonlinearity, inverse, update, step, clip)
-    for swept in sweep(grad_h, grad_last, h, weight, feedback, carried, through, *words):
-        t, _, _, delta, carried, through = swept
+    for step_back in steps_back(grad_h, grad_last, h, weight, feedback, carried, through, sweep):
+        t, _, _, delta, carried, through = step_back
         grad_u[t] = delta
     nothing = h.new_empty(0)
     return (
         grad_u,
-        nothing if inverse == "none" else carried.clone(memory_format=torch.contiguous_format),
-        nothing if update == "local" else through.clone(memory_format=torch.contiguous_format),
+        nothing if sweep.inverse == "none" else carried.clone(memory_format=torch.contiguous_format),
+        nothing if sweep.update == "local" else through.clone(memory_format=torch.contiguous_format),
     )
 
 
-def sweep(
+def steps_back(
     grad_h: Tensor | None,
     grad_last: Tensor | None,
     h: Tensor,
@@ -88,15 +86,12 @@ def sweep(
     feedback: Tensor | None,
     carried: Tensor | None,
     through: Tensor | None,
-    nonlinearity: str,
-    inverse: str,
-    update: str,
-    step: float,
-    clip: float,
+    sweep: Sweep,
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """The recursion of ``backward``, with its arguments: t, λ_t, μ_t, δ_t, term(λ_t) and ``Wᵀ δ_t`` of each step, from
     the last (t = T - 1, counted from 0) to the first.
     """
+    nonlinearity, inverse, update, step, clip = sweep
     zero = torch.zeros_like(h[0])
     carried = zero if carried is None or inverse == "none" else carried
     through = zero if through is None or update == "local" else through
