@@ -71,13 +71,15 @@ void for_dtype(bool is_double, F f) {
         f(float{});
 }
 
-void rnn_fwd(bool is_double, std::uintptr_t u, const Array3& u_strides, std::uintptr_t weight, std::uintptr_t h0,
-             std::uintptr_t h, const Array4& sizes, const std::string& nonlinearity, int threads) {
+void rnn_fwd(bool is_double, std::uintptr_t input, const Array3& input_strides, std::uintptr_t projection,
+             std::uintptr_t bias, std::ptrdiff_t projected, std::uintptr_t weight, std::uintptr_t h0, std::uintptr_t h,
+             const Array4& sizes, const std::string& nonlinearity, int threads) {
     for_dtype(is_double, [&](auto zero) {
         using T = decltype(zero);
         launch(launchers<T>().rnn_forward,
-               RnnForward<T>{at<const T>(u), strides(u_strides), at<const T>(weight), at<const T>(h0), at<T>(h),
-                             sizes[0], sizes[1], sizes[2], sizes[3], nonlinearity_of(nonlinearity), threads});
+               RnnForward<T>{at<const T>(input), strides(input_strides), at<const T>(projection), at<const T>(bias),
+                             projected, at<const T>(weight), at<const T>(h0), at<T>(h), sizes[0], sizes[1], sizes[2],
+                             sizes[3], nonlinearity_of(nonlinearity), threads});
     });
 }
 
@@ -156,8 +158,9 @@ std::vector<std::string> level_names() {
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels. Takes addresses: call them through tp_kernels, which checks the tensors.";
-    m.def("rnn_fwd", &rnn_fwd, py::kw_only(), py::arg("double"), py::arg("u"), py::arg("u_strides"), py::arg("weight"),
-          py::arg("h0"), py::arg("h"), py::arg("sizes"), py::arg("nonlinearity"), py::arg("threads"));
+    m.def("rnn_fwd", &rnn_fwd, py::kw_only(), py::arg("double"), py::arg("input"), py::arg("input_strides"),
+          py::arg("projection"), py::arg("bias"), py::arg("projected"), py::arg("weight"), py::arg("h0"), py::arg("h"),
+          py::arg("sizes"), py::arg("nonlinearity"), py::arg("threads"));
     m.def("rnn_bwd", &rnn_bwd, py::kw_only(), py::arg("double"), py::arg("grad_h"), py::arg("grad_h_strides"),
           py::arg("grad_last"), py::arg("h"), py::arg("weight"), py::arg("feedback"), py::arg("carried_in"),
           py::arg("through_in"), py::arg("carried_out"), py::arg("through_out"), py::arg("grad_u"), py::arg("sizes"),

@@ -19,13 +19,15 @@ class Backend:
     """One implementation of an op.
 
     ``available()`` says whether it can run on this machine at all, ``supports(tensor, ...)`` whether it can run
-    this call; both answer ``(ok, reason)``.
+    this call; both answer ``(ok, reason)``. ``layer_forward`` is a forward pass that does the input projection too,
+    where there is one.
     """
 
     forward: Callable
     backward: Callable
     available: Callable[[], Support] = lambda: (True, "")
     supports: Callable[..., Support] = lambda tensor, **options: (True, "")
+    layer_forward: Callable | None = None
 
 
 def missing(reason: str) -> Backend:

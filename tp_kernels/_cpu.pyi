@@ -10,8 +10,11 @@ class BuildInfo(TypedDict):
 def rnn_fwd(
     *,
     double: bool,
-    u: int,
-    u_strides: tuple[int, int, int],
+    input: int,
+    input_strides: tuple[int, int, int],
+    projection: int,
+    bias: int,
+    projected: int,
     weight: int,
     h0: int,
     h: int,

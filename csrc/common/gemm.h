@@ -108,13 +108,16 @@ inline Right<T> packed_right(const T* packed, ptrdiff_t k_size) {
 }
 
 // Packs the matrix [k][n] at source[k·k_stride + n·n_stride] so; columns beyond n are zero. Takes k_size × padded(n)
-// elements.
+// elements, or, as some rows of a taller matrix, those rows of each of its vectors.
 template <class T>
-void pack(const T* source, ptrdiff_t k_stride, ptrdiff_t n_stride, ptrdiff_t k_size, ptrdiff_t n, T* packed) {
-    for (ptrdiff_t first = 0; first < padded<T>(n); first += lanes<T>)
+void pack(const T* source, ptrdiff_t k_stride, ptrdiff_t n_stride, ptrdiff_t k_size, ptrdiff_t n, T* packed,
+          ptrdiff_t all_rows) {
+    for (ptrdiff_t first = 0; first < padded<T>(n); first += lanes<T>) {
+        T* row = packed + first * all_rows;
         for (ptrdiff_t k = 0; k < k_size; ++k)
             for (ptrdiff_t j = first; j < first + lanes<T>; ++j)
-                *packed++ = j < n ? source[k * k_stride + j * n_stride] : T(0);
+                *row++ = j < n ? source[k * k_stride + j * n_stride] : T(0);
+    }
 }
 
 // C = A · packed: A is [rows][k_size] with unit column stride, C is [rows][padded(n)].

@@ -17,10 +17,14 @@ struct Strides {
 
 template <class T>
 struct RnnForward {
-    const T* u;
-    Strides u_strides;
-    const T* weight;  // [H][N][N]
-    const T* h0;      // [B][H][N]
+    // [T][B][H][N], the input's share of the pre-activation; or, with a projection, the input x: [T][B][M].
+    const T* input;
+    Strides input_strides;
+    const T* projection;  // [N][M], or null; with one, H = 1
+    const T* bias;        // [N], or null: zero; only with a projection
+    ptrdiff_t M;          // 0 without a projection
+    const T* weight;      // [H][N][N]
+    const T* h0;          // [B][H][N]
     T* h;
     ptrdiff_t T_, B, H, N;
     Nonlinearity nonlinearity;

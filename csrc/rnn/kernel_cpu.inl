@@ -27,7 +27,7 @@ struct Tiles {
 template <class T>
 void pack_heads(const T* weight, bool transposed, ptrdiff_t H, ptrdiff_t N, T* packed) {
     for (ptrdiff_t head = 0; head < H; ++head)
-        pack(weight + head * N * N, transposed ? 1 : N, transposed ? N : 1, N, N, packed + head * N * padded<T>(N));
+        pack(weight + head * N * N, transposed ? 1 : N, transposed ? N : 1, N, N, packed + head * N * padded<T>(N), N);
 }
 
 template <Nonlinearity a, class T, class V>
@@ -58,30 +58,38 @@ inline V through_inverse(V lambda, V h, T low, T high) {
     return lambda / (1 - clipped * clipped);
 }
 
-template <class T, Nonlinearity a>
-void forward_tile(const RnnForward<T>& f, const T* packed, ptrdiff_t head, ptrdiff_t first, ptrdiff_t rows,
-                  T* product) {
-    const ptrdiff_t N = f.N, row = f.H * N, time = f.B * row, columns = padded<T>(N), u_row = f.u_strides.batch;
-    const ptrdiff_t offset = first * row + head * N;
-    const T* state = f.h0 + offset;
-    for (ptrdiff_t t = 0; t < f.T_; ++t) {
-        const T* u = f.u + t * f.u_strides.time + first * u_row + head * f.u_strides.head;
-        T* h = f.h + t * time + offset;
-        multiply_packed(state, row, rows, packed, N, N, product, columns);
-        for_elements<T>(rows, N, [=](auto zero, ptrdiff_t i, ptrdiff_t j) {
-            using V = decltype(zero);
-            const V z = load<V>(u + i * u_row + j) + load<V>(product + i * columns + j);
-            store(h + i * row + j, activation<a, T>(z));
-        });
-        state = h;
-    }
-}
-
 template <class T>
 inline void copy_rows(const T* source, ptrdiff_t source_row, ptrdiff_t rows, ptrdiff_t n, T* target,
                       ptrdiff_t target_row) {
     for (ptrdiff_t i = 0; i < rows; ++i)
         __builtin_memcpy(target + i * target_row, source + i * source_row, static_cast<size_t>(n) * sizeof(T));
+}
+
+// With a projection, `state` [rows][N + M] holds h_{t-1} and x_t side by side, and one product gives the whole
+// pre-activation but for the bias. Without, h_{t-1} is read where it was written.
+template <class T, Nonlinearity a, bool project>
+void forward_tile(const RnnForward<T>& f, const T* packed, ptrdiff_t head, ptrdiff_t first, ptrdiff_t rows, T* product,
+                  T* state, const T* bias) {
+    const ptrdiff_t N = f.N, row = f.H * N, time = f.B * row, columns = padded<T>(N), K = N + f.M;
+    const ptrdiff_t offset = first * row + head * N, input_row = f.input_strides.batch;
+    const T* before = f.h0 + offset;
+    if (project) copy_rows(before, row, rows, N, state, K);
+    for (ptrdiff_t t = 0; t < f.T_; ++t) {
+        const T* input = f.input + t * f.input_strides.time + first * input_row + head * f.input_strides.head;
+        T* h = f.h + t * time + offset;
+        if (project) copy_rows(input, input_row, rows, f.M, state + N, K);
+        multiply_packed(project ? state : before, project ? K : row, rows, packed, K, N, product, columns);
+        const T* term = project ? bias : input;
+        const ptrdiff_t term_row = project ? 0 : input_row;
+        for_elements<T>(rows, N, [=](auto zero, ptrdiff_t i, ptrdiff_t j) {
+            using V = decltype(zero);
+            const V z = load<V>(term + i * term_row + j) + load<V>(product + i * columns + j);
+            const V value = activation<a, T>(z);
+            store(h + i * row + j, value);
+            if (project) store(state + i * K + j, value);
+        });
+        before = h;
+    }
 }
 
 template <class T, Nonlinearity a>
@@ -139,25 +147,39 @@ void backward_tile(const RnnBackward<T>& f, const T* packed_feedback, const T* p
     }
 }
 
+template <class T, bool project>
+auto forward_tile_of(Nonlinearity nonlinearity) {
+    return nonlinearity == Nonlinearity::tanh   ? forward_tile<T, Nonlinearity::tanh, project>
+           : nonlinearity == Nonlinearity::relu ? forward_tile<T, Nonlinearity::relu, project>
+                                                : forward_tile<T, Nonlinearity::identity, project>;
+}
+
 // False: no memory for the packed weights.
 template <class T>
 bool rnn_forward(const RnnForward<T>& f) {
     if (f.B == 0) return true;
     const Tiles tiles(f.B, f.H, f.threads);
-    const ptrdiff_t columns = padded<T>(f.N), scratch = tiles.rows * columns;
+    const bool project = f.projection != nullptr;
+    const ptrdiff_t columns = padded<T>(f.N), K = f.N + f.M, product = tiles.rows * columns;
+    const ptrdiff_t scratch = product + (project ? tiles.rows * K : 0);
     const int threads = static_cast<int>(tiles.count < f.threads ? tiles.count : f.threads);
-    Scratch<T> packed(f.H * f.N * columns), products(threads * scratch);
-    if (!packed || !products) return false;
-    pack_heads(f.weight, true, f.H, f.N, packed.get());
-    const auto tile = f.nonlinearity == Nonlinearity::tanh   ? forward_tile<T, Nonlinearity::tanh>
-                      : f.nonlinearity == Nonlinearity::relu ? forward_tile<T, Nonlinearity::relu>
-                                                             : forward_tile<T, Nonlinearity::identity>;
+    Scratch<T> packed(f.H * K * columns), scratches(threads * scratch), bias(f.N);
+    if (!packed || !scratches || !bias) return false;
+    if (project) {
+        pack(f.weight, 1, f.N, f.N, f.N, packed.get(), K);
+        pack(f.projection, 1, f.M, f.M, f.N, packed.get() + f.N * lanes<T>, K);
+        for (ptrdiff_t j = 0; j < f.N; ++j) bias.get()[j] = f.bias ? f.bias[j] : T(0);
+    } else {
+        pack_heads(f.weight, true, f.H, f.N, packed.get());
+    }
+    const auto tile = project ? forward_tile_of<T, true>(f.nonlinearity) : forward_tile_of<T, false>(f.nonlinearity);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (ptrdiff_t index = 0; index < tiles.count; ++index) {
         const FlushDenormals flush;
         const ptrdiff_t head = index / tiles.per_head, first = index % tiles.per_head * tiles.rows;
         const ptrdiff_t rest = f.B - first, rows = rest < tiles.rows ? rest : tiles.rows;
-        tile(f, packed.get() + head * f.N * columns, head, first, rows, products.get() + thread_number() * scratch);
+        T* own = scratches.get() + thread_number() * scratch;
+        tile(f, packed.get() + head * f.N * columns, head, first, rows, own, own + product, bias.get());
     }
     return true;
 }

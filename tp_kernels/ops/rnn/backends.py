@@ -29,18 +29,36 @@ def _sizes(h: Tensor) -> tuple[int, int, int, int]:
 
 
 def _cpu_forward(u: Tensor, weight: Tensor, h0: Tensor | None, nonlinearity: str, out: Tensor | None = None) -> Tensor:
-    _native.check_same_kind("rnn", u, weight, h0)
-    u, weight = _unit_stride(u), weight.contiguous()
-    h0 = u.new_zeros(u.shape[1:]) if h0 is None else h0.contiguous()
-    h = u.new_empty(u.shape) if out is None else out
+    return _cpu_layer_forward(u, None, None, weight, h0, nonlinearity, out)
+
+
+def _cpu_layer_forward(
+    x: Tensor,
+    projection: Tensor | None,
+    bias: Tensor | None,
+    weight: Tensor,
+    h0: Tensor | None,
+    nonlinearity: str,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The states, of ``u = x`` or, with a projection, of ``u = x Uᵀ + b``, which then is nowhere in memory."""
+    _native.check_same_kind("rnn", x, projection, bias, weight, h0)
+    x, weight = _unit_stride(x), weight.contiguous()
+    projection, bias = (None if tensor is None else tensor.contiguous() for tensor in (projection, bias))
+    shape = (*x.shape[:-1], weight.shape[-1])
+    h0 = x.new_zeros(shape[1:]) if h0 is None else h0.contiguous()
+    h = x.new_empty(shape) if out is None else out
     _native.cpu.rnn_fwd(
-        double=_native.is_double(u),
-        u=_native.pointer(u),
-        u_strides=_strides(u),
+        double=_native.is_double(x),
+        input=_native.pointer(x),
+        input_strides=_strides(x),
+        projection=_native.pointer(projection),
+        bias=_native.pointer(bias),
+        projected=0 if projection is None else projection.shape[1],
         weight=_native.pointer(weight),
         h0=_native.pointer(h0),
         h=_native.pointer(h),
-        sizes=_sizes(u),
+        sizes=_sizes(h),
         nonlinearity=nonlinearity,
         threads=torch.get_num_threads(),
     )
@@ -100,7 +118,9 @@ BACKENDS = BackendTable(
     "rnn",
     {
         "reference": Backend(reference.forward, reference.backward),
-        "cpu": Backend(_cpu_forward, _cpu_backward, _native.cpu_available, _native.cpu_supports),
+        "cpu": Backend(
+            _cpu_forward, _cpu_backward, _native.cpu_available, _native.cpu_supports, layer_forward=_cpu_layer_forward
+        ),
         "triton": missing("this version has no Triton kernel for it"),
         "cuda": missing("this version has no CUDA kernel for it"),
     },
