@@ -296,6 +296,7 @@ def test_attributes_are_those_of_torch():
 
 def test_repr():
     assert repr(tp.nn.RNN(2, 3, rule=tp.BackProp())) == "RNN(2, 3, rule=BackProp())"
+    assert repr(tp.nn.RNN(2, 3, rule=tp.BackProp(), refresh=4)).startswith("RNN(\n  2, 3, rule=BackProp(), refresh=4\n")
     layer = tp.nn.RNN(2, 3, nonlinearity="relu", bias=False, batch_first=True, rule=tp.BackProp(), backend="reference")
     assert repr(layer) == (
         "RNN(2, 3, nonlinearity='relu', bias=False, batch_first=True, rule=BackProp(), backend='reference')"
@@ -320,6 +321,8 @@ CONSTRUCTOR = {
         ValueError,
         "nonlinearity must be one of 'tanh', 'relu', 'identity', got 'sin'",
     ),
+    "refresh": ({"refresh": 0}, ValueError, "refresh must be at least 1, got 0"),
+    "refresh-bool": ({"refresh": True}, TypeError, "refresh must be an int, got bool"),
     "rule": ({"rule": 1}, TypeError, "rule must be a TargetProp, a BackProp or None, got int"),
     "backend": (
         {"backend": "mkl"},
@@ -769,3 +772,145 @@ def test_feedback_is_checked():
     layer.feedback, layer.rule = torch.eye(N), tp.BackProp()
     with pytest.raises(ValueError, match="feedback must be None where the rule has no inverse to replace"):
         layer(X)
+
+
+# --- an inverse that is not computed at every step
+
+
+def moved(layer: tp.nn.RNN, share: float, seed: int) -> None:
+    """The weight moves by that share of its Frobenius norm."""
+    with torch.no_grad():
+        direction = torch.randn(layer.weight_hh_l0.shape, generator=torch.Generator().manual_seed(seed))
+        direction = direction.to(layer.weight_hh_l0)
+        layer.weight_hh_l0 += share * layer.weight_hh_l0.norm() / direction.norm() * direction
+
+
+def weight_gradient(layer: tp.nn.RNN, feedback: Tensor | None = None) -> Tensor:
+    """Of the layer, or of one of the same parameters with a matrix in place of its inverse."""
+    if feedback is not None:
+        other = tp.nn.RNN(M, N, rule=layer.rule, feedback=feedback, backend=layer.backend, dtype=feedback.dtype)
+        other.load_state_dict(layer.state_dict())
+        layer = other
+    x = torch.randn(T, B, M, generator=torch.Generator().manual_seed(0)).to(layer.weight_hh_l0)
+    return torch.autograd.grad(layer(x)[1].sum(), layer.weight_hh_l0)[0]
+
+
+def inverse_of(layer: tp.nn.RNN) -> Tensor:
+    rule = layer.rule
+    return tp.regularized_inverse(layer.weight_hh_l0.detach(), rule.reg, power=rule.power, backend=layer.backend)
+
+
+@pytest.mark.parametrize("rule", [tp.TargetProp(), tp.TargetProp(inverse="layer", update="local")], ids=repr)
+def test_refresh(rule, dtype, backend):
+    """P of the first, fourth, seventh … weight."""
+    layer = tp.nn.RNN(M, N, rule=rule, refresh=3, backend=backend, dtype=dtype)
+    for step in range(8):
+        if step % 3 == 0:
+            p = inverse_of(layer)
+        assert_identical(weight_gradient(layer), weight_gradient(layer, p), f"step {step}")
+        moved(layer, 0.01, step)
+        with torch.no_grad():  # no training pass
+            layer(torch.ones(T, B, M, dtype=dtype))
+    assert not torch.equal(p, inverse_of(layer))
+
+
+def test_without_refresh_every_pass_is_exact(backend):
+    layer = tp.nn.RNN(M, N, backend=backend)
+    assert layer.refresh == 1
+    for step in range(3):
+        assert_identical(weight_gradient(layer), weight_gradient(layer, inverse_of(layer)), f"step {step}")
+        moved(layer, 0.01, step)
+
+
+def forget_by_moving(layer: tp.nn.RNN) -> None:
+    moved(layer, 0.11, 1)
+
+
+def forget_by_creeping(layer: tp.nn.RNN) -> None:
+    for step in range(30):
+        moved(layer, 0.05, step)
+
+
+def forget_by_reset(layer: tp.nn.RNN) -> None:
+    moved(layer, 0.01, 1)
+    weight = layer.weight_hh_l0.detach().clone()
+    layer.reset_parameters()
+    with torch.no_grad():
+        layer.weight_hh_l0.copy_(weight)
+
+
+def forget_by_rule(layer: tp.nn.RNN) -> None:
+    layer.rule = tp.TargetProp(reg=0.3)
+
+
+def forget_by_dtype(layer: tp.nn.RNN) -> None:
+    layer.double()
+
+
+def forget_by_refresh(layer: tp.nn.RNN) -> None:
+    moved(layer, 0.01, 1)
+    layer.refresh = 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [forget_by_moving, forget_by_creeping, forget_by_reset, forget_by_rule, forget_by_dtype, forget_by_refresh],
+    ids=lambda change: change.__name__,
+)
+def test_an_inverse_that_does_not_fit_any_more_is_not_used(change, backend):
+    layer = tp.nn.RNN(M, N, refresh=1000, backend=backend)
+    before = inverse_of(layer)
+    weight_gradient(layer)
+    moved(layer, 0.01, 0)
+    assert_identical(weight_gradient(layer), weight_gradient(layer, before), "with the P that is kept")
+    change(layer)
+    assert_identical(weight_gradient(layer), weight_gradient(layer, inverse_of(layer)), "grad_weight")
+
+
+def test_each_pass_keeps_the_inverse_it_took(backend):
+    layer = tp.nn.RNN(M, N, refresh=2, backend=backend)
+    x = torch.randn(T, B, M)
+    first = inverse_of(layer)
+    losses = [layer(x)[1].sum()]
+    layer.rule = tp.TargetProp(reg=0.3)  # so that the next pass takes another P before the first has gone back
+    losses.append(layer(x)[1].sum())
+    (grad,) = torch.autograd.grad(losses[0], layer.weight_ih_l0)
+    other = tp.nn.RNN(M, N, feedback=first, backend=backend)
+    other.load_state_dict(layer.state_dict())
+    assert_identical(grad, torch.autograd.grad(other(x)[1].sum(), other.weight_ih_l0)[0], "grad_weight_ih")
+
+
+def test_what_is_kept_is_no_state(backend):
+    layer = tp.nn.RNN(M, N, refresh=3, backend=backend)
+    weight_gradient(layer)
+    assert list(layer.state_dict()) == list(nn.RNN(M, N).state_dict())
+    assert len(list(layer.parameters())) == 4
+    twin = copy.deepcopy(layer)
+    moved(layer, 0.01, 0)
+    moved(twin, 0.01, 0)
+    assert_identical(weight_gradient(twin), weight_gradient(layer), "of the copy")
+    layer.refresh = 1
+    assert_identical(weight_gradient(layer), weight_gradient(layer, inverse_of(layer)), "exact again")
+
+
+def test_refresh_is_of_no_use_to_back_propagation(backend):
+    torch.manual_seed(0)
+    layer = tp.nn.RNN(M, N, rule=tp.BackProp(), refresh=3, backend=backend)
+    torch.manual_seed(0)
+    plain = tp.nn.RNN(M, N, rule=tp.BackProp(), backend=backend)
+    assert_identical(weight_gradient(layer), weight_gradient(plain), "grad_weight")
+
+
+def test_refresh_compiles():
+    layer = tp.nn.RNN(M, N, refresh=2)
+    compiled = torch.compile(layer, fullgraph=True)
+    x = torch.randn(T, B, M)
+    for step in range(4):
+        if step % 2 == 0:
+            p = inverse_of(layer)
+        (grad,) = torch.autograd.grad(compiled(x)[1].sum(), layer.weight_hh_l0)
+        other = tp.nn.RNN(M, N, feedback=p)
+        other.load_state_dict(layer.state_dict())
+        (expected,) = torch.autograd.grad(other(x)[1].sum(), other.weight_hh_l0)
+        assert_near(grad, extended(expected), f"step {step}")
+        moved(layer, 0.02, step)

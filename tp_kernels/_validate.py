@@ -86,6 +86,13 @@ def regularized_inverse(
     backend(op, backend_name)
 
 
+def count(op: str, argument: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: {argument} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{op}: {argument} must be at least 1, got {value}")
+
+
 def checkpoint_every(op: str, value: object) -> None:
     if value is None:
         return

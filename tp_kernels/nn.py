@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from tp_kernels import _validate
 from tp_kernels._library import autocast_enabled
+from tp_kernels.ops.rnn.feedback import RefreshedFeedback, has_inverse
 from tp_kernels.ops.rnn.op import rnn_layer
 from tp_kernels.rules import Rule, resolve
 
@@ -39,6 +40,10 @@ class RNN(nn.Module):
             T states exists at any time: memory grows with T/k + k.
         feedback: [N, N], a fixed matrix in place of the rule's inverse P, as a control of what P itself contributes. A
             buffer that is not in ``state_dict``. ``None`` is P.
+        refresh: k >= 1: compute P at every k-th training pass only, and whenever the weight has moved by a tenth
+            (Frobenius norm) since; in between the last P serves. 1, the default, is exact. Worth it where P is a large
+            share of a step: short sequences, few of them, large N. Then gradients depend on the passes before, and
+            ``LinAlgError`` is raised in forward. Of no use to rules without P, or with ``feedback``.
         backend: of the recurrence, as in ``tp_kernels.rnn``.
 
     Shape:
@@ -78,14 +83,12 @@ class RNN(nn.Module):
         checkpoint_every: int | None = None,
         return_sequence: bool = True,
         feedback: Tensor | None = None,
+        refresh: int = 1,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
-            if isinstance(size, bool) or not isinstance(size, int):
-                raise TypeError(f"nn.RNN: {name} must be an int, got {type(size).__name__}")
-            if size < 1:
-                raise ValueError(f"nn.RNN: {name} must be at least 1, got {size}")
+            _validate.count("nn.RNN", name, size)
         for name, value in (("bias", bias), ("batch_first", batch_first), ("bidirectional", bidirectional)):
             if not isinstance(value, bool):
                 raise TypeError(f"nn.RNN: {name} must be a bool, got {type(value).__name__}")
@@ -120,6 +123,7 @@ class RNN(nn.Module):
             self.bias_hh_l0 = nn.Parameter(torch.empty(hidden_size, **kind))
         _validate.feedback("nn.RNN", feedback, self.weight_hh_l0, "weight_hh_l0", self.rule)
         self.register_buffer("feedback", feedback, persistent=False)
+        self.refresh = refresh
         self.reset_parameters()
 
     @property
@@ -130,12 +134,28 @@ class RNN(nn.Module):
     @rule.setter
     def rule(self, rule: Rule | None) -> None:
         self._rule = resolve("nn.RNN", rule)
+        self._forget_inverse()
+
+    @property
+    def refresh(self) -> int:
+        """At every how many training passes P is computed anew."""
+        return 1 if self.refreshed is None else self.refreshed.refresh
+
+    @refresh.setter
+    def refresh(self, refresh: int) -> None:
+        _validate.count("nn.RNN", "refresh", refresh)
+        self.refreshed = RefreshedFeedback(self.weight_hh_l0, refresh) if refresh > 1 else None
+
+    def _forget_inverse(self) -> None:
+        if getattr(self, "refreshed", None) is not None:
+            self.refreshed.forget()
 
     def reset_parameters(self) -> None:
         """Uniform on ±1/√N, as in ``torch.nn.RNN``."""
         bound = 1 / math.sqrt(self.hidden_size)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
+        self._forget_inverse()
 
     def flatten_parameters(self) -> None:
         """Nothing to do: the kernels take the parameters as they are. Here for code written for ``torch.nn.RNN``."""
@@ -153,6 +173,9 @@ class RNN(nn.Module):
             hx = None if hx is None else hx.to(self.weight_ih_l0.dtype)
         self._check_parameters()
         self._check_input(input, hx)
+        feedback = self.feedback
+        if feedback is None and self.refreshed is not None and torch.is_grad_enabled() and has_inverse(self.rule):
+            feedback = self.refreshed(self.weight_hh_l0, self.rule, self.backend)
         batched = input.dim() == 3
         x = input if batched else input.unsqueeze(0 if self.batch_first else 1)
         h, last = rnn_layer(
@@ -161,7 +184,7 @@ class RNN(nn.Module):
             self.bias_ih_l0 + self.bias_hh_l0 if self.bias else None,
             self.weight_hh_l0,
             hx[0] if batched and hx is not None else hx,
-            feedback=self.feedback,
+            feedback=feedback,
             nonlinearity=self.nonlinearity,
             rule=self.rule,
             checkpoint_every=self.checkpoint_every,
@@ -225,6 +248,8 @@ class RNN(nn.Module):
             words.append("return_sequence=False")
         if self.feedback is not None:
             words.append("feedback=...")
+        if self.refresh > 1:
+            words.append(f"refresh={self.refresh}")
         if self.backend != "auto":
             words.append(f"backend={self.backend!r}")
         return ", ".join(words)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import tp_kernels as tp
 from tp_kernels import _native
-from tp_kernels.ops.rnn import op
+from tp_kernels.ops.rnn import feedback, op
 from tp_kernels.rules import Sweep
 
 SMALL = RNNCase(T=4, B=3, N=5)
@@ -218,6 +218,10 @@ def test_opcheck(name, dtype, backend):
             torch.library.opcheck(ops.rnn_layer_bwd, (grad, grad[0], *layer, *needed, backend))
         torch.library.opcheck(ops.rnn_layer_fwd, (u, weight, weight[0], weight, h0, "tanh", backend))
     torch.library.opcheck(ops.rnn_feedback, (weight, 0.25, 1.0, backend))
+    age = torch.zeros((), dtype=torch.int64)
+    torch.library.opcheck(
+        ops.rnn_refreshed_feedback, (weight, weight.clone(), weight.clone(), age, 0.25, 1.0, 3, backend)
+    )
 
 
 # --- compile
@@ -830,7 +834,7 @@ def test_inverse_is_computed_once_for_one_weight(monkeypatch):
     def grad() -> Tensor:
         return torch.autograd.grad(tp.rnn(u, weight, rule=rule).sum(), weight)[0]
 
-    op.forget_feedback()
+    feedback.forget_feedback()
     first = grad()
     assert_identical(grad(), first, "grad_weight")
     assert len(computed) == 1
@@ -841,6 +845,11 @@ def test_inverse_is_computed_once_for_one_weight(monkeypatch):
     rule = tp.TargetProp(power=1.0, reg=0.5)
     assert not torch.equal(grad(), changed)
     assert len(computed) == 3
+    # Two layers that take turns do not drive out each other's.
+    other = SMALL.tensors(torch.float32, seed=5)[1].requires_grad_()
+    for matrix in (weight, other, weight, other):
+        tp.rnn(u, matrix, rule=rule).sum().backward()
+    assert len(computed) == 4
 
 
 def test_smallest_clip(dtype):

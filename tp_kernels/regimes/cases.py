@@ -41,6 +41,7 @@ class Contender:
         rule: what its gradients must be; the float64 reference computes them for the check.
         build: (M, N, backend) -> module that takes [T, B, M] and returns the last state, [B, N].
         fused: runs on this library's kernels.
+        period: steps that are timed together, where they are not alike.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Contender:
     rule: Rule
     build: Callable[[int, int, str], nn.Module]
     fused: bool = False
+    period: int = 1
 
     def why_not(self, case: Case, compile_max_T: int) -> str | None:
         """Why this contender is left out of this case; ``None`` if it takes part."""
@@ -101,6 +103,9 @@ CONTENDERS = {
             "tp-local", "tp", "TP, local update", TargetProp(update="local"), _layer(TargetProp(update="local")), True
         ),
         Contender("tp-layer", "tp", "TP as in the paper", TargetProp.paper(), _layer(TargetProp.paper()), True),
+        Contender(
+            "tp-refresh8", "tp", "TP, P every 8 steps", TargetProp(), _layer(TargetProp(), refresh=8), True, period=8
+        ),
         Contender("bp", "bp", "BP, same kernels", BackProp(), _layer(BackProp()), fused=True),
         Contender("tp-keep64", "tp", "TP, checkpoints", TargetProp(), _layer(TargetProp(), **_CHECKPOINTS), True),
         Contender("bp-keep64", "bp", "BP, checkpoints", BackProp(), _layer(BackProp(), **_CHECKPOINTS), True),

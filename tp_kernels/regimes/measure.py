@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 import tp_kernels
 from tp_kernels import _native
-from tp_kernels.ops.rnn.op import BACKENDS, forget_feedback
+from tp_kernels.ops.rnn.backends import BACKENDS
+from tp_kernels.ops.rnn.feedback import forget_feedback
 from tp_kernels.regimes.cases import CONTENDERS, DTYPES, Case, Contender, Effort, LastState, spec
 from tp_kernels.regimes.store import key_of
 from tp_kernels.rules import Rule
@@ -204,13 +205,14 @@ def synchronized(step: Callable[[], None], device: torch.device) -> Callable[[],
     return run
 
 
-def seconds_of(step: Callable[[], None], device: torch.device) -> float:
-    """Wall-clock seconds of one step, the device waited for on both sides."""
+def seconds_of(step: Callable[[], None], device: torch.device, steps: int = 1) -> float:
+    """Wall-clock seconds of one step, or the mean of several; the device is waited for on both sides."""
     _synchronize(device)
     start = time.perf_counter()
-    step()
+    for _ in range(steps):
+        step()
     _synchronize(device)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / steps
 
 
 @contextlib.contextmanager
@@ -249,7 +251,7 @@ def measure_cell(case: Case, names: tuple[str, ...], effort: Effort, backend: st
         for name, seconds in _rounds(steps, effort, cell.device).items():
             low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
             records[name] |= {"seconds": seconds, "median_s": median, "q25_s": low, "q75_s": high}
-            records[name] |= {"rounds": len(seconds), "warmup": 3}
+            records[name] |= {"rounds": len(seconds), "warmup": 3, "period": CONTENDERS[name].period}
         for name in steps:
             if effort.memory:
                 records[name] |= peak_memory(case, name, backend)
@@ -304,7 +306,7 @@ def _rounds(steps: Mapping[str, Callable], effort: Effort, device: torch.device)
             if done >= effort.min_rounds and time.perf_counter() - start > effort.seconds:
                 break
             for name in order.sample(names, len(names)):
-                seconds[name].append(seconds_of(steps[name], device))
+                seconds[name].append(seconds_of(steps[name], device, CONTENDERS[name].period))
     finally:
         if collecting:
             gc.enable()

@@ -1,6 +1,7 @@
 """The recurrent layer (Elman): ``h_t = a(u_t + W h_{t-1})``, with targets or gradients sent back through time.
 
-``backends.py`` has the recurrence itself; here are the layer around it, its autograd Function and the public function.
+``backends.py`` has the recurrence itself, ``feedback.py`` the matrix that carries displacements back; here are the
+layer around them, its autograd Function and the public function.
 """
 
 from typing import Any
@@ -14,41 +15,6 @@ from tp_kernels import _validate
 from tp_kernels._library import register
 from tp_kernels.ops.rnn.backends import BACKENDS, SWEEP, sent_outputs
 from tp_kernels.rules import Rule, Sweep, TargetProp, resolve
-
-_last_feedback: tuple[Tensor, float, float, str, Tensor] | None = None
-
-
-def _feedback(weight: Tensor, reg: float, power: float, backend: str) -> Tensor:
-    """P of ``weight``; on the CPU the last one is kept, for further backward passes with the very same weight.
-
-    The comparison is by value: it costs N² against N³, and no change of the weight can escape it.
-    """
-    global _last_feedback
-    last = _last_feedback
-    if last is not None and last[1:4] == (reg, power, backend) and _same_values(last[0], weight):
-        return last[4].clone()
-    r = torch.tensor(reg, dtype=torch.float64, device="cpu")
-    feedback = torch.ops.tp_kernels.regularized_inverse_fwd(weight, r, power, True, backend)
-    if weight.device.type == "cpu":
-        _last_feedback = (weight.detach().clone(), reg, power, backend, feedback.clone())
-    return feedback
-
-
-def forget_feedback() -> None:
-    """Forget the P that is kept, as a benchmark has to whose weight stays the same from step to step."""
-    global _last_feedback
-    _last_feedback = None
-
-
-def _same_values(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
-
-
-register(
-    "rnn_feedback(Tensor weight, float reg, float power, str backend) -> Tensor",
-    _feedback,
-    lambda weight, reg, power, backend: weight.new_empty(weight.shape),
-)
 
 
 def _chunks(T: int, B: int, N: int) -> list[slice]:

@@ -1,0 +1,109 @@
+"""The matrix that carries displacements back: P of the recurrent weight, and for how long one P is used."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tp_kernels._library import register
+from tp_kernels.rules import Rule, TargetProp
+
+LARGEST_DRIFT = 0.1
+"""``‖W - W_0‖_F / ‖W_0‖_F`` from which P of W_0 is not used for W any more. P is then off by a tenth to a fifth."""
+
+_LAYERS = 16  # whose last P is kept
+_last: dict[int, tuple[Tensor, float, float, str, Tensor]] = {}  # by the weight's address, the latest last
+
+
+def has_inverse(rule: Rule) -> bool:
+    """Whether backward takes P of the weight."""
+    return isinstance(rule, TargetProp) and rule.inverse in ("weight", "layer")
+
+
+def _inverse(weight: Tensor, reg: float, power: float, backend: str) -> Tensor:
+    r = torch.tensor(reg, dtype=torch.float64, device="cpu")
+    return torch.ops.tp_kernels.regularized_inverse_fwd(weight, r, power, True, backend)
+
+
+def _feedback(weight: Tensor, reg: float, power: float, backend: str) -> Tensor:
+    """P of ``weight``; on the CPU each layer's last one is kept, for further backward passes with the very same weight.
+
+    The comparison is by value: it costs N² against N³, and no change of the weight can escape it.
+    """
+    if weight.device.type != "cpu":
+        return _inverse(weight, reg, power, backend)
+    last = _last.pop(weight.data_ptr(), None)
+    if last is None or last[1:4] != (reg, power, backend) or not _same_values(last[0], weight):
+        last = weight.detach().clone(), reg, power, backend, _inverse(weight, reg, power, backend)
+    _last[weight.data_ptr()] = last
+    if len(_last) > _LAYERS:
+        del _last[next(iter(_last))]
+    return last[4].clone()
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def forget_feedback() -> None:
+    """Forget every P that is kept, as a benchmark has to whose weight stays the same from step to step."""
+    _last.clear()
+
+
+register(
+    "rnn_feedback(Tensor weight, float reg, float power, str backend) -> Tensor",
+    _feedback,
+    lambda weight, reg, power, backend: weight.new_empty(weight.shape),
+)
+
+
+def _refreshed_feedback(
+    weight: Tensor, origin: Tensor, kept: Tensor, age: Tensor, reg: float, power: float, refresh: int, backend: str
+) -> Tensor:
+    drift = LARGEST_DRIFT * torch.linalg.vector_norm(origin)
+    if not (0 < int(age) < refresh and torch.dist(weight, origin) < drift):  # false for NaN too
+        kept.copy_(_inverse(weight, reg, power, backend))
+        origin.copy_(weight)
+        age.zero_()
+    age.add_(1)
+    return kept.clone(memory_format=torch.contiguous_format)
+
+
+register(
+    "rnn_refreshed_feedback(Tensor weight, Tensor(a!) origin, Tensor(b!) kept, Tensor(c!) age, float reg, float power, "
+    "int refresh, str backend) -> Tensor",
+    _refreshed_feedback,
+    lambda weight, *rest: weight.new_empty(weight.shape),
+)
+
+
+class RefreshedFeedback(nn.Module):
+    """P of a weight that moves little from step to step: computed anew at every k-th call only, or earlier once the
+    weight has moved by ``LARGEST_DRIFT``.
+
+    Not part of the ``state_dict``: what is kept is a function of weights that were.
+    """
+
+    def __init__(self, weight: Tensor, refresh: int) -> None:
+        super().__init__()
+        self.refresh = refresh
+        self.register_buffer("origin", torch.zeros_like(weight, requires_grad=False), persistent=False)
+        self.register_buffer("kept", torch.zeros_like(weight, requires_grad=False), persistent=False)
+        # Calls since P was computed; 0: nothing is kept. On the CPU, where reading it waits for nothing.
+        self.age = torch.zeros((), dtype=torch.int64, device="cpu")
+
+    def forget(self) -> None:
+        """The next call computes P."""
+        self.age.zero_()
+
+    def _apply(self, *arguments: Any, **options: Any) -> "RefreshedFeedback":
+        self.forget()  # in another dtype P is another one
+        return super()._apply(*arguments, **options)
+
+    def forward(self, weight: Tensor, rule: TargetProp, backend: str) -> Tensor:
+        return torch.ops.tp_kernels.rnn_refreshed_feedback(
+            weight.detach(), self.origin, self.kept, self.age, rule.reg, rule.power, self.refresh, backend
+        )
+
+    def extra_repr(self) -> str:
+        return f"refresh={self.refresh}"
