@@ -40,7 +40,9 @@ def test_tanh_accuracy(dtype, isa_level):
     tanh_check(dtype, "cpu")
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 3), (5, 2), (2, 7), (16, 16), (17, 15), (2, 33, 33), (64, 20)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (3, 3), (5, 2), (2, 7), (16, 16), (17, 15), (2, 33, 33), (64, 20), (37, 6, 5)], ids=str
+)
 def test_regularized_inverse(shape, dtype, isa_level):
     inverse_check(matrices(shape, dtype), 0.25, 1.0, "cpu")
     inverse_check(matrices(shape, dtype), 1e-4, 0.5, "cpu")
@@ -60,7 +62,7 @@ def test_not_finite_stays_in_its_unit_until_the_next_step(nonlinearity, value, d
 
 def test_threads_do_not_change_results(dtype, isa_level):
     tensors = RNNCase(T=4, B=33, N=33).tensors(dtype)
-    weight = matrices((9, 17, 17), dtype)
+    weight = matrices((41, 17, 17), dtype)
     first = None
     for count in (1, 2, 3):
         torch.set_num_threads(count)

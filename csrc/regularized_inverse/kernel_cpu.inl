@@ -1,27 +1,13 @@
 // One thread a matrix, or a team for a large one: Gram matrix, Cholesky factor and two triangular solves, all by the
 // blocked micro-kernel of gemm.h. Rows are padded to whole vectors, so that no product has a remainder.
 
-#include "../common/gemm.h"
+#include "../common/matrix.h"
 #include "../common/memory.h"
 #include "../common/threads.h"
+#include "interleaved_cpu.inl"
 #include "kernel.h"
 
 namespace tpk::TPK_ISA {
-
-template <class T>
-inline bool is_finite(const T* values, ptrdiff_t n) {
-    constexpr ptrdiff_t L = lanes<T>;
-    Vec<T> sums = {};  // of x · 0: NaN where any x is not finite
-    ptrdiff_t i = 0;
-    for (; i + L <= n; i += L) sums += load<Vec<T>>(values + i) * 0;
-    T sum = 0;
-    for (; i < n; ++i) sum += values[i] * 0;
-    for (ptrdiff_t lane = 0; lane < L; ++lane) sum += sums[lane];
-    return sum == 0;
-}
-
-inline double root(double x) { return __builtin_sqrt(x); }
-inline float root(float x) { return __builtin_sqrtf(x); }
 
 enum class Triangle { lower, upper };
 
@@ -116,25 +102,6 @@ bool factor_block(T* block, ptrdiff_t rows, T* inverse_diagonal) {
 // Rows that are brought up to date together: what they need of the rows before is read once for all of them.
 constexpr ptrdiff_t outer_rows = 64;
 
-inline ptrdiff_t smaller(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
-
-// A matrix in scratch memory: `columns` columns, a multiple of the vector, in rows `stride` apart. A stride of a
-// multiple of 4096 bytes would put whole columns into the same few lines of the cache.
-template <class T>
-struct Rows {
-    T* data;
-    ptrdiff_t columns, stride;
-
-    static ptrdiff_t stride_of(ptrdiff_t columns) {
-        constexpr ptrdiff_t line = 64 / sizeof(T);
-        return columns + (columns % (2 * line) == 0 ? line : 0);
-    }
-    Rows(T* memory, ptrdiff_t n) : Rows(memory, padded<T>(n), stride_of(padded<T>(n))) {}
-    Rows(T* memory, ptrdiff_t width, ptrdiff_t row) : data(memory), columns(width), stride(row) {}
-    T* operator[](ptrdiff_t i) const { return data + i * stride; }
-    Right<T> from(ptrdiff_t row, ptrdiff_t column) const { return {data + row * stride + column, stride, lanes<T>}; }
-};
-
 // G = UᵀU in place: the upper triangle becomes U. False: G is not numerically positive definite.
 template <class T>
 bool cholesky(const Rows<T>& gram, ptrdiff_t n, T* inverse_diagonal) {
@@ -219,64 +186,15 @@ void invert_factor(const Rows<T>& factor, ptrdiff_t n, const T* inverse_diagonal
     }
 }
 
-#if defined(__GNUC__) && !defined(__clang__)
-template <size_t Bytes>
-struct Integer {
-    typedef int32_t type;
-};
-template <>
-struct Integer<8> {
-    typedef int64_t type;
-};
-
-// Transposes a block of as many rows as a vector has lanes: exchanges its off-diagonal halves, then those of each
-// quarter, and so on.
+// The last word on one matrix: NaN in all of a result that is not finite, and whether that is a failure of the
+// factorization, which data that is not finite is not: NaN flows through.
 template <class T>
-inline void transpose_block(const T* source, ptrdiff_t source_row, T* target, ptrdiff_t target_row) {
-    constexpr int L = lanes<T>;
-    typedef typename Vector<typename Integer<sizeof(T)>::type, L>::type Index;
-    Vec<T> rows[L];
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) rows[i] = load<Vec<T>>(source + i * source_row);
-#pragma GCC unroll 4
-    for (int half = L / 2; half > 0; half /= 2) {
-        Index low, high;
-        for (int lane = 0; lane < L; ++lane) {
-            low[lane] = lane & half ? L + lane - half : lane;
-            high[lane] = lane & half ? L + lane : lane + half;
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) {
-            if (i & half) continue;
-            const Vec<T> a = rows[i], b = rows[i + half];
-            rows[i] = __builtin_shuffle(a, b, low);
-            rows[i + half] = __builtin_shuffle(a, b, high);
-        }
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) store(target + i * target_row, rows[i]);
-}
-#else
-template <class T>
-inline void transpose_block(const T* source, ptrdiff_t source_row, T* target, ptrdiff_t target_row) {
-    for (ptrdiff_t i = 0; i < lanes<T>; ++i)
-        for (ptrdiff_t j = 0; j < lanes<T>; ++j) target[j * target_row + i] = source[i * source_row + j];
-}
-#endif
-
-// X = Wᵀ for the m × n elements of W, block by block.
-template <class T>
-void transpose(const Rows<T>& w, ptrdiff_t m, ptrdiff_t n, const Rows<T>& x) {
-    constexpr ptrdiff_t L = lanes<T>;
-    for (ptrdiff_t j = 0; j < m; j += L) {
-        for (ptrdiff_t i = 0; i < n; i += L) {
-            if (j + L <= m && i + L <= n)
-                transpose_block(w[j] + i, w.stride, x[i] + j, x.stride);
-            else
-                for (ptrdiff_t k = i; k < smaller(i + L, n); ++k)
-                    for (ptrdiff_t l = j; l < smaller(j + L, m); ++l) x[k][l] = w[l][k];
-        }
-    }
+void judge(const RegularizedSolve<T>& f, ptrdiff_t index, bool factored) {
+    const ptrdiff_t elements = f.m * f.n, first = index * elements;
+    const bool solved = factored && is_finite(f.solved + first, elements);
+    f.failed[index] =
+        !solved && is_finite(f.weight + first, elements) && (!f.rhs || is_finite(f.rhs + first, elements));
+    for (ptrdiff_t i = 0; i < elements && !solved; ++i) f.solved[first + i] = T(__builtin_nan(""));
 }
 
 // Elements of scratch that one matrix takes.
@@ -325,12 +243,16 @@ void solve_matrix(const RegularizedSolve<T>& f, ptrdiff_t index, T* scratch, int
     if (solved) solve(gram, n, inverse_diagonal, Rows<T>{x[0] + x_first, x_end - x_first, x.stride});
     wait_for_team(members);
     if (member != 0) return;
-    for (ptrdiff_t i = 0; i < n && solved; ++i) solved = is_finite(x[i], m);
-    // Data that is not finite is not a failure of the factorization: NaN flows through.
-    f.failed[index] = !solved && is_finite(weight, m * n) && (!f.rhs || is_finite(f.rhs + index * n * m, n * m));
     T* out = f.solved + index * n * m;
     for (ptrdiff_t i = 0; i < n && solved; ++i) __builtin_memcpy(out + i * m, x[i], static_cast<size_t>(m) * sizeof(T));
-    for (ptrdiff_t i = 0; i < n * m && !solved; ++i) out[i] = T(__builtin_nan(""));
+    judge(f, index, solved);
+}
+
+// Whether solving as many matrices at once as a vector has lanes is faster than one by one: as long as they stay in the
+// second-level cache.
+template <class T>
+bool worth_interleaving(const RegularizedSolve<T>& f) {
+    return interleaved_scratch<T>(f.m, f.n) * static_cast<ptrdiff_t>(sizeof(T)) <= 512 << 10;
 }
 
 // False: no memory for the scratch.
@@ -339,21 +261,26 @@ bool regularized_solve(const RegularizedSolve<T>& f) {
     if (f.batch == 0) return true;
     constexpr ptrdiff_t worth_a_team = 192;  // order of the Gram matrix
     const bool team = f.batch < f.threads && f.n >= worth_a_team;
-    const int threads = static_cast<int>(team ? f.threads : smaller(f.batch, f.threads));
-    const ptrdiff_t size = solve_scratch<T>(f.m, f.n);
+    const ptrdiff_t L = lanes<T>, groups = worth_interleaving(f) ? f.batch / L : 0;
+    const ptrdiff_t tasks = groups + f.batch - groups * L;  // groups of interleaved matrices, then one matrix each
+    const int threads = static_cast<int>(team ? f.threads : smaller(tasks, f.threads));
+    const ptrdiff_t single = solve_scratch<T>(f.m, f.n),
+                    size = groups ? larger(single, interleaved_scratch<T>(f.m, f.n)) : single;
     Scratch<T> scratch((team ? 1 : threads) * size);
     if (!scratch) return false;
 #pragma omp parallel num_threads(threads)
     {
         const int number = thread_number(), count = thread_count();  // of threads, which may be fewer than asked for
-        if (team) {
-            for (ptrdiff_t index = 0; index < f.batch; ++index) {
-                solve_matrix(f, index, scratch.get(), number, count);
-                wait_for_team(count);
+        T* own = scratch.get() + (team ? 0 : number * size);
+        const ptrdiff_t first = team ? 0 : tasks * number / count, end = team ? tasks : tasks * (number + 1) / count;
+        for (ptrdiff_t task = first; task < end; ++task) {
+            if (task < groups) {
+                solve_interleaved(f, task * L, own);
+                for (ptrdiff_t index = task * L; index < (task + 1) * L; ++index) judge(f, index, true);
+            } else {
+                solve_matrix(f, task - groups + groups * L, own, team ? number : 0, team ? count : 1);
+                if (team) wait_for_team(count);
             }
-        } else {
-            for (ptrdiff_t index = f.batch * number / count; index < f.batch * (number + 1) / count; ++index)
-                solve_matrix(f, index, scratch.get() + number * size, 0, 1);
         }
     }
     return true;

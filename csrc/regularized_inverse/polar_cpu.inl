@@ -7,7 +7,7 @@
 // steps are in double until G is well-conditioned. Everything n × n is a function of A: symmetric, commuting, and
 // computed as an upper triangle.
 
-#include "../common/gemm.h"
+#include "../common/matrix.h"
 #include "../common/memory.h"
 #include "../common/threads.h"
 #include "kernel.h"
@@ -171,8 +171,6 @@ private:
         b = c;
     }
 };
-
-inline ptrdiff_t larger(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
 
 // The scratch memory of one matrix, in doubles. A small footprint is time: it comes from a far cache at each call.
 struct PolarScratch {

@@ -1,5 +1,7 @@
 """``regularized_inverse``: the eight tests, and NumPy's solvers and decompositions as oracles."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -17,10 +19,12 @@ from tp_kernels.ops.regularized_inverse import op
 
 POWERS = (1.0, 0.5)
 REGS = (10.0, 0.25, 1e-2)
-# [..., m, n]: tall, wide and square, no and several batch dimensions, edges of register blocks and of vectors.
+# [..., m, n]: tall, wide and square, no and several batch dimensions, edges of register blocks and of vectors; batches
+# of less and of more matrices than a vector has lanes.
 SHAPES = (
     (1, 1), (1, 5), (5, 1), (2, 2), (3, 3), (3, 2), (2, 7), (15, 16), (16, 16), (17, 15), (33, 33), (64, 20), (20, 64),
     (3, 1, 1), (3, 4, 6), (2, 3, 5, 4), (2, 3, 4, 4), (7, 17, 17), (0, 4, 3), (2, 0, 3, 4),
+    (16, 1, 1), (33, 2, 2), (19, 7, 5), (3, 7, 4, 9), (18, 16, 16), (17, 33, 32),
 )  # fmt: skip
 # Above order 128 the native back-end hands over to LAPACK.
 LARGE_SHAPES = ((64, 64), (100, 100), (128, 128), (129, 129), (128, 150), (150, 129))
@@ -36,7 +40,8 @@ ops = torch.ops.tp_kernels
 @pytest.mark.parametrize("reg", REGS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forward_and_backward(shape, reg, power, dtype, backend):
-    inverse_check(matrices(shape, dtype), reg, power, backend)
+    many = math.prod(shape[:-2]) >= 16  # the worst of many is luck, on either side
+    inverse_check(matrices(shape, dtype), reg, power, backend, on_average=many)
 
 
 @pytest.mark.parametrize("shape", LARGE_SHAPES, ids=str)
@@ -303,7 +308,12 @@ def test_smallest_reg(kind, shape, dtype, backend):
 
 @pytest.mark.parametrize(
     ("batch", "index", "where"),
-    [((), (), ""), ((3,), (1,), " of batch entry 1"), ((2, 3), (1, 2), " of batch entry (1, 2)")],
+    [
+        ((), (), ""),
+        ((3,), (1,), " of batch entry 1"),
+        ((2, 3), (1, 2), " of batch entry (1, 2)"),
+        ((40,), (21,), " of batch entry 21"),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("wide", [False, True], ids=["square", "wide"])
@@ -338,7 +348,7 @@ def test_an_inverse_or_nothing_but_nan(dtype, backend):
 
 @pytest.mark.parametrize("power", POWERS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
-@pytest.mark.parametrize("shape", [(3, 4, 4), (3, 5, 2), (3, 2, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 4, 4), (3, 5, 2), (3, 2, 5), (20, 4, 4)], ids=str)
 def test_what_is_not_finite_gives_nan_in_its_own_entry(shape, value, power, dtype, backend):
     clean = matrices(shape, dtype)
     weight = clean.clone()
