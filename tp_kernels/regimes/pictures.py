@@ -29,7 +29,7 @@ CURVE_COLOURS = {
     "tp-local": "#CC79A7",
     "tp-paper": "#0072B2",
     "tp-paper-local": "#56B4E9",
-    "tp-power1": "#F0E442",
+    "tp-power1": "#B8A000",
     "tp-identity": "#009E73",
     "tp-random": "#000000",
     "bp": "#D55E00",
