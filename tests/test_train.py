@@ -247,6 +247,25 @@ def test_the_gradient_is_clipped_to_its_global_norm(nets) -> None:
     assert {spec_of("bp").clip, small_plan(optimizer="sgd").settings[0].search("bp")[0].clip} == {1.0, None}
 
 
+def test_a_curve_tells_how_saturated_the_states_are_and_how_large_weight_and_gradient(nets) -> None:
+    """Recomputed from the net at the end, and, for the only step taken, from its gradient."""
+    spec = spec_of("bp", steps=1, floor=1, evaluate_every=1)
+    first, last = train.run(spec)["curve"]
+    task = make_task(spec.task, spec.T)
+    weights, model = nets[0]
+    states, _ = model["rnn"](task.held_out("validation")[0])
+    assert last["slope"] == pytest.approx((1 - states.detach().double() ** 2).mean().item(), rel=1e-5)
+    assert last["gain"] == pytest.approx(torch.linalg.svdvals(model["rnn"].weight_hh_l0.detach())[0].item(), rel=1e-5)
+    assert first["gain"] == pytest.approx(torch.linalg.svdvals(weights["rnn.weight_hh_l0"])[0].item(), rel=1e-5)
+    start = train.build(spec, task)
+    x, y = next(train.batches(spec, task))
+    task.loss(start["readout"](start["rnn"](x)[1][0]), y).backward()
+    norm = torch.cat([parameter.grad.flatten() for parameter in start.parameters()]).norm().item()
+    assert last["gradient"] == pytest.approx(norm, rel=1e-5)
+    assert first["gradient"] is None
+    assert train.run(spec_of("bp", optimizer="sgd", clip=None))["curve"][-1]["gradient"] is None, "not clipped"
+
+
 def test_search_looks_at_the_validation_set_and_only_final_runs_at_the_test_set(monkeypatch) -> None:
     looked_at = []
     held_out = TemporalOrder.held_out

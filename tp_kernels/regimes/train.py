@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import tp_kernels as tp
-from tp_kernels.regimes.store import key_of
+from tp_kernels.regimes.store import finite, key_of
 from tp_kernels.regimes.tasks import TASKS, Task, make_task
 from tp_kernels.rules import BackProp, Rule, TargetProp
 
@@ -509,10 +509,10 @@ def batches(spec: RaceSpec, task: Task) -> Iterator[tuple[Tensor, Tensor]]:
         yield x.to(spec.device), y.to(spec.device)
 
 
-def _output(model: nn.ModuleDict, task: Task, x: Tensor) -> Tensor:
-    """Of the steps that have an answer: [B, output_size], or [B, K, output_size] where these are several."""
+def _forward(model: nn.ModuleDict, task: Task, x: Tensor) -> tuple[Tensor, Tensor]:
+    """All states, [T, B, N], and the output: [B, output_size], or [B, K, output_size] of the K > 1 steps answered."""
     h, last = model["rnn"](x)
-    return model["readout"](last[0] if task.answers == 1 else h[-task.answers :].transpose(0, 1))
+    return h, model["readout"](last[0] if task.answers == 1 else h[-task.answers :].transpose(0, 1))
 
 
 def _clock(device: str) -> float:
@@ -522,14 +522,18 @@ def _clock(device: str) -> float:
 
 
 @torch.no_grad()
-def _evaluate(model: nn.ModuleDict, task: Task, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Accuracy and mean loss over a held-out set."""
-    right = total = 0.0
+def _evaluate(model: nn.ModuleDict, task: Task, x: Tensor, y: Tensor) -> dict[str, float]:
+    """Over a held-out set: accuracy and mean loss, and what tells a collapse apart from slow learning: ``slope``, the
+    mean of a'(z) over all states (near 0: saturated), and ``gain``, the largest singular value of W."""
+    right = loss = slope = 0.0
     for part, answers in zip(x.split(_EVALUATED_AT_ONCE, 1), y.split(_EVALUATED_AT_ONCE), strict=True):
-        output = _output(model, task, part)
+        h, output = _forward(model, task, part)
         right += task.correct(output, answers).sum().item() / task.answers
-        total += task.loss(output, answers).item() * len(answers)
-    return right / len(y), total / len(y)
+        loss += task.loss(output, answers).item() * len(answers)
+        slope += (1 - h.square()).mean().item() * len(answers)
+    weight = model["rnn"].weight_hh_l0.double()
+    gain = torch.linalg.matrix_norm(weight, 2).item() if weight.isfinite().all() else math.inf
+    return {"accuracy": right / len(y), "loss": loss / len(y), "slope": slope / len(y), "gain": gain}
 
 
 def running_accuracy(curve: Sequence[Mapping[str, Any]]) -> float:
@@ -558,7 +562,8 @@ def passed_at(curve: Sequence[Mapping[str, Any]], bar: float) -> tuple[int | Non
 def _train(
     spec: RaceSpec, task: Task, model: nn.ModuleDict, curve: list[dict[str, Any]], on_steps: Callable[[int], None]
 ) -> str | None:
-    """Fill the curve. Returns why the run diverged, or ``None``.
+    """Fill the curve: a point an evaluation, with the mean norm of the gradients since the last one, before clipping.
+    Returns why the run diverged, or ``None``.
 
     Seconds are those of forward, backward, clipping and the optimizer's step: batches are made beforehand, and
     evaluation is left out.
@@ -571,34 +576,34 @@ def _train(
 
     def backward(x: Tensor, y: Tensor) -> Tensor:
         optimizer.zero_grad()
-        loss = task.loss(_output(model, task, x), y)
+        loss = task.loss(_forward(model, task, x)[1], y)
         loss.backward()
         return loss.detach()
 
-    def evaluate(step: int, seconds: float) -> bool:
-        accuracy, loss = _evaluate(model, task, x_held_out, y_held_out)
-        finite = math.isfinite(loss)
-        curve.append({"step": step, "seconds": seconds, "accuracy": accuracy, "loss": loss if finite else None})
-        return finite
+    def evaluate(step: int, seconds: float, gradient: float | None) -> bool:
+        found = _evaluate(model, task, x_held_out, y_held_out)
+        curve.append(finite({"step": step, "seconds": seconds, **found, "gradient": gradient}))
+        return math.isfinite(found["loss"])
 
     stream = batches(spec, task)
     step, seconds = 0, 0.0
-    evaluate(step, seconds)
+    evaluate(step, seconds, None)
     # A first call pays for loading and compiling kernels; nothing of it is left but the gradients, zeroed later.
     backward(*next(batches(spec, task)))
     while step < spec.steps:
         chunk = [next(stream) for _ in range(min(spec.evaluate_every, spec.steps - step))]
-        total = torch.zeros((), device=spec.device)
+        total, norms = torch.zeros((), device=spec.device), torch.zeros((), device=spec.device)
         begin = _clock(spec.device)
         for x, y in chunk:
             total += backward(x, y)
             if spec.clip is not None:
-                nn.utils.clip_grad_norm_(trained, spec.clip)
+                norms += nn.utils.clip_grad_norm_(trained, spec.clip)
             optimizer.step()
         seconds += _clock(spec.device) - begin
         step += len(chunk)
         on_steps(step)
-        if not evaluate(step, seconds) or not math.isfinite(total.item()):
+        gradient = None if spec.clip is None else norms.item() / len(chunk)
+        if not evaluate(step, seconds, gradient) or not math.isfinite(total.item()):
             return f"the loss is not finite by step {step}"
         if spec.stop_at_bar and step >= spec.floor and passed_at(curve, spec.bar)[0] is not None:
             break
