@@ -242,7 +242,7 @@ def choose(grid: Sequence[StepSizes], search_records: Sequence[Mapping[str, Any]
 _RATIO = {"adam": 0.1, "sgd": 0.01}
 _ADAM_GRID = (1e-2, 3e-3, 1e-3, 3e-4)
 _SGD_GRID = (1.0, 0.1, 0.01, 1e-3)
-_COMPARED = ("tp", "tp-identity", "bp", "bp-two", "nn.RNN", "frozen")
+_COMPARED = ("tp", "tp-identity", "tp-random", "bp", "bp-two", "nn.RNN", "frozen")
 
 _BASE = {
     "N": 64,
@@ -267,7 +267,7 @@ _PAPER = {
     "steps": 20_000,
     "floor": 200,
     "evaluate_every": 100,
-    "contenders": ("tp-paper", "tp-paper-local", "tp", "tp-identity", "bp", "bp-two", "frozen"),
+    "contenders": ("tp-paper", "tp-paper-local", "tp", "tp-identity", "tp-random", "bp", "bp-two", "frozen"),
     "step_sizes": _SGD_GRID,
     "bp_step_sizes": (1e-2, 1e-3, 1e-4, 1e-5),
     "two_step_sizes": ((0.1, 1e-2), (0.1, 1e-3), (0.1, 1e-4), (0.01, 1e-3)),
@@ -287,7 +287,7 @@ PRESETS: dict[str, tuple[dict[str, Any], ...]] = {
             "evaluate_every": 25,
             "floor": 100,
             "bar": 0.8,
-            "contenders": ("tp", "bp", "bp-two", "frozen", "tp-identity"),
+            "contenders": ("tp", "bp", "bp-two", "frozen", "tp-identity", "tp-random"),
             "step_sizes": (1e-2, 3e-3, 1e-3),
         },
     ),
@@ -424,7 +424,7 @@ def plan(preset: str | None = None, **overrides: Any) -> RacePlan:
     Example:
         >>> quick = plan("quick", seeds=2)
         >>> quick.settings[0].contenders, quick.settings[0].seeds
-        (('tp', 'bp', 'bp-two', 'frozen', 'tp-identity'), (0, 1))
+        (('tp', 'bp', 'bp-two', 'frozen', 'tp-identity', 'tp-random'), (0, 1))
     """
     given = {name: value for name, value in overrides.items() if value is not None}
     unknown = set(given) - set(_KNOWN)
