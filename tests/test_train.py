@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import tp_kernels as tp
 from tp_kernels import TargetProp
 from tp_kernels.regimes import train
 from tp_kernels.regimes.tasks import TemporalOrder, make_task
 from tp_kernels.regimes.train import CONTENDERS, PRESETS, RacePlan, RaceSpec, StepSizes, choose, passed_at, plan, race
 
 ALL = tuple(CONTENDERS)
+WEIGHTS = ("rnn.weight_hh_l0", "readout.weight")
 SMALL = {
     "task": "temporal-order",
     "T": 10,
@@ -157,19 +159,35 @@ def test_frozen_leaves_the_recurrent_layer_bit_for_bit(nets) -> None:
 
 
 def test_random_feedback_is_orthogonal_fixed_and_one_per_seed(nets) -> None:
-    """The rest of the net is the others', and so is the rule: only P is another matrix."""
     for seed in (100, 100, 101):
-        train.run(spec_of("tp-random", seed=seed, stop_at_bar=False))
+        train.run(spec_of("tp-random", seed=seed))
     first, again, other = (model["rnn"].feedback for _, model in nets)
     torch.testing.assert_close(first @ first.T, torch.eye(SMALL["N"]))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    random, tp = (spec_of(name, steps=1, floor=1, evaluate_every=1) for name in ("tp-random", "tp"))
-    assert train.run(random)["rule"] == f"{random.rule}, random orthogonal feedback"
-    train.run(tp)
-    assert nets[-1][1]["rnn"].rule == nets[-2][1]["rnn"].rule
-    moved = [moves(net)["rnn.weight_hh_l0"] for net in nets[-2:]]
-    assert not torch.allclose(*moved)
+
+
+def test_feedback_of_the_first_weights_stays_and_the_transpose_follows(nets) -> None:
+    train.run(spec_of("tp-first"))
+    train.run(spec_of("tp-transpose"))
+    (before, fixed), (_, transposed) = nets
+    rule = fixed["rnn"].rule
+    inverse = tp.regularized_inverse(before["rnn.weight_hh_l0"], rule.reg, power=rule.power)
+    torch.testing.assert_close(fixed["rnn"].feedback, inverse)
+    assert torch.equal(transposed["rnn"].feedback, transposed["rnn"].weight_hh_l0.detach().T)
+    assert moves(nets[1])["rnn.weight_hh_l0"].abs().max() > 0
+
+
+@pytest.mark.parametrize("contender", [name for name in ALL if CONTENDERS[name].feedback])
+def test_feedback_takes_the_place_of_the_inverse_and_of_nothing_else(nets, contender: str) -> None:
+    one = {"optimizer": "sgd", "clip": None, "steps": 1, "floor": 1, "evaluate_every": 1}
+    record = train.run(spec_of(contender, **one))
+    train.run(spec_of("tp", **one))
+    (_, with_feedback), (_, plain) = nets
+    assert with_feedback["rnn"].rule == plain["rnn"].rule == TargetProp()
+    assert record["feedback"] == CONTENDERS[contender].feedback
+    weight, readout = (torch.allclose(*(moves(net)[name] for net in nets)) for name in WEIGHTS)
+    assert (weight, readout) == (contender == "tp-first", True), "at the first step the first weights are these"
 
 
 def test_power_1_is_the_papers_inverse(nets) -> None:

@@ -32,6 +32,8 @@ CURVE_COLOURS = {
     "tp-power1": "#B8A000",
     "tp-identity": "#009E73",
     "tp-random": "#000000",
+    "tp-first": "#7A9A01",
+    "tp-transpose": "#C4A484",
     "bp": "#D55E00",
     "bp-two": "#E69F00",
     "nn.RNN": "#8c510a",

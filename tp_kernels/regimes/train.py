@@ -48,7 +48,8 @@ class Contender:
         rule: what backward computes; ``None``: ``torch.nn.RNN`` as it is.
         two_step_sizes: one step size for the readout, another for the recurrent layer.
         frozen: the recurrent layer keeps its first weights and only the readout is trained.
-        random_feedback: a random orthogonal matrix, fixed for the run, takes the place of the rule's inverse.
+        feedback: what takes the place of the rule's inverse P: "random", an orthogonal matrix, fixed for the run;
+            "first", P of the first weights, fixed; "transpose", the transpose of the weights as they are. ``None``: P.
     """
 
     name: str
@@ -56,7 +57,7 @@ class Contender:
     rule: Rule | None
     two_step_sizes: bool = False
     frozen: bool = False
-    random_feedback: bool = False
+    feedback: str | None = None
 
     def grid(self, step_sizes: Sequence[float], ratio: float) -> tuple["StepSizes", ...]:
         """One point per step size, so that all contenders get the same number of trials.
@@ -94,7 +95,9 @@ CONTENDERS = {
         Contender("tp-paper-local", "tp", TargetProp(inverse="layer", update="local")),
         Contender("tp-paper", "tp", TargetProp(inverse="layer", update="total")),
         Contender("tp-identity", "control", TargetProp(inverse="identity")),
-        Contender("tp-random", "control", TargetProp(), random_feedback=True),
+        Contender("tp-random", "control", TargetProp(), feedback="random"),
+        Contender("tp-first", "control", TargetProp(), feedback="first"),
+        Contender("tp-transpose", "control", TargetProp(), feedback="transpose"),
         Contender("bp", "bp", BackProp()),
         Contender("bp-two", "bp", BackProp(), two_step_sizes=True),
         Contender("nn.RNN", "bp", None),
@@ -479,12 +482,23 @@ def build(spec: RaceSpec, task: Task) -> nn.ModuleDict:
         model = nn.ModuleDict({"rnn": rnn, "readout": nn.Linear(spec.N, task.output_size)})
     if spec.rule is not None:
         tp.nn.convert(model, spec.rule)
-    if CONTENDERS[spec.contender].random_feedback:
-        generator = torch.Generator().manual_seed(_FEEDBACK_SEED + spec.seed)
-        model["rnn"].feedback = nn.init.orthogonal_(torch.empty(spec.N, spec.N), generator=generator)
     if CONTENDERS[spec.contender].frozen:
         model["rnn"].requires_grad_(False)
-    return model.to(spec.device)
+    model.to(spec.device)
+    if CONTENDERS[spec.contender].feedback is not None:
+        model["rnn"].feedback = _feedback(spec, model["rnn"].weight_hh_l0.detach())
+    return model
+
+
+def _feedback(spec: RaceSpec, weight: Tensor) -> Tensor:
+    """The matrix in place of P."""
+    kind = CONTENDERS[spec.contender].feedback
+    if kind == "transpose":
+        return weight.mT  # the parameter's own memory: it follows the optimizer
+    if kind == "first":
+        return tp.regularized_inverse(weight, spec.rule.reg, power=spec.rule.power)
+    generator = torch.Generator().manual_seed(_FEEDBACK_SEED + spec.seed)
+    return nn.init.orthogonal_(torch.empty(spec.N, spec.N), generator=generator).to(weight.device)
 
 
 def build_optimizer(spec: RaceSpec, model: nn.ModuleDict) -> torch.optim.Optimizer:
@@ -610,12 +624,6 @@ def _train(
     return None
 
 
-def _rule_words(spec: RaceSpec) -> str:
-    if spec.rule is None:
-        return "torch.nn.RNN"
-    return f"{spec.rule}{', random orthogonal feedback' if CONTENDERS[spec.contender].random_feedback else ''}"
-
-
 def run(spec: RaceSpec, on_steps: Callable[[int], None] = lambda step: None) -> dict[str, Any]:
     """Train one net and return its record.
 
@@ -642,7 +650,8 @@ def run(spec: RaceSpec, on_steps: Callable[[int], None] = lambda step: None) -> 
         "B": spec.B,
         "contender": spec.contender,
         "role": CONTENDERS[spec.contender].role,
-        "rule": _rule_words(spec),
+        "rule": "torch.nn.RNN" if spec.rule is None else repr(spec.rule),
+        "feedback": CONTENDERS[spec.contender].feedback,
         "phase": spec.phase,
         "optimizer": spec.optimizer,
         "initialization": spec.initialization,
