@@ -400,6 +400,8 @@ def test_the_report_is_whole_and_stands_alone(tmp_path):
     assert head.startswith("| T | B | N | TP, ms | TP / BP, same kernels | TP / torch.nn.RNN |")
     assert re.fullmatch(r"\| 16 \| 16 \| 64 \| \d+\.\d\d \| 1\.50 \| 0\.50 \| .*", first)
     assert "| 3072 | 16 | 64 | – | – | – |" in ratios  # its check failed: no ratio
+    standings = (tmp_path / "standings.md").read_text()
+    assert re.search(r"\| TP \| 0\.001 \| 3 of 3 \| 51 \(50 to 52\) \| 0\.51 \(0\.5 to 0\.52\) \| ", standings)
     pictures = {path.name for path in tmp_path.glob("*.png")}
     assert {"time_tp_over_bp.png", "memory_tp_over_nn.RNN.png", "model.png"} < pictures
     assert any(name.startswith("race_digits") for name in pictures)

@@ -100,9 +100,9 @@ def test_copy_is_judged_answer_by_answer() -> None:
     task = make_task("copy-3", 10)
     y = torch.tensor([[0, 1, 2], [3, 4, 5]])
     output = torch.zeros(2, 3, 8)
-    output[0, 0, 0] = output[0, 1, 1] = output[1, 2, 5] = 10.0
-    output[0, 2, 7] = output[1, 0, 7] = output[1, 1, 7] = 10.0
-    assert task.correct(output, y).tolist() == [[True, True, False], [False, False, True]]
+    output[0, 0, 0] = output[0, 1, 1] = 10.0
+    output[0, 2, 7] = output[1, 0, 7] = output[1, 1, 7] = output[1, 2, 7] = 10.0
+    assert task.correct(output, y).tolist() == [[True, True, False], [False, False, False]]
     each = [-torch.log_softmax(output[i, k], -1)[y[i, k]] for i in range(2) for k in range(3)]
     torch.testing.assert_close(task.loss(output, y), sum(each) / 6)
 

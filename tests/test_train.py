@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import tp_kernels as tp
 from tp_kernels import TargetProp
 from tp_kernels.regimes import train
 from tp_kernels.regimes.tasks import TemporalOrder, make_task
 from tp_kernels.regimes.train import CONTENDERS, PRESETS, RacePlan, RaceSpec, StepSizes, choose, passed_at, plan, race
 
 ALL = tuple(CONTENDERS)
+WEIGHTS = ("rnn.weight_hh_l0", "readout.weight")
 SMALL = {
     "task": "temporal-order",
     "T": 10,
@@ -157,19 +159,35 @@ def test_frozen_leaves_the_recurrent_layer_bit_for_bit(nets) -> None:
 
 
 def test_random_feedback_is_orthogonal_fixed_and_one_per_seed(nets) -> None:
-    """The rest of the net is the others', and so is the rule: only P is another matrix."""
     for seed in (100, 100, 101):
-        train.run(spec_of("tp-random", seed=seed, stop_at_bar=False))
+        train.run(spec_of("tp-random", seed=seed))
     first, again, other = (model["rnn"].feedback for _, model in nets)
     torch.testing.assert_close(first @ first.T, torch.eye(SMALL["N"]))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    random, tp = (spec_of(name, steps=1, floor=1, evaluate_every=1) for name in ("tp-random", "tp"))
-    assert train.run(random)["rule"] == f"{random.rule}, random orthogonal feedback"
-    train.run(tp)
-    assert nets[-1][1]["rnn"].rule == nets[-2][1]["rnn"].rule
-    moved = [moves(net)["rnn.weight_hh_l0"] for net in nets[-2:]]
-    assert not torch.allclose(*moved)
+
+
+def test_feedback_of_the_first_weights_stays_and_the_transpose_follows(nets) -> None:
+    train.run(spec_of("tp-first"))
+    train.run(spec_of("tp-transpose"))
+    (before, fixed), (_, transposed) = nets
+    rule = fixed["rnn"].rule
+    inverse = tp.regularized_inverse(before["rnn.weight_hh_l0"], rule.reg, power=rule.power)
+    torch.testing.assert_close(fixed["rnn"].feedback, inverse)
+    assert torch.equal(transposed["rnn"].feedback, transposed["rnn"].weight_hh_l0.detach().T)
+    assert moves(nets[1])["rnn.weight_hh_l0"].abs().max() > 0
+
+
+@pytest.mark.parametrize("contender", [name for name in ALL if CONTENDERS[name].feedback])
+def test_feedback_takes_the_place_of_the_inverse_and_of_nothing_else(nets, contender: str) -> None:
+    one = {"optimizer": "sgd", "clip": None, "steps": 1, "floor": 1, "evaluate_every": 1}
+    record = train.run(spec_of(contender, **one))
+    train.run(spec_of("tp", **one))
+    (_, with_feedback), (_, plain) = nets
+    assert with_feedback["rnn"].rule == plain["rnn"].rule == TargetProp()
+    assert record["feedback"] == CONTENDERS[contender].feedback
+    weight, readout = (torch.allclose(*(moves(net)[name] for net in nets)) for name in WEIGHTS)
+    assert (weight, readout) == (contender == "tp-first", True), "at the first step the first weights are these"
 
 
 def test_power_1_is_the_papers_inverse(nets) -> None:
@@ -245,6 +263,25 @@ def test_the_gradient_is_clipped_to_its_global_norm(nets) -> None:
     assert free > 0.01
     assert clipped == pytest.approx(0.5 * 1e-3, rel=1e-2)
     assert {spec_of("bp").clip, small_plan(optimizer="sgd").settings[0].search("bp")[0].clip} == {1.0, None}
+
+
+def test_a_curve_tells_how_saturated_the_states_are_and_how_large_weight_and_gradient(nets) -> None:
+    """Recomputed from the net at the end, and, for the only step taken, from its gradient."""
+    spec = spec_of("bp", steps=1, floor=1, evaluate_every=1)
+    first, last = train.run(spec)["curve"]
+    task = make_task(spec.task, spec.T)
+    weights, model = nets[0]
+    states, _ = model["rnn"](task.held_out("validation")[0])
+    assert last["slope"] == pytest.approx((1 - states.detach().double() ** 2).mean().item(), rel=1e-5)
+    assert last["gain"] == pytest.approx(torch.linalg.svdvals(model["rnn"].weight_hh_l0.detach())[0].item(), rel=1e-5)
+    assert first["gain"] == pytest.approx(torch.linalg.svdvals(weights["rnn.weight_hh_l0"])[0].item(), rel=1e-5)
+    start = train.build(spec, task)
+    x, y = next(train.batches(spec, task))
+    task.loss(start["readout"](start["rnn"](x)[1][0]), y).backward()
+    norm = torch.cat([parameter.grad.flatten() for parameter in start.parameters()]).norm().item()
+    assert last["gradient"] == pytest.approx(norm, rel=1e-5)
+    assert first["gradient"] is None
+    assert train.run(spec_of("bp", optimizer="sgd", clip=None))["curve"][-1]["gradient"] is None, "not clipped"
 
 
 def test_search_looks_at_the_validation_set_and_only_final_runs_at_the_test_set(monkeypatch) -> None:
@@ -326,7 +363,8 @@ def test_digits_are_learned(contender: str) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_contender_gets_the_same_number_of_trials(preset: str) -> None:
     for setting in plan(preset).settings:
-        assert set(CONTENDERS) >= set(setting.contenders) >= {"tp", "tp-identity", "bp", "bp-two", "frozen"}
+        must = {"tp", "tp-identity", "tp-random", "bp", "bp-two", "frozen"}
+        assert set(CONTENDERS) >= set(setting.contenders) >= must
         trials = {name: len(setting.search(name)) for name in setting.contenders}
         assert len(set(trials.values())) == 1, trials
         assert min(trials.values()) >= 3

@@ -293,15 +293,59 @@ def _ratios(cells: list[Cell], environments: list[tuple[str, int]]) -> str:
         milliseconds = f"{1e3 * median('tp'):.2f}" if median("tp") else "–"
         rows.append([*(str(shape[letter]) for letter in "TBN"), milliseconds])
         rows[-1] += ["–" if quotient is None else f"{quotient:.2f}" for quotient in quotients]
-    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---:"] * len(head), *rows)]
-    where = [f"- {words} ({count(number, 'record')})" for words, number in environments]
-    return "\n".join(
-        ["Median time of a training step, as a ratio: below 1 the first is faster.", "", *where, "", *lines, ""]
+    title = "Median time of a training step, as a ratio: below 1 the first is faster."
+    return "\n".join([title, "", *_where(environments), "", *_markdown(head, rows), ""])
+
+
+def _standings(races: list[list[dict]], environments: list[tuple[str, int]]) -> str:
+    """A Markdown table a race: how many seeds of each contender pass the bar, when, and how far all of them get."""
+    parts = []
+    for race in races:
+        rows = []
+        for name, runs in finals_of(race).items():
+            passed = [run for run in runs if run["steps_to_bar"] is not None]
+            rows.append(
+                [
+                    race_label(name),
+                    _sizes(runs[0]["step_sizes"]),
+                    f"{len(passed)} of {len(runs)}",
+                    _median_and_range([run["steps_to_bar"] for run in passed], "{:.0f}"),
+                    _median_and_range([run["seconds_to_bar"] for run in passed], "{:.3g}"),
+                    _median_and_range([run["best_accuracy"] for run in runs], "{:.1%}"),
+                    _median_and_range([run["final_accuracy"] for run in runs], "{:.1%}"),
+                ]
+            )
+        bar = f"{race[0]['bar']:.0%}"
+        head = ["contender", "step size", f"seeds to {bar}", f"steps to {bar}", f"seconds to {bar}", "best", "last"]
+        parts += [f"**{race_name(race)}**, at most {race[0]['max_steps']} steps", "", *_markdown(head, rows), ""]
+    title = (
+        "Final runs, on the test set: median and range over the seeds; steps and seconds are those of the seeds that "
+        "pass. A run stops at the bar."
     )
+    return "\n".join([title, "", *_where(environments), "", *parts])
+
+
+def _median_and_range(values: list[float], form: str) -> str:
+    if not values:
+        return "–"
+    middle, low, high = (form.format(value) for value in (statistics.median(values), min(values), max(values)))
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---:"] * len(head), *rows)]
+
+
+def _where(environments: list[tuple[str, int]]) -> list[str]:
+    return [f"- {words} ({count(number, 'record')})" for words, number in environments]
 
 
 def write(records: list[dict], folder: Path) -> list[Finding]:
-    """Write results.json, results.csv, ratios.md, the pictures and index.html into ``folder``; returns the summary."""
+    """Write results.json and .csv, ratios.md, standings.md, the pictures and index.html into ``folder``.
+
+    Returns:
+        the summary.
+    """
     cells, races, findings = cells_of(records), races_of(records), summarize(records)
     fitted = fit(cells)
     sections = []
@@ -321,6 +365,8 @@ def write(records: list[dict], folder: Path) -> list[Finding]:
     _write_csv(records, folder / "results.csv")
     if cells:
         (folder / "ratios.md").write_text(_ratios(cells, _environments(records)), encoding="utf-8")
+    if any(finals_of(race) for race in races):
+        (folder / "standings.md").write_text(_standings(races, _environments(records)), encoding="utf-8")
     for stale in itertools.chain(*(folder.glob(f"{kind}*.png") for kind in ("time_", "memory_", "model", "race_"))):
         stale.unlink()  # pictures of an earlier report that this one may not have
     for name, _, content in itertools.chain.from_iterable(section.pictures for section in sections):

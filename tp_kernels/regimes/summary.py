@@ -26,6 +26,8 @@ _RACE_LABELS = {
     "tp-power1": "TP, power 1",
     "tp-identity": "identity feedback",
     "tp-random": "random feedback",
+    "tp-first": "first weights' inverse, fixed",
+    "tp-transpose": "transpose as feedback",
     "bp": "BP",
     "bp-two": "BP, two step sizes",
     "nn.RNN": "torch.nn.RNN",

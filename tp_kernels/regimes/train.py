@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import tp_kernels as tp
-from tp_kernels.regimes.store import key_of
+from tp_kernels.regimes.store import finite, key_of
 from tp_kernels.regimes.tasks import TASKS, Task, make_task
 from tp_kernels.rules import BackProp, Rule, TargetProp
 
@@ -48,7 +48,8 @@ class Contender:
         rule: what backward computes; ``None``: ``torch.nn.RNN`` as it is.
         two_step_sizes: one step size for the readout, another for the recurrent layer.
         frozen: the recurrent layer keeps its first weights and only the readout is trained.
-        random_feedback: a random orthogonal matrix, fixed for the run, takes the place of the rule's inverse.
+        feedback: what takes the place of the rule's inverse P: "random", an orthogonal matrix, fixed for the run;
+            "first", P of the first weights, fixed; "transpose", the transpose of the weights as they are. ``None``: P.
     """
 
     name: str
@@ -56,7 +57,7 @@ class Contender:
     rule: Rule | None
     two_step_sizes: bool = False
     frozen: bool = False
-    random_feedback: bool = False
+    feedback: str | None = None
 
     def grid(self, step_sizes: Sequence[float], ratio: float) -> tuple["StepSizes", ...]:
         """One point per step size, so that all contenders get the same number of trials.
@@ -94,7 +95,9 @@ CONTENDERS = {
         Contender("tp-paper-local", "tp", TargetProp(inverse="layer", update="local")),
         Contender("tp-paper", "tp", TargetProp(inverse="layer", update="total")),
         Contender("tp-identity", "control", TargetProp(inverse="identity")),
-        Contender("tp-random", "control", TargetProp(), random_feedback=True),
+        Contender("tp-random", "control", TargetProp(), feedback="random"),
+        Contender("tp-first", "control", TargetProp(), feedback="first"),
+        Contender("tp-transpose", "control", TargetProp(), feedback="transpose"),
         Contender("bp", "bp", BackProp()),
         Contender("bp-two", "bp", BackProp(), two_step_sizes=True),
         Contender("nn.RNN", "bp", None),
@@ -242,7 +245,7 @@ def choose(grid: Sequence[StepSizes], search_records: Sequence[Mapping[str, Any]
 _RATIO = {"adam": 0.1, "sgd": 0.01}
 _ADAM_GRID = (1e-2, 3e-3, 1e-3, 3e-4)
 _SGD_GRID = (1.0, 0.1, 0.01, 1e-3)
-_COMPARED = ("tp", "tp-identity", "bp", "bp-two", "nn.RNN", "frozen")
+_COMPARED = ("tp", "tp-identity", "tp-random", "bp", "bp-two", "nn.RNN", "frozen")
 
 _BASE = {
     "N": 64,
@@ -267,7 +270,7 @@ _PAPER = {
     "steps": 20_000,
     "floor": 200,
     "evaluate_every": 100,
-    "contenders": ("tp-paper", "tp-paper-local", "tp", "tp-identity", "bp", "bp-two", "frozen"),
+    "contenders": ("tp-paper", "tp-paper-local", "tp", "tp-identity", "tp-random", "bp", "bp-two", "frozen"),
     "step_sizes": _SGD_GRID,
     "bp_step_sizes": (1e-2, 1e-3, 1e-4, 1e-5),
     "two_step_sizes": ((0.1, 1e-2), (0.1, 1e-3), (0.1, 1e-4), (0.01, 1e-3)),
@@ -287,7 +290,7 @@ PRESETS: dict[str, tuple[dict[str, Any], ...]] = {
             "evaluate_every": 25,
             "floor": 100,
             "bar": 0.8,
-            "contenders": ("tp", "bp", "bp-two", "frozen", "tp-identity"),
+            "contenders": ("tp", "bp", "bp-two", "frozen", "tp-identity", "tp-random"),
             "step_sizes": (1e-2, 3e-3, 1e-3),
         },
     ),
@@ -424,7 +427,7 @@ def plan(preset: str | None = None, **overrides: Any) -> RacePlan:
     Example:
         >>> quick = plan("quick", seeds=2)
         >>> quick.settings[0].contenders, quick.settings[0].seeds
-        (('tp', 'bp', 'bp-two', 'frozen', 'tp-identity'), (0, 1))
+        (('tp', 'bp', 'bp-two', 'frozen', 'tp-identity', 'tp-random'), (0, 1))
     """
     given = {name: value for name, value in overrides.items() if value is not None}
     unknown = set(given) - set(_KNOWN)
@@ -479,12 +482,23 @@ def build(spec: RaceSpec, task: Task) -> nn.ModuleDict:
         model = nn.ModuleDict({"rnn": rnn, "readout": nn.Linear(spec.N, task.output_size)})
     if spec.rule is not None:
         tp.nn.convert(model, spec.rule)
-    if CONTENDERS[spec.contender].random_feedback:
-        generator = torch.Generator().manual_seed(_FEEDBACK_SEED + spec.seed)
-        model["rnn"].feedback = nn.init.orthogonal_(torch.empty(spec.N, spec.N), generator=generator)
     if CONTENDERS[spec.contender].frozen:
         model["rnn"].requires_grad_(False)
-    return model.to(spec.device)
+    model.to(spec.device)
+    if CONTENDERS[spec.contender].feedback is not None:
+        model["rnn"].feedback = _feedback(spec, model["rnn"].weight_hh_l0.detach())
+    return model
+
+
+def _feedback(spec: RaceSpec, weight: Tensor) -> Tensor:
+    """The matrix in place of P."""
+    kind = CONTENDERS[spec.contender].feedback
+    if kind == "transpose":
+        return weight.mT  # the parameter's own memory: it follows the optimizer
+    if kind == "first":
+        return tp.regularized_inverse(weight, spec.rule.reg, power=spec.rule.power)
+    generator = torch.Generator().manual_seed(_FEEDBACK_SEED + spec.seed)
+    return nn.init.orthogonal_(torch.empty(spec.N, spec.N), generator=generator).to(weight.device)
 
 
 def build_optimizer(spec: RaceSpec, model: nn.ModuleDict) -> torch.optim.Optimizer:
@@ -509,10 +523,10 @@ def batches(spec: RaceSpec, task: Task) -> Iterator[tuple[Tensor, Tensor]]:
         yield x.to(spec.device), y.to(spec.device)
 
 
-def _output(model: nn.ModuleDict, task: Task, x: Tensor) -> Tensor:
-    """Of the steps that have an answer: [B, output_size], or [B, K, output_size] where these are several."""
+def _forward(model: nn.ModuleDict, task: Task, x: Tensor) -> tuple[Tensor, Tensor]:
+    """All states, [T, B, N], and the output: [B, output_size], or [B, K, output_size] of the K > 1 steps answered."""
     h, last = model["rnn"](x)
-    return model["readout"](last[0] if task.answers == 1 else h[-task.answers :].transpose(0, 1))
+    return h, model["readout"](last[0] if task.answers == 1 else h[-task.answers :].transpose(0, 1))
 
 
 def _clock(device: str) -> float:
@@ -522,14 +536,18 @@ def _clock(device: str) -> float:
 
 
 @torch.no_grad()
-def _evaluate(model: nn.ModuleDict, task: Task, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Accuracy and mean loss over a held-out set."""
-    right = total = 0.0
+def _evaluate(model: nn.ModuleDict, task: Task, x: Tensor, y: Tensor) -> dict[str, float]:
+    """Over a held-out set: accuracy and mean loss, and what tells a collapse apart from slow learning: ``slope``, the
+    mean of a'(z) over all states (near 0: saturated), and ``gain``, the largest singular value of W."""
+    right = loss = slope = 0.0
     for part, answers in zip(x.split(_EVALUATED_AT_ONCE, 1), y.split(_EVALUATED_AT_ONCE), strict=True):
-        output = _output(model, task, part)
+        h, output = _forward(model, task, part)
         right += task.correct(output, answers).sum().item() / task.answers
-        total += task.loss(output, answers).item() * len(answers)
-    return right / len(y), total / len(y)
+        loss += task.loss(output, answers).item() * len(answers)
+        slope += (1 - h.square()).mean().item() * len(answers)
+    weight = model["rnn"].weight_hh_l0.double()
+    gain = torch.linalg.matrix_norm(weight, 2).item() if weight.isfinite().all() else math.inf
+    return {"accuracy": right / len(y), "loss": loss / len(y), "slope": slope / len(y), "gain": gain}
 
 
 def running_accuracy(curve: Sequence[Mapping[str, Any]]) -> float:
@@ -558,7 +576,8 @@ def passed_at(curve: Sequence[Mapping[str, Any]], bar: float) -> tuple[int | Non
 def _train(
     spec: RaceSpec, task: Task, model: nn.ModuleDict, curve: list[dict[str, Any]], on_steps: Callable[[int], None]
 ) -> str | None:
-    """Fill the curve. Returns why the run diverged, or ``None``.
+    """Fill the curve: a point an evaluation, with the mean norm of the gradients since the last one, before clipping.
+    Returns why the run diverged, or ``None``.
 
     Seconds are those of forward, backward, clipping and the optimizer's step: batches are made beforehand, and
     evaluation is left out.
@@ -571,44 +590,38 @@ def _train(
 
     def backward(x: Tensor, y: Tensor) -> Tensor:
         optimizer.zero_grad()
-        loss = task.loss(_output(model, task, x), y)
+        loss = task.loss(_forward(model, task, x)[1], y)
         loss.backward()
         return loss.detach()
 
-    def evaluate(step: int, seconds: float) -> bool:
-        accuracy, loss = _evaluate(model, task, x_held_out, y_held_out)
-        finite = math.isfinite(loss)
-        curve.append({"step": step, "seconds": seconds, "accuracy": accuracy, "loss": loss if finite else None})
-        return finite
+    def evaluate(step: int, seconds: float, gradient: float | None) -> bool:
+        found = _evaluate(model, task, x_held_out, y_held_out)
+        curve.append(finite({"step": step, "seconds": seconds, **found, "gradient": gradient}))
+        return math.isfinite(found["loss"])
 
     stream = batches(spec, task)
     step, seconds = 0, 0.0
-    evaluate(step, seconds)
+    evaluate(step, seconds, None)
     # A first call pays for loading and compiling kernels; nothing of it is left but the gradients, zeroed later.
     backward(*next(batches(spec, task)))
     while step < spec.steps:
         chunk = [next(stream) for _ in range(min(spec.evaluate_every, spec.steps - step))]
-        total = torch.zeros((), device=spec.device)
+        total, norms = torch.zeros((), device=spec.device), torch.zeros((), device=spec.device)
         begin = _clock(spec.device)
         for x, y in chunk:
             total += backward(x, y)
             if spec.clip is not None:
-                nn.utils.clip_grad_norm_(trained, spec.clip)
+                norms += nn.utils.clip_grad_norm_(trained, spec.clip)
             optimizer.step()
         seconds += _clock(spec.device) - begin
         step += len(chunk)
         on_steps(step)
-        if not evaluate(step, seconds) or not math.isfinite(total.item()):
+        gradient = None if spec.clip is None else norms.item() / len(chunk)
+        if not evaluate(step, seconds, gradient) or not math.isfinite(total.item()):
             return f"the loss is not finite by step {step}"
         if spec.stop_at_bar and step >= spec.floor and passed_at(curve, spec.bar)[0] is not None:
             break
     return None
-
-
-def _rule_words(spec: RaceSpec) -> str:
-    if spec.rule is None:
-        return "torch.nn.RNN"
-    return f"{spec.rule}{', random orthogonal feedback' if CONTENDERS[spec.contender].random_feedback else ''}"
 
 
 def run(spec: RaceSpec, on_steps: Callable[[int], None] = lambda step: None) -> dict[str, Any]:
@@ -637,7 +650,8 @@ def run(spec: RaceSpec, on_steps: Callable[[int], None] = lambda step: None) -> 
         "B": spec.B,
         "contender": spec.contender,
         "role": CONTENDERS[spec.contender].role,
-        "rule": _rule_words(spec),
+        "rule": "torch.nn.RNN" if spec.rule is None else repr(spec.rule),
+        "feedback": CONTENDERS[spec.contender].feedback,
         "phase": spec.phase,
         "optimizer": spec.optimizer,
         "initialization": spec.initialization,
