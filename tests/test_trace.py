@@ -215,6 +215,7 @@ def test_numbers_that_overflow(tmp_path):
     (record,) = trace.records
     assert not math.isfinite(record.displacement_mean[0])
     assert math.isfinite(record.displacement_mean[-1])
+    assert any(1e20 < norm < math.inf for norm in record.displacement_mean)  # its square is infinite in float32
     trace.save(tmp_path / "trace.json")
     (saved,) = json.loads((tmp_path / "trace.json").read_text(), parse_constant=pytest.fail)["records"]
     assert saved["displacement_mean"][0] is None
@@ -353,6 +354,21 @@ def test_no_graph_is_kept_alive(backward):
     finally:
         gc.enable()
     assert len(trace.records) == backward
+
+
+def test_nothing_piles_up():
+    """Hooks of the graphs that are gone are forgotten, not kept until the end of a long training."""
+    layer = layer_of()
+
+    def handles() -> int:
+        return sum(isinstance(thing, torch.utils.hooks.RemovableHandle) for thing in gc.get_objects())
+
+    with tp.trace(layer, every=100):
+        layer(inputs()[0])[1].sum().backward()
+        before = handles()
+        for _ in range(20):
+            layer(inputs()[0])[1].sum().backward()
+        assert handles() == before
 
 
 def test_two_runs_give_the_same_records():
@@ -537,10 +553,12 @@ def test_bad_call(arguments, kind, text):
     assert str(caught.value) == f"trace: {text}"
 
 
-def test_compiled():
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiled(fullgraph):
     """An error, not an empty trace, whether it was compiled before or not."""
+    torch._dynamo.reset()  # what it remembers of this code from other tests
     layer = layer_of()
-    compiled = torch.compile(layer, backend="eager")
+    compiled = torch.compile(layer, backend="eager", fullgraph=fullgraph)
     text = "trace: layer '' cannot be traced under torch.compile: call the model that was compiled"
     for _ in range(2):
         with tp.trace(layer), pytest.raises(RuntimeError, match=text):

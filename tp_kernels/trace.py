@@ -209,8 +209,7 @@ class _Recorder:
             self.passes += 1
             if index % self.every:
                 return
-            # Not the user's autograd graph, and not autocast: the layer keeps to the dtype of its parameters.
-            with torch.no_grad(), torch.autocast(device, enabled=False):
+            with torch.autocast(device, enabled=False):  # as in the layer, which keeps to its parameters' dtype
                 self.records.append(_record(self.name, index, weak(), gradients, arrived, clip, biases))
 
         self.backwards = [handle for handle in self.backwards if handle.hooks_dict_ref() is not None]
