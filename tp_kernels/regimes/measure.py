@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import tp_kernels
 from tp_kernels import _native
+from tp_kernels.info import peak
 from tp_kernels.ops.rnn.backends import BACKENDS
 from tp_kernels.ops.rnn.feedback import forget_feedback
 from tp_kernels.regimes.cases import CONTENDERS, DTYPES, Case, Contender, Effort, LastState, spec
@@ -248,14 +249,21 @@ def measure_cell(case: Case, names: tuple[str, ...], effort: Effort, backend: st
             record["skipped"] = contender.why_not(case, effort.compile_max_T)
             if record["skipped"] is None:
                 record["skipped"] = _prepare(cell, contender, effort, record, steps)
+        ceiling = peak(cell.dtype, case.threads) if _has_ceiling(cell) else None
         for name, seconds in _rounds(steps, effort, cell.device).items():
             low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
             records[name] |= {"seconds": seconds, "median_s": median, "q25_s": low, "q75_s": high}
             records[name] |= {"rounds": len(seconds), "warmup": 3, "period": CONTENDERS[name].period}
+            records[name]["peak_flops"] = ceiling
         for name in steps:
             if effort.memory:
                 records[name] |= peak_memory(case, name, backend)
     return list(records.values())
+
+
+def _has_ceiling(cell: Cell) -> bool:
+    """Whether the native module's multiply-add loop measures what this cell runs on."""
+    return cell.device.type == "cpu" and _native.cpu_supports(cell.x)[0] and _native.cpu_available()[0]
 
 
 def _blank(case: Case, contender: Contender, backend: str) -> dict:

@@ -281,7 +281,9 @@ def _ratios(cells: list[Cell], environments: list[tuple[str, int]]) -> str:
         for other in ("bp", "nn.RNN", "eager", "compile")
         if any(mine in cell and other in cell for cell in cells)
     ]
+    shares = [name for name in ("tp", "bp") if any(_share_of_peak(cell, name) for cell in cells)]
     head = ["T", "B", "N", "TP, ms", *(f"{CONTENDERS[m].label} / {CONTENDERS[o].label}" for m, o in pairs)]
+    head += [f"{CONTENDERS[name].label}, of peak" for name in shares]
     rows = []
     for cell in cells:
 
@@ -293,8 +295,22 @@ def _ratios(cells: list[Cell], environments: list[tuple[str, int]]) -> str:
         milliseconds = f"{1e3 * median('tp'):.2f}" if median("tp") else "–"
         rows.append([*(str(shape[letter]) for letter in "TBN"), milliseconds])
         rows[-1] += ["–" if quotient is None else f"{quotient:.2f}" for quotient in quotients]
+        rows[-1] += [f"{share:.0%}" if (share := _share_of_peak(cell, name)) else "–" for name in shares]
     title = "Median time of a training step, as a ratio: below 1 the first is faster."
+    if shares:
+        title += (
+            " Of peak: the operations of a step (tp_kernels/regimes/model.py) a second, over those of a fused "
+            "multiply-add loop measured in the same run."
+        )
     return "\n".join([title, "", *_where(environments), "", *_markdown(head, rows), ""])
+
+
+def _share_of_peak(cell: Cell, name: str) -> float | None:
+    record = cell.get(name)
+    if not record or not record["median_s"] or not record.get("peak_flops"):
+        return None
+    count = model.operations(*(record[key] for key in ("contender", "T", "N", "B", "M")))
+    return count / record["median_s"] / record["peak_flops"]
 
 
 def _standings(races: list[list[dict]], environments: list[tuple[str, int]]) -> str:
