@@ -85,6 +85,9 @@ void forward_tile(const RnnForward<T>& f, const T* packed, ptrdiff_t head, ptrdi
             using V = decltype(zero);
             const V z = load<V>(term + i * term_row + j) + load<V>(product + i * columns + j);
             const V value = activation<a, T>(z);
+            // What the next step reads and writes, on its way before it is due. Beyond the last one no harm is done.
+            if (!project) __builtin_prefetch(term + f.input_strides.time + i * term_row + j);
+            __builtin_prefetch(h + time + i * row + j, 1);
             store(h + i * row + j, value);
             if (project) store(state + i * K + j, value);
         });
