@@ -123,6 +123,8 @@ RULES: dict[str, tp.BackProp | tp.TargetProp] = {
     "layer-total": tp.TargetProp(inverse="layer", clip=0.1),
     "layer-local": tp.TargetProp.paper(reg=0.5),
     "layerhalf-local": tp.TargetProp(inverse="layer", update="local", power=0.5, reg=0.1),
+    "jacobian-total": tp.TargetProp(inverse="jacobian"),
+    "jacobian-local": tp.TargetProp(inverse="jacobian", update="local", reg=0.5, step=0.7, rtol=1e-5),
     "identity-total": tp.TargetProp(inverse="identity", step=0.7),
     "identity-local": tp.TargetProp(inverse="identity", update="local"),
 }

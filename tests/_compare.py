@@ -2,6 +2,9 @@
 
 The error budget: against the exact answer, a kernel may err at most twice as much as plain PyTorch of the same
 precision does, plus the floor. The reference's own error is bounded as well, so that no budget becomes meaningless.
+
+An iterative solve has a term of its own, the rule's: its relative error is at most ``rtol * condition``, for a relative
+residual of rtol and the condition of what is solved. With a tight rtol the ordinary budget must do.
 """
 
 import numpy as np
@@ -68,16 +71,18 @@ def assert_budget(
     condition: float = 1.0,
     scale: float = 0.0,
     reference_exact: np.ndarray | None = None,
+    rtol: float = 0.0,
 ) -> None:
     """``actual`` errs at most twice as much as ``reference``, which is near the exact answer itself.
 
-    ``reference_exact``: the exact answer to the reference's question, where it is not the same one.
+    ``reference_exact``: the exact answer to the reference's question, where it is not the same one. ``rtol``: of an
+    iterative solve.
     """
     reference_exact = exact if reference_exact is None else reference_exact
     assert_same_kind(actual, reference.shape, reference.dtype, what)
     assert_near(reference, reference_exact, f"{what} of the reference", condition, scale)
     err = error(actual, exact, scale)
-    allowed = 2 * error(reference, reference_exact, scale) + FLOOR[actual.dtype]
+    allowed = 2 * error(reference, reference_exact, scale) + FLOOR[actual.dtype] + rtol * condition
     assert err <= allowed, f"{what}: error {err:.3g} exceeds the budget {allowed:.3g}"
 
 
@@ -107,6 +112,18 @@ def assert_residual(actual: Tensor, reference: Tensor, weight: Tensor, reg: floa
     assert_small_residual(reference, weight, reg, power)
     allowed = 2 * plain + FLOOR[actual.dtype]
     assert found <= allowed, f"residual {found:.3g} exceeds the budget {allowed:.3g}"
+
+
+def assert_solved(actual: Tensor, displacement: Tensor, jacobian: Tensor, reg: float, rtol: float) -> None:
+    """``(JᵀJ + rI) x = Jᵀ λ`` for each sample: a residual of rtol in ``(J Jᵀ + rI) y = λ`` arrives here times J."""
+    found, lam, jac = map(extended, (actual, displacement, jacobian))
+    right = np.einsum("bij,bi->bj", jac, lam)
+    missed = np.einsum("bij,bi->bj", jac, np.einsum("bij,bj->bi", jac, found)) + reg * found - right
+    size = np.linalg.norm(jac.astype(np.float64), 2, axis=(-2, -1))
+    norms = [np.sqrt((vectors**2).sum(axis=-1)) for vectors in (missed, lam, found)]
+    allowed = rtol * size * norms[1] + FLOOR[actual.dtype] * (size**2 + reg) * norms[2]
+    worst = (norms[0] / allowed).argmax()
+    assert norms[0][worst] <= allowed[worst], f"residual {norms[0][worst]:.3g} exceeds {allowed[worst]:.3g}"
 
 
 def assert_identical(actual: Tensor, expected: Tensor, what: str) -> None:

@@ -123,12 +123,29 @@ def rnn_forward(u: np.ndarray, weight: np.ndarray, h0: np.ndarray | None, nonlin
     return np.stack(states[1:])
 
 
-def displacements(grad: np.ndarray, h: np.ndarray, feedback: np.ndarray | None, sweep: Sweep) -> np.ndarray:
+def jacobian_term(lam: np.ndarray, h: np.ndarray, weight: np.ndarray, sweep: Sweep) -> np.ndarray:
+    """``(JᵀJ + rI)⁻¹ Jᵀ λ`` of each sample, J = D W: solved in float64, then refined in extended precision."""
+    jacobians = SLOPES[sweep.nonlinearity](h)[:, :, None] * weight
+    plain = jacobians.astype(np.float64)
+    gram = plain.swapaxes(-1, -2) @ plain + sweep.reg * np.eye(len(weight))
+    right = np.einsum("bij,bi->bj", jacobians, lam)
+    result = np.zeros_like(right)
+    for _ in range(3):
+        products = np.einsum("bij,bi->bj", jacobians, np.einsum("bij,bj->bi", jacobians, result))
+        missed = right - products - sweep.reg * result
+        result = result + np.linalg.solve(gram, missed.astype(np.float64)[..., None])[..., 0]
+    return result
+
+
+def displacements(
+    grad: np.ndarray, h: np.ndarray, weight: np.ndarray, feedback: np.ndarray | None, sweep: Sweep
+) -> np.ndarray:
     """``λ_0 … λ_T`` of algorithm.md's section 3; no gradient arrives at ``h_0``."""
     terms = {
         "none": lambda lam, h_t: np.zeros_like(lam),
         "identity": lambda lam, h_t: lam,
         "weight": lambda lam, h_t: lam.dot(feedback.T),
+        "jacobian": lambda lam, h_t: jacobian_term(lam, h_t, weight, sweep),
         "layer": lambda lam, h_t: INVERSE_SLOPES[sweep.nonlinearity](lam, h_t, 1 - sweep.clip).dot(feedback.T),
     }
     result = [sweep.step * grad[-1]]
@@ -164,7 +181,7 @@ def rnn_backward(
         heads = zip(np.moveaxis(grad, 2, 0), np.moveaxis(h, 2, 0), starts, weight, matrices, strict=True)
         deltas, weights, firsts = zip(*(rnn_backward(*head, sweep) for head in heads), strict=True)
         return np.stack(deltas, axis=2), np.stack(weights), np.stack(firsts, axis=1)
-    lam = displacements(grad, h, feedback, sweep)
+    lam = displacements(grad, h, weight, feedback, sweep)
     slope = SLOPES[sweep.nonlinearity](h)
     delta = slope * lam[1:]
     if sweep.update == "total":

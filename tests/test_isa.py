@@ -13,6 +13,7 @@ from _compare import assert_identical
 
 import tp_kernels as tp
 from tp_kernels import _native
+from tp_kernels.rules import Sweep
 
 ODD = RNNCase(T=5, B=7, N=17)
 
@@ -92,11 +93,13 @@ def fences(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 def test_nothing_is_written_outside_of_the_outputs(case, dtype, isa_level, fences):
     u, weight, h0 = case.tensors(dtype)
     h = torch.ops.tp_kernels.rnn_fwd(u, weight, h0, "tanh", "cpu")
-    for inverse in ("none", "weight", "layer", "identity"):
-        torch.ops.tp_kernels.rnn_bwd(u, None, h, weight, weight, h0, h0, "tanh", inverse, "total", 1.0, 0.1, "cpu")
+    inverses = ("none", "weight", "layer", "identity", "jacobian")
+    for inverse in inverses:
+        sweep = Sweep("tanh", inverse, clip=0.1)
+        torch.ops.tp_kernels.rnn_bwd(u, None, h, weight, weight, h0, h0, *sweep, "cpu")
     for power in (1.0, 0.5):
         tp.regularized_inverse(matrices((3, 7, case.N), dtype), 0.25, power=power, backend="cpu")
-    assert len(fences) == 1 + 4 * 3 + 2
+    assert len(fences) == 1 + 3 * len(inverses) + 2
     for memory in fences:
         assert memory[:GUARD].eq(12345).all(), "written before an output"
         assert memory[-GUARD:].eq(12345).all(), "written after an output"
@@ -118,7 +121,7 @@ import torch, _checks, _cases
 for dtype in _cases.DTYPES:
     for case in _cases.HEAD_CASES:
         _checks.rnn_forward_check(case, dtype, "cpu")
-        for rule in ("weight-total", "identity-local"):
+        for rule in ("weight-total", "identity-local", "jacobian-total"):
             _checks.rnn_backward_check(case, _cases.RULES[rule], dtype, "cpu")
     for shape in ((3, 3), (2, 17, 15), (5, 9)):
         for power in (1.0, 0.5):

@@ -23,6 +23,7 @@ TargetProp, BackProp = tp.TargetProp, tp.BackProp
         ({"inverse": "layer"}, 0.25, 1.0),
         ({"inverse": "layer", "power": 0.5}, 1e-4, 0.5),
         ({"inverse": "identity"}, 0.25, 1.0),
+        ({"inverse": "jacobian"}, 0.25, 1.0),
         ({"inverse": "layer", "reg": 0.7}, 0.7, 1.0),
     ],
     ids=str,
@@ -36,7 +37,7 @@ def test_defaults_follow_inverse_and_power(arguments, reg, power):
 def test_other_defaults():
     rule = TargetProp()
     assert (rule.inverse, rule.update, rule.mode) == ("weight", "total", "linearized")
-    assert (rule.step, rule.clip) == (1.0, 1e-3)
+    assert (rule.step, rule.clip, rule.rtol) == (1.0, 1e-3, 1e-4)
 
 
 def test_paper():
@@ -76,9 +77,9 @@ ERRORS = {
     "mode": ({"mode": 1}, TypeError, "mode must be a str, got int"),
     "mode-word": ({"mode": "x"}, ValueError, "mode must be one of 'linearized', 'difference', 'direct', got 'x'"),
     "jacobian": (
-        {"inverse": "jacobian"},
-        NotImplementedError,
-        "inverse='jacobian' is not implemented yet; available: 'weight', 'layer', 'identity'",
+        {"inverse": "jacobian", "power": 0.5},
+        ValueError,
+        "power must be 1.0, inverse='jacobian' knows no other, got 0.5",
     ),
     "difference": (
         {"mode": "difference"},
@@ -105,6 +106,10 @@ ERRORS = {
     "step-none": ({"step": None}, TypeError, "step must be a real number, got NoneType"),
     "clip-zero": ({"clip": 0.0}, ValueError, "clip must be in (0, 1), got 0.0"),
     "clip-one": ({"clip": 1}, ValueError, "clip must be in (0, 1), got 1"),
+    "rtol-zero": ({"rtol": 0.0}, ValueError, "rtol must be in (0, 1), got 0.0"),
+    "rtol-one": ({"rtol": 1.0}, ValueError, "rtol must be in (0, 1), got 1.0"),
+    "rtol-nan": ({"rtol": math.nan}, ValueError, "rtol must be in (0, 1), got nan"),
+    "rtol-word": ({"rtol": "tight"}, TypeError, "rtol must be a real number, got str"),
     "clip-complex": ({"clip": 1j}, TypeError, "clip must be a real number, got complex"),
 }
 

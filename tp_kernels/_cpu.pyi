@@ -33,14 +33,18 @@ def rnn_bwd(
     carried_out: int,
     through_out: int,
     grad_u: int,
+    iterations: int,
     sizes: tuple[int, int, int, int],
     nonlinearity: str,
     inverse: str,
     update: str,
     step: float,
     clip: float,
+    reg: float,
+    rtol: float,
+    first: int,
     threads: int,
-) -> None: ...
+) -> tuple[int, int, int, float] | None: ...
 def regularized_solve(
     *,
     double: bool,

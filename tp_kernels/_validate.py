@@ -95,12 +95,15 @@ def checkpoint_every(op: str, value: object) -> None:
         raise ValueError(f"{op}: checkpoint_every must be at least 1, got {value}")
 
 
-def layer_inverse(op: str, rule: Rule, nonlinearity: str, dtype: torch.dtype) -> None:
-    """Whether this dtype can hold what the inverse of the activation is clipped to."""
-    if not isinstance(rule, TargetProp) or rule.inverse != "layer" or nonlinearity != "tanh":
+def numbers_of_rule(op: str, rule: Rule, nonlinearity: str, dtype: torch.dtype) -> None:
+    """Whether the rule's numbers mean something in this dtype."""
+    if not isinstance(rule, TargetProp):
         return
+    if rule.inverse == "jacobian":  # elsewhere, it is for regularized_inverse to say
+        regularization(op, rule.reg, dtype)
     smallest = torch.finfo(dtype).eps
-    if rule.clip < smallest:  # 1 - clip(h)² would be 0 where h rounds to 1
+    if rule.inverse == "layer" and nonlinearity == "tanh" and rule.clip < smallest:
+        # 1 - clip(h)² would be 0 where h rounds to 1
         raise ValueError(f"{op}: rule must have clip of at least {smallest:.3g} in {_name(dtype)}, got {rule.clip!r}")
 
 
@@ -134,6 +137,6 @@ def rnn(
             raise ValueError(f"{op}: h0 must have shape {letters} = {list(u.shape[1:])}, got {_shape(h0)}")
         same_kind(op, "h0", h0, "u", u)
     word(op, "nonlinearity", nonlinearity, NONLINEARITIES)
-    layer_inverse(op, rule, nonlinearity, u.dtype)
+    numbers_of_rule(op, rule, nonlinearity, u.dtype)
     checkpoint_every(op, every)
     backend(op, backend_name)

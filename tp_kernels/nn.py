@@ -191,7 +191,7 @@ class RNN(nn.Module):
         if input.shape[1 if self.batch_first and input.dim() == 3 else 0] == 0:
             raise ValueError(f"nn.RNN: input must have at least one time step (T >= 1), got {tuple(input.shape)}")
         _validate.same_kind("nn.RNN", "input", input, "weight_ih_l0", self.weight_ih_l0)
-        _validate.layer_inverse("nn.RNN", self.rule, self.nonlinearity, input.dtype)
+        _validate.numbers_of_rule("nn.RNN", self.rule, self.nonlinearity, input.dtype)
         if hx is None:
             return
         _validate.floating_tensor("nn.RNN", "hx", hx)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 _INVERSES = ("weight", "layer", "identity", "jacobian")
 _UPDATES = ("total", "local")
 _MODES = ("linearized", "difference", "direct")
-_NOT_IMPLEMENTED = {"inverse": ("jacobian",), "mode": ("difference", "direct")}
+_NOT_IMPLEMENTED = {"mode": ("difference", "direct")}
 
 
 def _check_word(argument: str, value: object, words: tuple[str, ...]) -> None:
@@ -41,14 +41,16 @@ class TargetProp:
         reg: regularization r > 0 of the inverse. ``None``: 1e-4 at power 1/2, 1/4 at power 1 (no direction grows).
         inverse: what carries a displacement one step back. ``"weight"``: the regularized inverse P of the recurrent
             weight; ``"layer"``: P after the inverse of the activation (the paper's); ``"identity"``: nothing at all
-            (a control). ``"jacobian"`` is not implemented yet.
+            (a control); ``"jacobian"``: the regularized inverse of the layer's own linearization, a solve for every
+            sample and step.
         update: ``"total"``: adjoints through the recurrence (what the authors' code computes); ``"local"``: each
             layer's own least-squares gradient, previous state held fixed (the paper's formula).
         mode: ``"linearized"``. ``"difference"`` and ``"direct"`` are not implemented yet.
         power: 1 or 1/2, the exponent α of ``P = (WᵀW + rI)^{-α} Wᵀ``. ``None``: 1/2 for ``inverse="weight"``
-            (targets keep their length), 1 for the others.
+            (targets keep their length), 1 for the others. ``inverse="jacobian"`` knows power 1 only.
         step: γ > 0, the step from a state to its target along the negative gradient. A mere scale here.
         clip: ε in (0, 1): ``inverse="layer"`` divides by ``1 - clip(h, ±(1-ε))²`` where the activation is tanh.
+        rtol: in (0, 1): the relative residual to which ``inverse="jacobian"`` solves.
 
     The attributes hold resolved numbers: ``dataclasses.replace(rule, inverse=...)`` keeps reg and power as they are.
 
@@ -60,8 +62,9 @@ class TargetProp:
     Source: Roulet and Harchaoui, "Target Propagation via Regularized Inversion", arXiv 2112.01453.
 
     Example:
-        >>> TargetProp()
-        TargetProp(reg=0.0001, inverse='weight', update='total', mode='linearized', power=0.5, step=1.0, clip=0.001)
+        >>> TargetProp()  # doctest: +NORMALIZE_WHITESPACE
+        TargetProp(reg=0.0001, inverse='weight', update='total', mode='linearized', power=0.5, step=1.0, clip=0.001,
+        rtol=0.0001)
         >>> TargetProp(inverse="layer").reg
         0.25
     """
@@ -73,6 +76,7 @@ class TargetProp:
     power: float | None = None
     step: float = 1.0
     clip: float = 1e-3
+    rtol: float = 1e-4
 
     def __post_init__(self) -> None:
         _check_word("inverse", self.inverse, _INVERSES)
@@ -83,20 +87,24 @@ class TargetProp:
             raise TypeError(f"TargetProp: power must be a real number, got {type(power).__name__}")
         if power not in (1.0, 0.5):  # no global floats: with dynamic=True torch.compile makes symbols of them
             raise ValueError(f"TargetProp: power must be one of 1.0, 0.5, got {power!r}")
+        if self.inverse == "jacobian" and power != 1.0:
+            raise ValueError(f"TargetProp: power must be 1.0, inverse='jacobian' knows no other, got {power!r}")
         reg = (1e-4 if power == 0.5 else 0.25) if self.reg is None else self.reg
         positive = "positive and finite"
         object.__setattr__(self, "power", float(power))
         object.__setattr__(self, "reg", _check_number("reg", reg, 0.0, math.inf, positive))
         object.__setattr__(self, "step", _check_number("step", self.step, 0.0, math.inf, positive))
         object.__setattr__(self, "clip", _check_number("clip", self.clip, 0.0, 1.0, "in (0, 1)"))
+        object.__setattr__(self, "rtol", _check_number("rtol", self.rtol, 0.0, 1.0, "in (0, 1)"))
 
     @classmethod
     def paper(cls, reg: float = 1.0, step: float = 1.0) -> "TargetProp":
         """The paper's own rule: power 1, ``inverse="layer"``, ``update="local"``.
 
         Example:
-            >>> TargetProp.paper(reg=10.0, step=0.01)
-            TargetProp(reg=10.0, inverse='layer', update='local', mode='linearized', power=1.0, step=0.01, clip=0.001)
+            >>> TargetProp.paper(reg=10.0, step=0.01)  # doctest: +NORMALIZE_WHITESPACE
+            TargetProp(reg=10.0, inverse='layer', update='local', mode='linearized', power=1.0, step=0.01, clip=0.001,
+            rtol=0.0001)
         """
         return cls(reg=reg, inverse="layer", update="local", power=1.0, step=step)
 
@@ -122,18 +130,21 @@ class Sweep(NamedTuple):
     update: str = "total"
     step: float = 1.0
     clip: float = 1e-3
+    reg: float = 0.25
+    rtol: float = 1e-4
+    first: int = 0  # the number of its first step, for an error to name
 
     @classmethod
     def of(cls, rule: Rule, nonlinearity: str) -> "Sweep":
         """The sweep of a rule.
 
         Example:
-            >>> Sweep.of(BackProp(), "tanh")
-            Sweep(nonlinearity='tanh', inverse='none', update='total', step=1.0, clip=0.001)
+            >>> Sweep.of(TargetProp(inverse="identity"), "tanh") == Sweep("tanh", "identity")
+            True
         """
         if isinstance(rule, BackProp):
             return cls(nonlinearity)
-        return cls(nonlinearity, rule.inverse, rule.update, rule.step, rule.clip)
+        return cls(nonlinearity, rule.inverse, rule.update, rule.step, rule.clip, rule.reg, rule.rtol)
 
 
 def resolve(op: str, rule: Rule | None) -> Rule:

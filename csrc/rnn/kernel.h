@@ -4,11 +4,12 @@
 #pragma once
 
 #include <stddef.h>
+#include <stdint.h>
 
 namespace tpk {
 
 enum class Nonlinearity { tanh, relu, identity };
-enum class Inverse { none, identity, weight, layer };
+enum class Inverse { none, identity, weight, layer, jacobian };
 enum class Update { total, local };
 
 struct Strides {
@@ -27,6 +28,12 @@ struct RnnForward {
     int threads;
 };
 
+// Where the solve of "jacobian" gave up, and the relative residual it was left with; 0: nowhere.
+struct Unsolved {
+    double residual;
+    ptrdiff_t t, b, head;
+};
+
 template <class T>
 struct RnnBackward {
     const T* grad_h;  // or null: zero
@@ -41,11 +48,14 @@ struct RnnBackward {
     T* carried_out;       // or null
     T* through_out;       // or null
     T* grad_u;
+    int32_t* iterations;  // [T][B][H], of the solve of "jacobian", or null
+    Unsolved* unsolved;   // the worst
     ptrdiff_t T_, B, H, N;
     Nonlinearity nonlinearity;
     Inverse inverse;
     Update update;
-    T step, clip;
+    T step, clip, reg, rtol;
+    ptrdiff_t first;  // the number of the first step, for "unsolved"
     int threads;
 };
 

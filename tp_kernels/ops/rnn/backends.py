@@ -56,6 +56,7 @@ def _cpu_backward(
     carried: Tensor | None,
     through: Tensor | None,
     sweep: Sweep,
+    iterations: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _native.check_same_kind("rnn", h, grad_h, grad_last, weight, feedback, carried, through)
     grad_h = _unit_stride(grad_h)
@@ -64,7 +65,7 @@ def _cpu_backward(
         None if tensor is None else tensor.contiguous() for tensor in (grad_last, feedback, carried, through)
     )
     grad_u, carried_out, through_out = _backward_outputs(h, sweep)
-    _native.cpu.rnn_bwd(
+    unsolved = _native.cpu.rnn_bwd(
         double=_native.is_double(h),
         grad_h=_native.pointer(grad_h),
         grad_h_strides=_strides(grad_h),
@@ -77,10 +78,14 @@ def _cpu_backward(
         carried_out=_native.pointer(carried_out),
         through_out=_native.pointer(through_out),
         grad_u=_native.pointer(grad_u),
+        iterations=_native.pointer(iterations),
         sizes=_sizes(h),
         **sweep._asdict(),
         threads=torch.get_num_threads(),
     )
+    if unsolved is not None:
+        t, b, head, residual = unsolved
+        raise reference.unsolved(t, b, head if h.dim() == 4 else None, residual, sweep, h.dtype)
     return grad_u, carried_out, through_out
 
 
@@ -127,13 +132,28 @@ def _backward(
     )
 
 
+def _iterations(grad_h: Tensor | None, grad_last: Tensor | None, h: Tensor, *arguments: Any) -> Tensor:
+    """The sweep of ``rnn_bwd`` for the count of its iterations: how many each solve of "jacobian" took, [T, B(, H)]."""
+    *tensors, backend = arguments
+    count = len(Sweep._fields)
+    iterations = h.new_zeros(h.shape[:-1], dtype=torch.int32)
+    BACKENDS.resolve(backend, h).backward(
+        grad_h, grad_last, h, *tensors[:-count], Sweep(*tensors[-count:]), iterations=iterations
+    )
+    return iterations
+
+
 def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     _, _, h, _, _, _, _, *sweep, _ = arguments
     return _backward_outputs(h, Sweep(*sweep))
 
 
 # The fields of a Sweep, in a schema.
-SWEEP = "str nonlinearity, str inverse, str update, float step, float clip"
+SWEEP = "str nonlinearity, str inverse, str update, float step, float clip, float reg, float rtol, SymInt first"
+_BACKWARD_ARGUMENTS = (
+    "Tensor? grad_h, Tensor? grad_last, Tensor h, Tensor weight, Tensor? feedback, Tensor? carried, "
+    f"Tensor? through, {SWEEP}, str backend"
+)
 
 register(
     "rnn_fwd(Tensor u, Tensor weight, Tensor? h0, str nonlinearity, str backend) -> Tensor",
@@ -141,8 +161,12 @@ register(
     lambda u, weight, h0, nonlinearity, backend: u.new_empty(u.shape),
 )
 register(
-    "rnn_bwd(Tensor? grad_h, Tensor? grad_last, Tensor h, Tensor weight, Tensor? feedback, Tensor? carried, "
-    f"Tensor? through, {SWEEP}, str backend) -> (Tensor, Tensor, Tensor)",
+    f"rnn_bwd({_BACKWARD_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
+)
+register(
+    f"rnn_iterations({_BACKWARD_ARGUMENTS}) -> Tensor",
+    _iterations,
+    lambda grad_h, grad_last, h, *rest: h.new_empty(h.shape[:-1], dtype=torch.int32),
 )

@@ -103,7 +103,7 @@ def _layer_backward(
         grad_u, carried, through = backward(
             None if grad_h is None else grad_h[steps],
             grad_last if steps is chunks[-1] else None,
-            *(h[steps], weight, feedback, carried, through, sweep),
+            *(h[steps], weight, feedback, carried, through, sweep._replace(first=sweep.first + steps.start)),
         )
         carried = None if sweep.inverse == "none" else carried
         through = None if sweep.update == "local" else through
@@ -197,8 +197,7 @@ class RNNFunction(torch.autograd.Function):
         h0: Tensor | None,
         checkpoint_every: int | None,
         return_sequence: bool,
-        reg: float,
-        power: float,
+        power: float | None,
         sweep: Sweep,
         backend: str,
     ) -> tuple[Tensor | None, Tensor]:
@@ -222,45 +221,49 @@ class RNNFunction(torch.autograd.Function):
         ctx.save_for_backward(x if needs_x else None, projection, bias, weight, h0, kept)
         ctx.set_materialize_grads(False)
         ctx.checkpoint_every = checkpoint_every
-        ctx.words = (reg, power, sweep, backend)
+        ctx.words = (power, sweep, backend)
         return sequence if return_sequence else None, last
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_h: Tensor | None, grad_last: Tensor | None) -> tuple:
         x, projection, bias, weight, h0, kept = ctx.saved_tensors
-        reg, power, sweep, backend = ctx.words
+        power, sweep, backend = ctx.words
         needs_x, needs_projection, needs_bias, needs_weight = ctx.needs_input_grad[:4]
         feedback = None
         if sweep.inverse in ("weight", "layer"):
-            feedback = torch.ops.tp_kernels.rnn_feedback(weight, reg, power, backend)
+            feedback = torch.ops.tp_kernels.rnn_feedback(weight, sweep.reg, power, backend)
 
-        def gradients_of(h: Tensor, start: Tensor | None, x: Tensor | None, *sources: Tensor | None) -> tuple:
-            """Gradients in x, U, b and W of some steps, and what these send on to the steps before."""
+        def gradients_of(
+            first: int, h: Tensor, start: Tensor | None, x: Tensor | None, *sources: Tensor | None
+        ) -> tuple:
+            """Gradients in x, U, b and W of the steps from ``first`` on, and what these send on to those before."""
+            words = sweep._replace(first=first)
             grad_h, grad_last, carried, through = sources
             if projection is None:
                 grad_x, carried, through = torch.ops.tp_kernels.rnn_bwd(
-                    grad_h, grad_last, h, weight, feedback, carried, through, *sweep, backend
+                    grad_h, grad_last, h, weight, feedback, carried, through, *words, backend
                 )
                 gradients = [grad_x, None, None, _weight_gradient(grad_x, h, start) if needs_weight else None]
             else:
                 *gradients, carried, through = torch.ops.tp_kernels.rnn_layer_bwd(
                     *(grad_h, grad_last, x, projection, h, weight, start, feedback, carried, through),
-                    *(*sweep, needs_x, needs_projection or needs_bias, needs_weight, backend),
+                    *(*words, needs_x, needs_projection or needs_bias, needs_weight, backend),
                 )
             return gradients, carried if sweep.inverse != "none" else None, through if sweep.update == "total" else None
 
         if ctx.checkpoint_every is None:
-            gradients, carried, through = gradients_of(kept, h0, x, grad_h, grad_last, None, None)
+            gradients, carried, through = gradients_of(0, kept, h0, x, grad_h, grad_last, None, None)
         else:
             gradients, carried, through = None, None, None
             grad_x = torch.empty_like(x) if needs_x else None
             for i in reversed(range(kept.shape[0])):
-                steps = slice(i * ctx.checkpoint_every, (i + 1) * ctx.checkpoint_every)
+                first = i * ctx.checkpoint_every
+                steps = slice(first, first + ctx.checkpoint_every)
                 start = kept[i - 1] if i else h0
                 h = _states(x[steps], projection, bias, weight, start, sweep.nonlinearity, backend)
                 grad = None if grad_h is None else grad_h[steps]
-                part, carried, through = gradients_of(h, start, x[steps], grad, grad_last, carried, through)
+                part, carried, through = gradients_of(first, h, start, x[steps], grad, grad_last, carried, through)
                 grad_last = None  # the last state is the last chunk's
                 if needs_x:
                     grad_x[steps] = part[0]
@@ -269,7 +272,7 @@ class RNNFunction(torch.autograd.Function):
             gradients[0] = grad_x
         gradients.append(through if sweep.update == "total" else carried)  # of the first state
         needed = ctx.needs_input_grad[:5]
-        return (*(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), *[None] * 6)
+        return (*(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), *[None] * 5)
 
 
 def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
@@ -293,11 +296,9 @@ def rnn_layer(
 
     The last state is an output of its own, so that its gradient needs no zero-filled [T, B, N].
     """
-    reg, power = (rule.reg, rule.power) if isinstance(rule, TargetProp) else (None, None)
+    power = rule.power if isinstance(rule, TargetProp) else None
     sweep = Sweep.of(rule, nonlinearity)
-    return RNNFunction.apply(
-        x, projection, bias, weight, h0, checkpoint_every, return_sequence, reg, power, sweep, backend
-    )
+    return RNNFunction.apply(x, projection, bias, weight, h0, checkpoint_every, return_sequence, power, sweep, backend)
 
 
 def rnn(
@@ -334,7 +335,8 @@ def rnn(
         TypeError: an argument of another kind or dtype than stated.
         ValueError: a shape, device or word other than stated, or T = 0.
         BackendUnavailableError: a back-end asked for by name that cannot run this call.
-        torch.linalg.LinAlgError: in backward, a Gram matrix of ``weight`` is not numerically positive definite.
+        torch.linalg.LinAlgError: in backward, a Gram matrix of ``weight`` is not numerically positive definite, or a
+            solve of ``inverse="jacobian"`` does not come down to the rule's rtol.
 
     Source: Roulet and Harchaoui, "Target Propagation via Regularized Inversion", arXiv 2112.01453.
 
