@@ -69,7 +69,7 @@ void solve_jacobian(const RnnBackward<T>& f, const Gram<T>& gram, ptrdiff_t t, p
     using V = Vec<T>;
     constexpr ptrdiff_t L = lanes<T>;
     const ptrdiff_t N = f.N, row = f.H * N, columns = padded<T>(N), size = rows * columns;
-    const int limit = static_cast<int>(10 * N + 50);
+    const int limit = static_cast<int>(4 * N + 50);
     const T reg = f.reg;
     T* const slope = scratch;          // d = a'(z_t)
     T* const inverted = slope + size;  // 1/(d² K_jj + r)

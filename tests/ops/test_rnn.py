@@ -1,5 +1,6 @@
 """``rnn``: the eight tests, oracles from outside, and the identities of the algorithm."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -16,8 +17,15 @@ from _cases import (
     TIME_CASES,
     RNNCase,
 )
-from _checks import backward_op, rnn_backward_check, rnn_forward_check, tanh_check
-from _compare import assert_budget, assert_differences, assert_identical, assert_near, assert_same_pattern
+from _checks import backward_op, condition_of_jacobian, rnn_backward_check, rnn_forward_check, tanh_check
+from _compare import (
+    assert_budget,
+    assert_differences,
+    assert_identical,
+    assert_near,
+    assert_same_pattern,
+    assert_solved,
+)
 from _oracle import SLOPES, displacements, extended, rnn_backward, rnn_forward, weight_gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,7 +33,7 @@ from torch import Tensor
 
 import tp_kernels as tp
 from tp_kernels import _native
-from tp_kernels.ops.rnn import op
+from tp_kernels.ops.rnn import op, reference
 from tp_kernels.rules import Sweep
 
 SMALL = RNNCase(T=4, B=3, N=5)
@@ -503,6 +511,194 @@ def test_inputs_stay_as_they_are(dtype, backend):
     for what, *pair in zip(("u", "weight", "h0"), (leaf.detach() for leaf in leaves), inputs, strict=True):
         assert_identical(*pair, what)
     assert_identical(grad, SMALL.gradient(dtype), "gradient")
+
+
+# --- contract of the solve of "jacobian"
+
+# As tight as the dtype lets a solve with a condition of some tens be.
+TIGHT = {torch.float32: 1e-6, torch.float64: 1e-14}
+
+
+def scaled_jacobian(
+    ratio: float, dtype: torch.dtype, nonlinearity: str = "identity", H: int | None = None
+) -> tuple[RNNCase, Tensor, Tensor, Tensor, tp.TargetProp]:
+    """h, W, a displacement and a rule with ``r = ratio ‖W‖²``, ‖W‖ = 1, some units saturated."""
+    case = RNNCase(T=3, B=6, N=33, H=H, nonlinearity=nonlinearity)
+    _, weight, h0 = case.tensors(torch.float64)
+    weight /= torch.linalg.matrix_norm(weight, 2)[..., None, None]
+    h = reference.ACTIVATIONS[nonlinearity](2 * case.gradient(torch.float64, seed=4))
+    rule = tp.TargetProp(inverse="jacobian", update="local", reg=ratio)
+    return case, h.to(dtype), weight.to(dtype), h0.to(dtype), rule
+
+
+@pytest.mark.parametrize("tight", [False, True], ids=["default", "tight"])
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+def test_jacobian_solves_the_equation_that_defines_it(nonlinearity, tight, dtype, backend):
+    case, h, weight, lam, rule = scaled_jacobian(0.1, dtype, nonlinearity)
+    if tight:
+        rule = replace(rule, rtol=TIGHT[dtype])
+    sweep = Sweep.of(rule, nonlinearity)
+    for t in range(case.T):
+        _, found = backward_op(None, lam, h[t : t + 1], weight, None, sweep, backend)
+        slope = torch.from_numpy(SLOPES[nonlinearity](h[t].double().numpy()))
+        assert_solved(found, lam, slope[:, :, None] * weight.double(), rule.reg, rule.rtol)
+
+
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+@pytest.mark.parametrize("shape", [RNNCase(T=20, B=7, N=17), RNNCase(T=3, B=5, H=2, N=33), RNNCase(N=1)], ids=str)
+def test_a_tight_solve_meets_the_ordinary_budget(shape, nonlinearity, dtype, backend):
+    """As if it were direct: no term in rtol."""
+    case = shape.with_(nonlinearity=nonlinearity)
+    _, weight, _ = case.tensors(dtype)
+    h = ops.rnn_fwd(*case.tensors(dtype), nonlinearity, "reference")
+    sweep = Sweep(nonlinearity, "jacobian", reg=0.25, rtol=TIGHT[dtype])
+    grad = case.gradient(dtype)
+    found, plain = (backward_op(grad, None, h, weight, None, sweep, name) for name in (backend, "reference"))
+    exact = rnn_backward(extended(grad), extended(h), None, extended(weight), None, sweep)
+    for what, *parts in zip(("grad_u", "grad_h0"), found, plain, (exact[0], exact[2]), strict=True):
+        assert_budget(*parts, what, condition_of_jacobian(weight, sweep))
+
+
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+@pytest.mark.parametrize(("ratio", "dtype"), [(1e-3, torch.float32), (1e-12, torch.float64)], ids=str)
+def test_smallest_regularization_of_jacobian(ratio, dtype, nonlinearity, backend):
+    """r over ‖J‖², at the default rtol: it is solved, and the residual is there."""
+    _, h, weight, lam, rule = scaled_jacobian(ratio, dtype, nonlinearity)
+    _, found = backward_op(None, lam, h[:1], weight, None, Sweep.of(rule, nonlinearity), backend)
+    slope = torch.from_numpy(SLOPES[nonlinearity](h[0].double().numpy()))
+    assert_solved(found, lam, slope[:, :, None] * weight.double(), rule.reg, rule.rtol)
+
+
+@pytest.mark.parametrize("H", [None, 2])
+def test_what_cannot_be_solved_raises(H, backend):
+    """float32 cannot resolve r = 1e-6 ‖J‖² to 1e-6. The worst sample is named; float64 is the remedy."""
+    _, h, weight, _, rule = scaled_jacobian(1e-6, torch.float32, H=H)
+    rule = replace(rule, rtol=1e-6)
+    grad = torch.zeros_like(h)
+    grad[1, 4] = 1.0  # λ is zero elsewhere, and before
+    h_index = "" if H is None else r", head [01]"
+    text = (
+        r"rnn: inverse='jacobian' could not be solved in float32 at reg=1e-06: worst at time step [01], sample 4"
+        rf"{h_index}, with a relative residual of \S+, above rtol=1e-06; use a larger reg, a larger rtol or float64"
+    )
+    arguments = None, None, *Sweep.of(rule, "identity"), backend
+    for function in (ops.rnn_bwd, ops.rnn_iterations):
+        with pytest.raises(torch.linalg.LinAlgError) as caught:
+            function(grad, None, h, weight, None, *arguments)
+        assert re.fullmatch(text, str(caught.value))
+    wide = (tensor.double() for tensor in (grad, h, weight))
+    found = ops.rnn_bwd(next(wide), None, *wide, None, *arguments)
+    assert found[0].isfinite().all()
+
+
+@pytest.mark.parametrize("portions", ["checkpoints", "chunks"])
+def test_the_time_step_that_is_named_counts_from_the_start(portions, backend, monkeypatch):
+    """Also where backward works portion by portion; here the last one is one step."""
+    case = RNNCase(T=9, B=3, N=33, nonlinearity="identity")
+    u, weight, _ = case.tensors(torch.float32)
+    monkeypatch.setattr(op, "_chunks", lambda T, B, N: [slice(t, min(t + 2, T)) for t in range(0, T, 2)])
+    h, _ = op.rnn_layer(
+        *(u, torch.eye(case.N) if portions == "chunks" else None, None, weight.requires_grad_(), None),
+        nonlinearity="identity",
+        rule=tp.TargetProp(inverse="jacobian", update="local", reg=1e-7, rtol=1e-6),
+        checkpoint_every=2 if portions == "checkpoints" else None,
+        return_sequence=True,
+        backend=backend,
+    )
+    with pytest.raises(torch.linalg.LinAlgError, match="worst at time step 8, sample 1,"):
+        h[8, 1].sum().backward()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("where", ["gradient", "state"])
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+def test_jacobian_of_what_is_not_finite(nonlinearity, where, value, dtype, backend):
+    """NaN for that sample from there on back, no error, and not a bit of another sample changed."""
+    case = RNNCase(T=5, B=9, N=17, nonlinearity=nonlinearity)
+    u, weight, _ = case.tensors(dtype)
+    h, grad = ops.rnn_fwd(u, weight, None, nonlinearity, "reference"), case.gradient(dtype)
+    arguments = weight, None, None, None, *Sweep(nonlinearity, "jacobian", "local"), backend
+    clean = ops.rnn_bwd(grad, None, h, *arguments)
+    (grad if where == "gradient" else h)[2, 4, 3] = value
+    found = ops.rnn_bwd(grad, None, h, *arguments)
+    others = torch.arange(case.B) != 4
+    for what, *pair in zip(("grad_u", "grad_h0"), found, clean, strict=False):
+        assert_identical(pair[0][..., others, :], pair[1][..., others, :], what)
+    assert_identical(found[0][3:], clean[0][3:], "later")
+    if where == "gradient" or nonlinearity == "tanh":
+        assert found[0][:2, 4].isnan().all() or nonlinearity == "relu"
+        assert found[1][4].isnan().all()
+
+
+def test_jacobian_of_a_weight_that_is_not_finite(dtype, backend):
+    case = RNNCase(T=3, B=2, N=5)
+    u, weight, _ = case.tensors(dtype)
+    h = ops.rnn_fwd(u, weight, None, "tanh", "reference")
+    weight[1, 2] = torch.nan
+    found = ops.rnn_bwd(None, h[0], h, weight, None, None, None, *Sweep("tanh", "jacobian", "local"), backend)
+    assert found[0][:-1].isnan().all()
+    assert found[0][-1].isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+def test_jacobian_of_any_magnitude(nonlinearity, scale, backend):
+    """No square over- or underflows: displacements may decay over thousands of steps."""
+    _, h, weight, lam, rule = scaled_jacobian(0.25, torch.float32, nonlinearity)
+    one, other = (
+        backward_op(None, s * lam, h, weight, None, Sweep.of(rule, nonlinearity), backend)[1].double()
+        for s in (1.0, 2.0 ** round(np.log2(scale)))
+    )
+    assert_near(other.float() / 2.0 ** round(np.log2(scale)), extended(one), "grad_h0")
+
+
+def test_jacobian_of_zero_is_zero(dtype, backend):
+    """Exactly, and without an iteration: where no gradient arrives there is nothing to solve."""
+    _, h, weight, lam, rule = scaled_jacobian(0.25, dtype)
+    lam[2] = 0
+    arguments = None, None, *Sweep.of(rule, "identity"), backend
+    _, found, _ = ops.rnn_bwd(None, lam, h, weight, None, *arguments)
+    assert_identical(found[2], torch.zeros_like(lam[2]), "grad_h0")
+    assert found[[0, 1, 3, 4, 5]].ne(0).all()
+    assert ops.rnn_iterations(None, lam, h, weight, None, *arguments)[:, 2].eq(0).all()
+
+
+def test_iterations(dtype, backend):
+    """The reference takes none. An orthogonal weight takes one with any slopes; others a few, whatever the threads."""
+    case = RNNCase(T=6, B=60, N=33)
+    u, weight, _ = case.tensors(dtype)
+    orthogonal = torch.linalg.qr(weight).Q.contiguous()
+    sweep = Sweep("tanh", "jacobian")
+    counts = []
+    for matrix in (orthogonal, weight):
+        h = ops.rnn_fwd(u, matrix, None, "tanh", "reference")
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            counts.append(ops.rnn_iterations(None, h[0], h, matrix, None, None, None, *sweep, backend))
+            assert counts[-1].shape == (6, 60)
+            assert counts[-1].dtype == torch.int32
+    if backend == "reference":
+        assert not any(count.any() for count in counts)
+        return
+    assert counts[0].eq(1).all()
+    assert torch.equal(counts[2], counts[3])
+    assert counts[2].unique().numel() > 1
+    assert 1 < counts[2].max() < 20
+
+
+def test_samples_of_jacobian_are_independent(dtype, backend):
+    """Alone, in other company or on another thread: a sample's result is the same to the bit on the native back-end."""
+    case, h, weight, lam, rule = scaled_jacobian(0.05, dtype, "tanh")
+    sweep = Sweep.of(rule, "tanh")
+    together = backward_op(None, lam, h, weight, None, sweep, backend)
+    for b in range(case.B):
+        alone = backward_op(None, lam[b : b + 1], h[:, b : b + 1], weight, None, sweep, backend)
+        parts = together[0][:, b : b + 1], together[1][b : b + 1]
+        for what, *pair in zip(("grad_u", "grad_h0"), parts, alone, strict=True):
+            if backend == "cpu":
+                assert_identical(*pair, what)
+            else:
+                assert_near(pair[0], extended(pair[1]), what, condition=20)
 
 
 # --- oracles from outside
