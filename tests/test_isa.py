@@ -93,10 +93,10 @@ def fences(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 def test_nothing_is_written_outside_of_the_outputs(case, dtype, isa_level, fences):
     u, weight, h0 = case.tensors(dtype)
     h = torch.ops.tp_kernels.rnn_fwd(u, weight, h0, "tanh", "cpu")
-    inverses = ("none", "weight", "layer", "identity", "jacobian")
+    inverses = ("none", "weight", "layer", "identity", "jacobian", "difference", "direct")
     for inverse in inverses:
         sweep = Sweep("tanh", inverse, clip=0.1)
-        torch.ops.tp_kernels.rnn_bwd(u, None, h, weight, weight, h0, h0, *sweep, "cpu")
+        torch.ops.tp_kernels.rnn_bwd(u, None, h, weight, weight, h0, h0, u, h0, *sweep, "cpu")
     for power in (1.0, 0.5):
         tp.regularized_inverse(matrices((3, 7, case.N), dtype), 0.25, power=power, backend="cpu")
     assert len(fences) == 1 + 3 * len(inverses) + 2
@@ -121,7 +121,7 @@ import torch, _checks, _cases
 for dtype in _cases.DTYPES:
     for case in _cases.HEAD_CASES:
         _checks.rnn_forward_check(case, dtype, "cpu")
-        for rule in ("weight-total", "identity-local", "jacobian-total"):
+        for rule in ("weight-total", "identity-local", "jacobian-total", "direct-local"):
             _checks.rnn_backward_check(case, _cases.RULES[rule], dtype, "cpu")
     for shape in ((3, 3), (2, 17, 15), (5, 9)):
         for power in (1.0, 0.5):

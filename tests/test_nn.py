@@ -57,7 +57,7 @@ def exact(
     output = rnn_forward(u, w_hh, start, module.nonlinearity)
     arrives, h = extended(grad), extended(states)
     arrives[-1] += extended(grad_last)[0]
-    delta, grad_hh, first = rnn_backward(arrives, h, start, w_hh, None, Sweep.of(tp.BackProp(), module.nonlinearity))
+    delta, grad_hh, first = rnn_backward(arrives, u, h, start, w_hh, None, Sweep.of(tp.BackProp(), module.nonlinearity))
     rows = delta.reshape(-1, len(w_hh))
     before = np.concatenate([np.zeros_like(h[:1]) if start is None else start[None], h[:-1]]).reshape(rows.shape)
     answers = {

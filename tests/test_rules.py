@@ -8,7 +8,7 @@ import pickle
 import pytest
 
 import tp_kernels as tp
-from tp_kernels.rules import resolve
+from tp_kernels.rules import Sweep, resolve
 
 TargetProp, BackProp = tp.TargetProp, tp.BackProp
 
@@ -24,6 +24,8 @@ TargetProp, BackProp = tp.TargetProp, tp.BackProp
         ({"inverse": "layer", "power": 0.5}, 1e-4, 0.5),
         ({"inverse": "identity"}, 0.25, 1.0),
         ({"inverse": "jacobian"}, 0.25, 1.0),
+        ({"inverse": "layer", "mode": "difference"}, 0.25, 1.0),
+        ({"inverse": "layer", "mode": "direct", "power": 0.5}, 1e-4, 0.5),
         ({"inverse": "layer", "reg": 0.7}, 0.7, 1.0),
     ],
     ids=str,
@@ -83,13 +85,13 @@ ERRORS = {
     ),
     "difference": (
         {"mode": "difference"},
-        NotImplementedError,
-        "mode='difference' is not implemented yet; available: 'linearized'",
+        ValueError,
+        "inverse must be 'layer' with mode='difference', got 'weight'",
     ),
     "direct": (
-        {"mode": "direct"},
-        NotImplementedError,
-        "mode='direct' is not implemented yet; available: 'linearized'",
+        {"mode": "direct", "inverse": "jacobian"},
+        ValueError,
+        "inverse must be 'layer' with mode='direct', got 'jacobian'",
     ),
     "power": ({"power": 0.0}, ValueError, "power must be one of 1.0, 0.5, got 0.0"),
     "power-nan": ({"power": math.nan}, ValueError, "power must be one of 1.0, 0.5, got nan"),
@@ -121,6 +123,28 @@ def test_errors(name):
         TargetProp(**arguments)
     assert type(caught.value) is kind
     assert str(caught.value) == f"TargetProp: {text}"
+
+
+def test_the_words_of_a_sweep():
+    """One word says how a displacement goes back: the mode where it is not linearized."""
+    words = {
+        "none": BackProp(),
+        "weight": TargetProp(),
+        "layer": TargetProp.paper(),
+        "identity": TargetProp(inverse="identity"),
+        "jacobian": TargetProp(inverse="jacobian"),
+        "difference": TargetProp(inverse="layer", mode="difference"),
+        "direct": TargetProp(inverse="layer", mode="direct"),
+    }
+    assert {word: Sweep.of(rule, "relu").inverse for word, rule in words.items()} == {word: word for word in words}
+    assert [word for word, rule in words.items() if Sweep.of(rule, "relu").uses_inverse] == [
+        "weight",
+        "layer",
+        "difference",
+        "direct",
+    ]
+    rule = TargetProp(0.5, "jacobian", "local", step=2.0, clip=0.2, rtol=0.1)
+    assert Sweep.of(rule, "tanh") == Sweep("tanh", "jacobian", "local", 2.0, 0.2, 0.5, 0.1, first=0)
 
 
 def test_resolve():

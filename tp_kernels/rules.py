@@ -7,7 +7,6 @@ from typing import NamedTuple
 _INVERSES = ("weight", "layer", "identity", "jacobian")
 _UPDATES = ("total", "local")
 _MODES = ("linearized", "difference", "direct")
-_NOT_IMPLEMENTED = {"mode": ("difference", "direct")}
 
 
 def _check_word(argument: str, value: object, words: tuple[str, ...]) -> None:
@@ -15,10 +14,6 @@ def _check_word(argument: str, value: object, words: tuple[str, ...]) -> None:
         raise TypeError(f"TargetProp: {argument} must be a str, got {type(value).__name__}")
     if value not in words:
         raise ValueError(f"TargetProp: {argument} must be one of {', '.join(map(repr, words))}, got {value!r}")
-    missing = _NOT_IMPLEMENTED.get(argument, ())
-    if value in missing:
-        available = ", ".join(repr(word) for word in words if word not in missing)
-        raise NotImplementedError(f"TargetProp: {argument}={value!r} is not implemented yet; available: {available}")
 
 
 def _check_number(argument: str, value: object, low: float, high: float, expected: str) -> float:
@@ -45,11 +40,15 @@ class TargetProp:
             sample and step.
         update: ``"total"``: adjoints through the recurrence (what the authors' code computes); ``"local"``: each
             layer's own least-squares gradient, previous state held fixed (the paper's formula).
-        mode: ``"linearized"``. ``"difference"`` and ``"direct"`` are not implemented yet.
+        mode: ``"linearized"``: ``inverse`` carries displacements, to first order. With ``inverse="layer"`` also the
+            non-linear forms, with ``f⁻¹(v) = P(a⁻¹(clip v) - u_t)`` and relu's inverse taken as relu:
+            ``"difference"``, ``v_{t-1} = h_{t-1} + f⁻¹(v_t) - f⁻¹(h_t)``, and ``"direct"``, ``v_{t-1} = f⁻¹(v_t)``.
         power: 1 or 1/2, the exponent α of ``P = (WᵀW + rI)^{-α} Wᵀ``. ``None``: 1/2 for ``inverse="weight"``
             (targets keep their length), 1 for the others. ``inverse="jacobian"`` knows power 1 only.
-        step: γ > 0, the step from a state to its target along the negative gradient. A mere scale here.
-        clip: ε in (0, 1): ``inverse="layer"`` divides by ``1 - clip(h, ±(1-ε))²`` where the activation is tanh.
+        step: γ > 0, the step from a state to its target along the negative gradient. A mere scale of all gradients
+            where the mode is linearized; the other modes are not linear in it.
+        clip: ε in (0, 1): ``inverse="layer"`` clips h, or v, to ±(1-ε) where the activation is tanh, and divides by
+            ``1 - clip(h)²``, or takes atanh of it.
         rtol: in (0, 1): the relative residual to which ``inverse="jacobian"`` solves.
 
     The attributes hold resolved numbers: ``dataclasses.replace(rule, inverse=...)`` keeps reg and power as they are.
@@ -57,7 +56,6 @@ class TargetProp:
     Raises:
         TypeError: an argument is not of the stated kind.
         ValueError: an argument is outside the stated range, or a word is unknown.
-        NotImplementedError: a word that is known but not implemented yet.
 
     Source: Roulet and Harchaoui, "Target Propagation via Regularized Inversion", arXiv 2112.01453.
 
@@ -82,6 +80,8 @@ class TargetProp:
         _check_word("inverse", self.inverse, _INVERSES)
         _check_word("update", self.update, _UPDATES)
         _check_word("mode", self.mode, _MODES)
+        if self.mode != "linearized" and self.inverse != "layer":
+            raise ValueError(f"TargetProp: inverse must be 'layer' with mode={self.mode!r}, got {self.inverse!r}")
         power = (0.5 if self.inverse == "weight" else 1.0) if self.power is None else self.power
         if isinstance(power, bool) or not isinstance(power, (int, float)):
             raise TypeError(f"TargetProp: power must be a real number, got {type(power).__name__}")
@@ -126,13 +126,18 @@ class Sweep(NamedTuple):
     """What one sweep back over time computes: a rule for one nonlinearity, in the words of the backward ops."""
 
     nonlinearity: str
-    inverse: str = "none"  # with the update "total": back-propagation
+    inverse: str = "none"  # with the update "total": back-propagation; or the mode, "difference" or "direct"
     update: str = "total"
     step: float = 1.0
     clip: float = 1e-3
     reg: float = 0.25
     rtol: float = 1e-4
     first: int = 0  # the number of its first step, for an error to name
+
+    @property
+    def uses_inverse(self) -> bool:
+        """Whether it multiplies by P."""
+        return self.inverse in ("weight", "layer", "difference", "direct")
 
     @classmethod
     def of(cls, rule: Rule, nonlinearity: str) -> "Sweep":
@@ -144,7 +149,8 @@ class Sweep(NamedTuple):
         """
         if isinstance(rule, BackProp):
             return cls(nonlinearity)
-        return cls(nonlinearity, rule.inverse, rule.update, rule.step, rule.clip, rule.reg, rule.rtol)
+        inverse = rule.inverse if rule.mode == "linearized" else rule.mode
+        return cls(nonlinearity, inverse, rule.update, rule.step, rule.clip, rule.reg, rule.rtol)
 
 
 def resolve(op: str, rule: Rule | None) -> Rule:

@@ -65,16 +65,16 @@ template <class T, Nonlinearity a>
 void backward_tile(const RnnBackward<T>& f, const T* packed_feedback, const T* packed_weight, const Gram<T>& gram,
                    ptrdiff_t head, ptrdiff_t first, ptrdiff_t rows, T* scratch) {
     const ptrdiff_t N = f.N, row = f.H * N, time = f.B * row, columns = padded<T>(N), size = rows * columns;
-    const ptrdiff_t offset = first * row + head * N, g_row = f.grad_h_strides.batch;
+    const ptrdiff_t offset = first * row + head * N, g_row = f.grad_h_strides.batch, u_row = f.u_strides.batch;
     const Inverse inverse = f.inverse;
     const bool total = f.update == Update::total, jacobian = inverse == Inverse::jacobian,
-               product = jacobian || inverse == Inverse::weight || inverse == Inverse::layer;
+               direct = inverse == Inverse::direct, product = inverse != Inverse::none && inverse != Inverse::identity;
     T* inverse_term = scratch;             // of λ_{t+1}, for the step at hand
     T* through = scratch + size;           // Wᵀ δ_{t+1}
-    T* displacement = scratch + 2 * size;  // λ_t, or what "layer" makes of it
+    T* displacement = scratch + 2 * size;  // λ_t, or what P takes of it
     const T* delta = nullptr;              // δ_{t+1}
     const T step = f.step, low = f.clip - 1, high = 1 - f.clip;
-    // term(λ_t), from what the pass over the elements made of λ_t
+    // term(λ_t), from what the pass over the elements made of λ_t; h_{t-1} is still to be added to that of "direct"
     const auto send_back = [&](ptrdiff_t t) {
         if (jacobian) solve_jacobian<T, a>(f, gram, t, head, first, rows, displacement, scratch + 3 * size);
         multiply_packed(displacement, columns, rows, jacobian ? packed_weight : packed_feedback, N, N, inverse_term,
@@ -99,15 +99,19 @@ void backward_tile(const RnnBackward<T>& f, const T* packed_feedback, const T* p
         const T* last = !inner && f.grad_last ? f.grad_last + offset : nullptr;
         const T* h = f.h + t * time + offset;
         T* grad_u = f.grad_u + t * time + offset;
+        const T* u = !direct ? nullptr : f.u + t * f.u_strides.time + first * u_row + head * f.u_strides.head;
         for_elements<T>(rows, N, [=](auto zero, ptrdiff_t i, ptrdiff_t j) {
             using V = decltype(zero);
             V lambda = carried ? load<V>(term + i * columns + j) : zero;
+            const V state = load<V>(h + i * row + j);
+            if (direct && inner) lambda += state;
             if (g) lambda += step * load<V>(g + i * g_row + j);
             if (last) lambda += step * load<V>(last + i * row + j);
             const V mu = adjoint ? lambda + load<V>(through + i * columns + j) : lambda;
-            const V state = load<V>(h + i * row + j);
             store(grad_u + i * row + j, through_activation<a>(mu, state));
             if (inverse == Inverse::layer) lambda = through_inverse<a>(lambda, state, low, high);
+            if (inverse == Inverse::difference) lambda = inverse_difference<a>(lambda, state, low, high);
+            if (direct) lambda = load<V>(u + i * u_row + j) - inverse_activation<a>(state - lambda, low, high);
             if (inverse != Inverse::none) store(next + i * columns + j, lambda);
         });
         delta = grad_u;
@@ -122,7 +126,14 @@ void backward_tile(const RnnBackward<T>& f, const T* packed_feedback, const T* p
     }
     if (f.carried_out && inverse != Inverse::none) {
         if (product) send_back(0);
-        copy_rows(product ? inverse_term : displacement, columns, rows, N, f.carried_out + offset, row);
+        const T* term = product ? inverse_term : displacement;
+        const T* h0 = direct && f.h0 ? f.h0 + offset : nullptr;
+        T* sent = f.carried_out + offset;
+        for_elements<T>(rows, N, [=](auto zero, ptrdiff_t i, ptrdiff_t j) {
+            using V = decltype(zero);
+            const V lambda = load<V>(term + i * columns + j);
+            store(sent + i * row + j, h0 ? lambda + load<V>(h0 + i * row + j) : lambda);
+        });
     }
 }
 

@@ -1,6 +1,7 @@
 // A tile of batch rows: how large it may be, and what happens to its elements.
 #pragma once
 
+#include "../common/atanh.h"
 #include "../common/tanh.h"
 #include "kernel.h"
 
@@ -35,6 +36,24 @@ inline V through_inverse(V lambda, V h, T low, T high) {
     if constexpr (a != Nonlinearity::tanh) return through_activation<a>(lambda, h);
     const V clipped = clamp(h, low, high);
     return lambda / (1 - clipped * clipped);
+}
+
+// The inverse of the activation, at the target v; that of relu is relu.
+template <Nonlinearity a, class T, class V>
+inline V inverse_activation(V v, T low, T high) {
+    if constexpr (a != Nonlinearity::tanh) return activation<a, T>(v);
+    const V clipped = clamp(v, low, high);
+    return atanh_difference<T>(clipped, V{}, clipped);
+}
+
+// The inverse of the activation at h less that at the target h - λ, however small λ is.
+template <Nonlinearity a, class T, class V>
+inline V inverse_difference(V lambda, V h, T low, T high) {
+    if constexpr (a == Nonlinearity::identity) return lambda;
+    if constexpr (a == Nonlinearity::relu) return h < lambda ? h : h == h ? lambda : h;  // h >= 0 or NaN
+    const V target = h - lambda, from = clamp(h, low, high), to = clamp(target, low, high);
+    const V exact = from == h ? lambda : from - to;
+    return atanh_difference<T>(from, to, to == target ? exact : from - to);
 }
 
 }  // namespace tpk::TPK_ISA

@@ -55,14 +55,16 @@ def _cpu_backward(
     feedback: Tensor | None,
     carried: Tensor | None,
     through: Tensor | None,
+    u: Tensor | None,
+    h0: Tensor | None,
     sweep: Sweep,
     iterations: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _native.check_same_kind("rnn", h, grad_h, grad_last, weight, feedback, carried, through)
-    grad_h = _unit_stride(grad_h)
+    _native.check_same_kind("rnn", h, grad_h, grad_last, weight, feedback, carried, through, u, h0)
+    grad_h, u = _unit_stride(grad_h), _unit_stride(u)
     h, weight = h.contiguous(), weight.contiguous()
-    grad_last, feedback, carried, through = (
-        None if tensor is None else tensor.contiguous() for tensor in (grad_last, feedback, carried, through)
+    grad_last, feedback, carried, through, h0 = (
+        None if tensor is None else tensor.contiguous() for tensor in (grad_last, feedback, carried, through, h0)
     )
     grad_u, carried_out, through_out = _backward_outputs(h, sweep)
     unsolved = _native.cpu.rnn_bwd(
@@ -77,6 +79,9 @@ def _cpu_backward(
         through_in=_native.pointer(through),
         carried_out=_native.pointer(carried_out),
         through_out=_native.pointer(through_out),
+        u=_native.pointer(u),
+        u_strides=_strides(u),
+        h0=_native.pointer(h0),
         grad_u=_native.pointer(grad_u),
         iterations=_native.pointer(iterations),
         sizes=_sizes(h),
@@ -124,11 +129,13 @@ def _backward(
     feedback: Tensor | None,
     carried: Tensor | None,
     through: Tensor | None,
+    u: Tensor | None,
+    h0: Tensor | None,
     *words: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     *sweep, backend = words
     return BACKENDS.resolve(backend, h).backward(
-        grad_h, grad_last, h, weight, feedback, carried, through, Sweep(*sweep)
+        grad_h, grad_last, h, weight, feedback, carried, through, u, h0, Sweep(*sweep)
     )
 
 
@@ -144,7 +151,7 @@ def _iterations(grad_h: Tensor | None, grad_last: Tensor | None, h: Tensor, *arg
 
 
 def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _, _, h, _, _, _, _, *sweep, _ = arguments
+    _, _, h, _, _, _, _, _, _, *sweep, _ = arguments
     return _backward_outputs(h, Sweep(*sweep))
 
 
@@ -152,7 +159,7 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 SWEEP = "str nonlinearity, str inverse, str update, float step, float clip, float reg, float rtol, SymInt first"
 _BACKWARD_ARGUMENTS = (
     "Tensor? grad_h, Tensor? grad_last, Tensor h, Tensor weight, Tensor? feedback, Tensor? carried, "
-    f"Tensor? through, {SWEEP}, str backend"
+    f"Tensor? through, Tensor? u, Tensor? h0, {SWEEP}, str backend"
 )
 
 register(

@@ -82,6 +82,7 @@ def _layer_backward(
     grad_last: Tensor | None,
     x: Tensor,
     projection: Tensor,
+    bias: Tensor | None,
     h: Tensor,
     weight: Tensor,
     h0: Tensor | None,
@@ -100,10 +101,12 @@ def _layer_backward(
         gradient.zero_()
     chunks = _chunks(*h.shape)
     for steps in reversed(chunks):
+        start = h[steps.start - 1] if steps.start else h0
+        u = functional.linear(x[steps], projection, bias) if sweep.inverse == "direct" else None
         grad_u, carried, through = backward(
             None if grad_h is None else grad_h[steps],
             grad_last if steps is chunks[-1] else None,
-            *(h[steps], weight, feedback, carried, through, sweep._replace(first=sweep.first + steps.start)),
+            *(h[steps], weight, feedback, carried, through, u, start, sweep._replace(first=sweep.first + steps.start)),
         )
         carried = None if sweep.inverse == "none" else carried
         through = None if sweep.update == "local" else through
@@ -136,7 +139,7 @@ def _gradient_outputs(
 
 
 def _fake_layer_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    _, _, x, projection, h, _, _, _, _, _, *sweep, needs_x, needs_projection, needs_weight, _ = arguments
+    _, _, x, projection, _, h, _, _, _, _, _, *sweep, needs_x, needs_projection, needs_weight, _ = arguments
     gradients = _gradient_outputs(x, projection, h, needs_x, needs_projection, needs_weight)
     return *gradients, *sent_outputs(h, Sweep(*sweep))
 
@@ -148,9 +151,10 @@ register(
     lambda x, projection, bias, weight, *rest: x.new_empty((x.shape[0], x.shape[1], weight.shape[-1])),
 )
 register(
-    "rnn_layer_bwd(Tensor? grad_h, Tensor? grad_last, Tensor x, Tensor projection, Tensor h, Tensor weight, "
-    f"Tensor? h0, Tensor? feedback, Tensor? carried, Tensor? through, {SWEEP}, bool needs_x, bool needs_projection, "
-    "bool needs_weight, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "rnn_layer_bwd(Tensor? grad_h, Tensor? grad_last, Tensor x, Tensor projection, Tensor? bias, Tensor h, "
+    "Tensor weight, Tensor? h0, Tensor? feedback, Tensor? carried, Tensor? through, "
+    f"{SWEEP}, bool needs_x, bool needs_projection, bool needs_weight, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _layer_backward,
     _fake_layer_backward,
 )
@@ -217,7 +221,7 @@ class RNNFunction(torch.autograd.Function):
                 if return_sequence:
                     sequence[steps] = h
             kept = torch.stack(ends)
-        needs_x = projection is not None or checkpoint_every is not None
+        needs_x = projection is not None or checkpoint_every is not None or sweep.inverse == "direct"
         ctx.save_for_backward(x if needs_x else None, projection, bias, weight, h0, kept)
         ctx.set_materialize_grads(False)
         ctx.checkpoint_every = checkpoint_every
@@ -231,7 +235,7 @@ class RNNFunction(torch.autograd.Function):
         power, sweep, backend = ctx.words
         needs_x, needs_projection, needs_bias, needs_weight = ctx.needs_input_grad[:4]
         feedback = None
-        if sweep.inverse in ("weight", "layer"):
+        if sweep.uses_inverse:
             feedback = torch.ops.tp_kernels.rnn_feedback(weight, sweep.reg, power, backend)
 
         def gradients_of(
@@ -242,12 +246,12 @@ class RNNFunction(torch.autograd.Function):
             grad_h, grad_last, carried, through = sources
             if projection is None:
                 grad_x, carried, through = torch.ops.tp_kernels.rnn_bwd(
-                    grad_h, grad_last, h, weight, feedback, carried, through, *words, backend
+                    grad_h, grad_last, h, weight, feedback, carried, through, x, start, *words, backend
                 )
                 gradients = [grad_x, None, None, _weight_gradient(grad_x, h, start) if needs_weight else None]
             else:
                 *gradients, carried, through = torch.ops.tp_kernels.rnn_layer_bwd(
-                    *(grad_h, grad_last, x, projection, h, weight, start, feedback, carried, through),
+                    *(grad_h, grad_last, x, projection, bias, h, weight, start, feedback, carried, through),
                     *(*words, needs_x, needs_projection or needs_bias, needs_weight, backend),
                 )
             return gradients, carried if sweep.inverse != "none" else None, through if sweep.update == "total" else None

@@ -41,6 +41,8 @@ def backward(
     feedback: Tensor | None,
     carried: Tensor | None,
     through: Tensor | None,
+    u: Tensor | None,
+    h0: Tensor | None,
     sweep: Sweep,
     iterations: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,7 +50,9 @@ def backward(
 
     ``λ_{t-1} = step g_{t-1} + term(λ_t)``, where the term is 0 (``inverse="none"``), λ_t (``"identity"``), ``P λ_t``
     (``"weight"``), ``P (λ_t / (1 - clip(h_t)²))`` (``"layer"``, with tanh; relu passes λ_t on where h_t > 0, the
-    identity everywhere) or ``(JᵀJ + rI)⁻¹ Jᵀ λ_t`` with ``J = D_t W`` (``"jacobian"``); ``μ_t = λ_t``
+    identity everywhere), ``(JᵀJ + rI)⁻¹ Jᵀ λ_t`` with ``J = D_t W`` (``"jacobian"``), or, with
+    ``f⁻¹(v) = P(a⁻¹(clip v) - u_t)``, ``f⁻¹(h_t) - f⁻¹(h_t - λ_t)`` (``"difference"``) and
+    ``h_{t-1} - f⁻¹(h_t - λ_t)`` (``"direct"``); ``μ_t = λ_t``
     (``update="local"``) or ``μ_t = λ_t + Wᵀ δ_{t+1}`` (``"total"``); ``δ_t = a'(z_t) μ_t``. Back-propagation is "none"
     with "total".
 
@@ -57,8 +61,9 @@ def backward(
         grad_last: [B, N] or [B, H, N], added to the gradient of the last state; ``None`` is zero.
         h: [T, B, N] or [T, B, H, N], the states.
         weight: [N, N] or [H, N, N], W.
-        feedback: like ``weight``, P; needed by "weight" and "layer", unused otherwise.
+        feedback: like ``weight``, P; needed where ``sweep.uses_inverse``.
         carried, through: like ``h[0]``: term(λ) and ``Wᵀ δ`` of the step after the last one; ``None`` is zero.
+        u, h0: like ``h`` and ``h[0]``: what the states were computed from; needed by "direct" (h0: ``None`` is zero).
         sweep: the rule.
         iterations: [T, B] or [T, B, H], int32: filled with how many iterations each solve of "jacobian" took; here,
             where it is direct, none. ``None`` counts nothing.
@@ -91,6 +96,12 @@ def backward(
             carried = _apply(feedback, displacement)
         elif inverse == "layer":
             carried = _apply(feedback, _through_inverse(displacement, h[t], nonlinearity, clip))
+        elif inverse == "difference":
+            carried = _apply(feedback, _inverse_difference(displacement, h[t], nonlinearity, clip))
+        elif inverse == "direct":
+            before = h[t - 1] if t else zero if h0 is None else h0
+            target = _inverse_activation(h[t] - displacement, nonlinearity, clip)
+            carried = before + _apply(feedback, u[t] - target)
         elif inverse == "jacobian":
             carried, residual = _jacobian_term(displacement, h[t], weight, sweep)
             residuals.append(residual)
@@ -120,6 +131,24 @@ def _through_inverse(displacement: Tensor, h: Tensor, nonlinearity: str, clip: f
     if nonlinearity != "tanh":
         return _through_activation(displacement, h, nonlinearity)
     return displacement / (1 - h.clamp(clip - 1, 1 - clip).square())
+
+
+def _inverse_activation(v: Tensor, nonlinearity: str, clip: float) -> Tensor:
+    """``a⁻¹(clip v)``. relu counts as its own inverse."""
+    if nonlinearity != "tanh":
+        return ACTIVATIONS[nonlinearity](v)
+    return v.clamp(clip - 1, 1 - clip).atanh()
+
+
+def _inverse_difference(displacement: Tensor, h: Tensor, nonlinearity: str, clip: float) -> Tensor:
+    """``a⁻¹(clip h) - a⁻¹(clip(h - λ))``, however small λ is."""
+    if nonlinearity != "tanh":
+        return torch.minimum(displacement, h) if nonlinearity == "relu" else displacement
+    target = h - displacement
+    a, b = h.clamp(clip - 1, 1 - clip), target.clamp(clip - 1, 1 - clip)
+    difference = torch.where((a == h) & (b == target), displacement, a - b)
+    high, low = torch.maximum(a, b), torch.minimum(a, b)
+    return torch.copysign(torch.log1p(2 * difference.abs() / ((1 - high) * (1 + low))) / 2, difference)
 
 
 def _jacobian_term(displacement: Tensor, h: Tensor, weight: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor]:
