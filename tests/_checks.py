@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from _cases import LAYOUTS, RNNCase, matrices
-from _compare import assert_average_budget, assert_budget, assert_near, assert_residual, assert_tanh
+from _compare import assert_atanh, assert_average_budget, assert_budget, assert_near, assert_residual, assert_tanh
 from _oracle import extended, regularized_inverse, regularized_inverse_gradients, rnn_backward, rnn_forward
 from torch import Tensor
 
@@ -83,6 +83,26 @@ def tanh_check(dtype: torch.dtype, backend: str) -> None:
     argument = torch.nn.functional.pad(argument, (0, -len(argument) % n))
     h = tp.rnn(argument.view(1, -1, n), torch.zeros(n, n, dtype=dtype), backend=backend)
     assert_tanh(h.flatten(), argument)
+
+
+def atanh_check(dtype: torch.dtype, backend: str) -> None:
+    """With P = I, "direct" takes -atanh of the target and "difference" atanh of the state less that of the target."""
+    info = torch.finfo(dtype)
+    largest = 1 - info.eps
+    magnitudes = torch.logspace(np.log10(info.smallest_normal), 0, 100_001, dtype=torch.float64)
+    near_one = 1 - torch.logspace(np.log10(info.eps), 0, 100_001, dtype=torch.float64)
+    dense = torch.linspace(0, 1, 150_001, dtype=torch.float64)
+    positive = torch.cat([magnitudes, near_one, dense]).to(dtype).clamp(max=largest)
+    n = 16
+    argument = torch.cat([positive, -positive])
+    argument = argument[: len(argument) // n * n]
+    x, identity = argument.view(1, -1, n), torch.eye(n, dtype=dtype)
+    zero = torch.zeros_like(x)
+    arguments = identity, identity, None, None, zero
+    for inverse, h, displacement in (("difference", x, x), ("difference", zero, x), ("direct", zero, x)):
+        sweep = Sweep("tanh", inverse, "local", clip=info.eps)
+        _, found, _ = ops.rnn_bwd(displacement, None, h, *arguments, None, *sweep, backend)
+        assert_atanh(found.flatten(), argument)
 
 
 def inverse_check(

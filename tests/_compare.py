@@ -25,6 +25,7 @@ REFERENCE = {
 DIFFERENCES = 1e-7
 # tanh, in units in the last place of the exact result.
 TANH_ULP = 2.0
+ATANH_ULP = 3.0
 
 
 def errors(actual: Tensor, exact: np.ndarray, scale: float = 0.0) -> np.ndarray:
@@ -149,16 +150,23 @@ def assert_differences(actual: Tensor, differences: Tensor, what: str) -> None:
 
 
 def assert_tanh(actual: Tensor, argument: Tensor) -> None:
-    """Within two units in the last place of tanh everywhere; NaN and infinities as they should be.
+    """Within two units in the last place of tanh everywhere; NaN and infinities as they should be."""
+    _assert_ulps(actual, argument, np.tanh, TANH_ULP)
+    assert actual[~actual.isnan()].abs().le(1).all(), "tanh: beyond 1"
 
-    Where tanh is a denormal number, zero will do.
-    """
-    exact, found = np.tanh(extended(argument)), extended(actual)
+
+def assert_atanh(actual: Tensor, argument: Tensor) -> None:
+    """Within three units in the last place of atanh."""
+    _assert_ulps(actual, argument, np.arctanh, ATANH_ULP)
+
+
+def _assert_ulps(actual: Tensor, argument: Tensor, function: np.ufunc, allowed: float) -> None:
+    """Where the result is a denormal number, zero will do."""
+    exact, found, name = function(extended(argument)), extended(actual), function.__name__
     nan = np.isnan(exact)
-    assert np.array_equal(np.isnan(found), nan), "tanh: NaN in other places than in its argument"
+    assert np.array_equal(np.isnan(found), nan), f"{name}: NaN in other places than in its argument"
     flushed = (found == 0) & (np.abs(exact) < torch.finfo(actual.dtype).tiny)
     ulp = np.spacing(np.abs(exact).astype(actual.numpy().dtype)).astype(exact.dtype)
     ulps = np.where(nan | flushed, 0, np.abs(found - exact) / ulp)
     worst = ulps.argmax()
-    assert ulps[worst] <= TANH_ULP, f"tanh({argument.numpy()[worst]!r}) is {float(ulps[worst]):.3g} ulp off"
-    assert (np.abs(found[~nan]) <= 1).all(), "tanh: beyond 1"
+    assert ulps[worst] <= allowed, f"{name}({argument.numpy()[worst]!r}) is {float(ulps[worst]):.3g} ulp off"

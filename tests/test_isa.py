@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from _cases import HEAD_CASES, LAYOUTS, RULES, TILE_CASES, RNNCase, matrices
-from _checks import inverse_check, rnn_backward_check, rnn_forward_check, tanh_check
+from _checks import atanh_check, inverse_check, rnn_backward_check, rnn_forward_check, tanh_check
 from _compare import assert_identical
 
 import tp_kernels as tp
@@ -34,11 +34,16 @@ def test_rules(rule, nonlinearity, dtype, isa_level):
 def test_layouts(layout, dtype, isa_level):
     rnn_forward_check(ODD, dtype, "cpu", layout)
     rnn_backward_check(ODD, RULES["layer-local"], dtype, "cpu", layout)
+    rnn_backward_check(ODD, RULES["direct-local"], dtype, "cpu", layout)
     inverse_check(matrices((3, 5, 4), dtype), 0.25, 1.0, "cpu", layout)
 
 
 def test_tanh_accuracy(dtype, isa_level):
     tanh_check(dtype, "cpu")
+
+
+def test_atanh_accuracy(dtype, isa_level):
+    atanh_check(dtype, "cpu")
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 3), (5, 2), (2, 7), (16, 16), (17, 15), (2, 33, 33), (64, 20)], ids=str)

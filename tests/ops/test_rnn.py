@@ -17,7 +17,7 @@ from _cases import (
     TIME_CASES,
     RNNCase,
 )
-from _checks import backward_op, condition_of_jacobian, rnn_backward_check, rnn_forward_check, tanh_check
+from _checks import atanh_check, backward_op, condition_of_jacobian, rnn_backward_check, rnn_forward_check, tanh_check
 from _compare import (
     assert_budget,
     assert_differences,
@@ -63,6 +63,10 @@ def test_tanh_accuracy(dtype, backend):
     tanh_check(dtype, backend)
 
 
+def test_atanh_accuracy(dtype, backend):
+    atanh_check(dtype, backend)
+
+
 @pytest.mark.parametrize("nonlinearity", ["relu", "identity"])
 def test_exact_activations(nonlinearity, dtype, backend):
     values = torch.tensor([0.0, -0.0, 1e-37, -1e-37, 1.5, -1.5, 3e38, -3e38, torch.inf, -torch.inf, torch.nan])
@@ -84,7 +88,7 @@ def test_half_precision_runs_on_the_reference(name):
 
 # --- backward
 
-BACKWARD_RULES = ("bp", "weight-total", "layer-local", "jacobian-total")
+BACKWARD_RULES = ("bp", "weight-total", "layer-local", "jacobian-total", "direct-total")
 
 
 @pytest.mark.parametrize("rule", BACKWARD_RULES)
@@ -769,6 +773,8 @@ def test_layer_inverse_is_the_jacobian_of_the_regularized_inverse(nonlinearity, 
 
 IDENTITY_CASE = RNNCase(T=7, B=3, N=5)
 INVERSES = ("weight", "layer", "identity", "jacobian")
+MODES = ({"inverse": "layer", "mode": "difference"}, {"inverse": "layer", "mode": "direct"})
+WAYS = (*({"inverse": inverse} for inverse in INVERSES), *MODES)
 
 
 def test_none_is_the_default_rule(dtype, backend):
@@ -792,9 +798,9 @@ def test_through_the_recurrence_h0_gets_the_transpose(rule, backend):
 
 
 @pytest.mark.parametrize("update", ["total", "local"])
-@pytest.mark.parametrize("inverse", INVERSES)
-def test_the_last_step_is_that_of_back_propagation(inverse, update, dtype, backend):
-    found = gradients(IDENTITY_CASE, tp.TargetProp(inverse=inverse, update=update), dtype, backend)[1]
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_the_last_step_is_that_of_back_propagation(way, update, dtype, backend):
+    found = gradients(IDENTITY_CASE, tp.TargetProp(**way, update=update), dtype, backend)[1]
     assert_identical(found[-1], gradients(IDENTITY_CASE, tp.BackProp(), dtype, backend)[1][-1], "δ_T")
     h = gradients(IDENTITY_CASE, None, dtype, backend)[0]
     exact = (1 - extended(h[-1]) ** 2) * extended(IDENTITY_CASE.gradient(dtype)[-1])
@@ -811,6 +817,78 @@ def test_the_step_is_a_mere_scale(inverse, update, dtype, backend):
     )
     for what, *pair in zip(("grad_u", "grad_weight", "grad_h0"), one[1:], eighth[1:], strict=True):
         assert_identical(pair[0] / 8, pair[1], what)
+
+
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+def test_small_differences_are_linear(nonlinearity, dtype, backend):
+    """As γ goes to 0, "difference" becomes "layer"; to full precision, although h - λ rounds to h then."""
+    case = IDENTITY_CASE.with_(nonlinearity=nonlinearity)
+    u, weight, h0 = case.tensors(dtype)
+    feedback = weight.mT.contiguous()
+    h = ops.rnn_fwd(u, weight, h0, nonlinearity, "reference")
+    h = {"tanh": 0.9 * h, "relu": h + 1, "identity": h}[nonlinearity]  # 1 - h² keeps its digits; above the kink
+    found, linear = (
+        backward_op(case.gradient(dtype), None, h, weight, feedback, Sweep(nonlinearity, word, "local", 1e-20), backend)
+        for word in ("difference", "layer")
+    )
+    assert found[1].any()
+    for what, *pair in zip(("grad_u", "grad_h0"), found, linear, strict=True):
+        assert_near(pair[0], extended(pair[1]), what, condition=20)
+
+
+@pytest.mark.parametrize("update", ["total", "local"])
+def test_modes_agree_where_the_inverse_is_exact(update, backend):
+    """Linear layer, W orthogonal, r to 0: f⁻¹(h_t) = h_{t-1}, so "direct", "difference" and "layer" are one."""
+    case = IDENTITY_CASE.with_(nonlinearity="identity")
+    u, weight, h0 = case.tensors(torch.float64)
+    weight = torch.linalg.qr(weight).Q
+    found = []
+    for way in ({"inverse": "layer"}, *MODES):
+        leaves = [tensor.clone().requires_grad_() for tensor in (u, weight, h0)]
+        rule = tp.TargetProp(**way, update=update, reg=1e-15, step=0.5)
+        h = tp.rnn(*leaves, nonlinearity="identity", rule=rule, backend=backend)
+        found.append(torch.autograd.grad(h, leaves, case.gradient(torch.float64)))
+    for other in found[1:]:
+        for what, *pair in zip(("grad_u", "grad_weight", "grad_h0"), other, found[0], strict=True):
+            assert_near(pair[0], extended(pair[1]), what, condition=20)
+
+
+def test_relu_counts_as_its_own_inverse(dtype, backend):
+    """A target below 0 is one at 0: "difference" sends back no more than the state has."""
+    h = torch.tensor([[[0.0, 2.0, 2.0, 2.0]]], dtype=dtype)
+    lam = torch.tensor([[3.0, 3.0, 1.0, -1.0]], dtype=dtype)
+    identity = torch.eye(4, dtype=dtype)
+    sweep = Sweep("relu", "difference", "local")
+    _, found = backward_op(None, lam, h, identity, identity, sweep, backend)
+    assert_identical(found, torch.tensor([[0.0, 2.0, 1.0, -1.0]], dtype=dtype), "difference")
+    _, found = backward_op(None, lam, h, identity, identity, sweep._replace(inverse="direct"), backend, h)
+    assert_identical(found, torch.tensor([[0.0, 2.0, 1.0, -1.0]], dtype=dtype), "direct")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_layer_is_the_op_chunk_by_chunk(rule, dtype, backend, monkeypatch):
+    """With U = I nothing but the order of sums in the weight's gradient differs, whatever the chunks."""
+    case = SMALL.with_(T=7)
+    rule, grad = RULES[rule], case.gradient(dtype)
+    expected = gradients(case, rule, dtype, backend)
+    for size in (1, 3, 7):
+        monkeypatch.setattr(op, "_chunks", lambda T, B, N, n=size: [slice(t, min(t + n, T)) for t in range(0, T, n)])
+        leaves = [tensor.requires_grad_() for tensor in case.tensors(dtype)]
+        u, weight, h0 = leaves
+        h, _ = op.rnn_layer(
+            *(u, torch.eye(case.N, dtype=dtype), None, weight, h0),
+            nonlinearity=case.nonlinearity,
+            rule=rule,
+            checkpoint_every=None,
+            return_sequence=True,
+            backend=backend,
+        )
+        found = h.detach(), *torch.autograd.grad(h, leaves, grad)
+        for what, *pair in zip(("h", "grad_u", "grad_weight", "grad_h0"), found, expected, strict=True):
+            if what == "grad_weight":
+                assert_near(pair[0], extended(pair[1]), what)
+            else:
+                assert_identical(*pair, what)
 
 
 def test_identity_gives_every_step_the_sum_of_later_gradients(dtype, backend):
@@ -838,7 +916,7 @@ def test_an_orthogonal_weight_makes_target_propagation_back_propagation(backend)
 @pytest.mark.parametrize("cut", [1, 3, 6])
 @pytest.mark.parametrize(
     "rule",
-    [tp.BackProp(), *(tp.TargetProp(inverse=i, update="local", rtol=1e-13) for i in INVERSES)],
+    [tp.BackProp(), *(tp.TargetProp(**way, update="local", rtol=1e-13) for way in WAYS)],
     ids=str,
 )
 @pytest.mark.parametrize("case", [IDENTITY_CASE, IDENTITY_CASE.with_(H=2)], ids=str)
