@@ -41,187 +41,234 @@ Gram<T> gram_of(const T* weight, ptrdiff_t N, T reg, T rtol, T* packed, T* diago
     return {packed, diagonal, zero == 0, !(4 * epsilon * (largest + reg) <= rtol * reg)};
 }
 
-// A row of the tile while it is solved.
+// Of one row of the tile. Residuals are counted in its unit.
 template <class T>
 struct SolvedRow {
     T unit;         // a power of two: λ over it has a mean magnitude between 1 and 2
-    T squared;      // of λ, in this unit, as are all residuals
+    T squared;      // of λ
     T goal, bound;  // squares of the residual at which to stop, and with which to be content
     T product;      // of the residual with the preconditioned one
+    T turn;         // by how much that changed in the last step
     T residual;     // its square
     T checked;      // its square when last computed anew
     int iterations;
-    enum { solved, active, given_up, not_finite } state;
+    enum { solved, given_up, not_finite } state;
 };
 
-constexpr ptrdiff_t jacobian_arrays = 7;  // in the scratch of solve_jacobian
-
 template <class T>
-inline void fill_row(T* row, ptrdiff_t columns, T value) {
-    for (ptrdiff_t j = 0; j < columns; j += lanes<T>) store(row + j, broadcast<Vec<T>>(value));
-}
+class JacobianSolver {
+public:
+    static constexpr ptrdiff_t arrays = 7;  // of [rows][columns], in its scratch
 
-// Replaces λ_t by D y. lambda: [rows][columns], zero beyond N; scratch: jacobian_arrays of that size, the first one
-// zero beyond N when first called.
-template <class T, Nonlinearity a>
-void solve_jacobian(const RnnBackward<T>& f, const Gram<T>& gram, ptrdiff_t t, ptrdiff_t head, ptrdiff_t first,
-                    ptrdiff_t rows, T* lambda, T* scratch) {
+    // scratch: zero.
+    JacobianSolver(const RnnBackward<T>& f, const Gram<T>& gram, ptrdiff_t head, ptrdiff_t first, ptrdiff_t rows,
+                   T* scratch)
+        : f_(f), gram_(gram), head_(head), first_(first), rows_(rows), columns_(padded<T>(f.N)) {
+        T** const all[arrays] = {&slope_, &inverted_, &solution_, &residual_, &direction_, &scaled_, &product_};
+        for (ptrdiff_t k = 0; k < arrays; ++k) *all[k] = scratch + k * rows * columns_;
+    }
+
+    // Replaces λ_t by D y. lambda: [rows][columns], zero beyond N.
+    template <Nonlinearity a>
+    void solve(ptrdiff_t t, T* lambda) {
+        const ptrdiff_t row = f_.H * f_.N, columns = columns_;
+        const T* h = f_.h + (t * f_.B + first_) * row + head_ * f_.N;
+        T* slope = slope_;
+        for_elements<T>(rows_, f_.N, [=](auto zero, ptrdiff_t i, ptrdiff_t j) {
+            using W = decltype(zero);
+            store(slope + i * columns + j, through_activation<a>(broadcast<W>(T(1)), load<W>(h + i * row + j)));
+        });
+        active_ = 0;
+        for (ptrdiff_t i = 0; i < rows_; ++i) start(i, lambda + i * columns);
+        iterate();
+        while (gram_.rounding && check(lambda)) iterate();
+        for (ptrdiff_t i = 0; i < rows_; ++i) finish(i, t, lambda + i * columns);
+    }
+
+private:
     using V = Vec<T>;
-    constexpr ptrdiff_t L = lanes<T>;
-    const ptrdiff_t N = f.N, row = f.H * N, columns = padded<T>(N), size = rows * columns;
-    const int limit = static_cast<int>(4 * N + 50);
-    const T reg = f.reg;
-    T* const slope = scratch;          // d = a'(z_t)
-    T* const inverted = slope + size;  // 1/(d² K_jj + r)
-    T* const solution = inverted + size;
-    T* const residual = solution + size;
-    T* const direction = residual + size;
-    T* const scaled = direction + size;  // what K multiplies
-    T* const product = scaled + size;
-    SolvedRow<T> states[largest_tile];
-    ptrdiff_t active = 0;
+    static constexpr ptrdiff_t L = lanes<T>;
+    using Row = SolvedRow<T>;
 
-    const T* h = f.h + (t * f.B + first) * row + head * N;
-    for_elements<T>(rows, N, [=](auto zero, ptrdiff_t i, ptrdiff_t j) {
-        using W = decltype(zero);
-        store(slope + i * columns + j, through_activation<a>(broadcast<W>(T(1)), load<W>(h + i * row + j)));
-    });
+    void fill(T* row, T value) {
+        for (ptrdiff_t j = 0; j < columns_; j += L) store(row + j, broadcast<V>(value));
+    }
 
-    // A direction from the preconditioned residual alone.
-    const auto restart = [=](ptrdiff_t i) {
-        for (ptrdiff_t j = i * columns; j < (i + 1) * columns; j += L) {
-            const V p = load<V>(inverted + j) * load<V>(residual + j);
-            store(direction + j, p);
-            store(scaled + j, load<V>(slope + j) * p);
-        }
-    };
+    // f(column, element of row i) for every vector of that row.
+    template <class F>
+    void for_row(ptrdiff_t i, F f) {
+        for (ptrdiff_t j = 0; j < columns_; j += L) f(j, i * columns_ + j);
+    }
 
-    for (ptrdiff_t i = 0; i < rows; ++i) {
-        SolvedRow<T>& s = states[i];
-        const ptrdiff_t begin = i * columns, end = begin + columns;
+    // Row i takes part in the next product, with a direction from its preconditioned residual alone.
+    void activate(ptrdiff_t i) {
+        for_row(i, [&](ptrdiff_t j, ptrdiff_t at) {
+            const V p = load<V>(inverted_ + at) * load<V>(residual_ + at);
+            store(direction_ + at, p);
+            store(scaled_ + active_ * columns_ + j, load<V>(slope_ + at) * p);
+        });
+        order_[active_++] = i;
+    }
+
+    void start(ptrdiff_t i, T* lambda) {
+        Row& s = states_[i];
         V means = {};
-        for (ptrdiff_t j = begin; j < end; j += L) {
+        for_row(i, [&](ptrdiff_t j, ptrdiff_t at) {
             const V x = load<V>(lambda + j);
-            means += (x < 0 ? -x : x) * (1 / static_cast<T>(N)) + 0 * load<V>(slope + j);
-        }
+            means += (x < 0 ? -x : x) * (1 / static_cast<T>(f_.N)) + 0 * load<V>(slope_ + at);
+        });
         const T mean = sum<T>(means);
-        s.iterations = 0;
-        s.squared = s.residual = 0;
-        s.unit = 1;
-        s.state = gram.finite && mean - mean == 0 ? SolvedRow<T>::solved : SolvedRow<T>::not_finite;
-        fill_row(solution + begin, columns, T(0));
-        fill_row(scaled + begin, columns, T(0));
-        if (s.state == SolvedRow<T>::not_finite || mean == 0) continue;
+        s = {1, 0, 0, 0, 0, 0, 0, 0, 0, gram_.finite && mean - mean == 0 ? Row::solved : Row::not_finite};
+        fill(solution_ + i * columns_, 0);
+        if (s.state == Row::not_finite || mean == 0) return;
         int exponent;
         __builtin_frexp(static_cast<double>(mean), &exponent);
         const int most = sizeof(T) == 4 ? 126 : 1022;  // the unit's inverse is no denormal number
         exponent = exponent - 1 < most ? exponent - 1 : most;
         s.unit = static_cast<T>(__builtin_ldexp(1.0, exponent));
-        const T inverse_unit = static_cast<T>(__builtin_ldexp(1.0, -exponent));
+        const T inverse_unit = static_cast<T>(__builtin_ldexp(1.0, -exponent)), reg = f_.reg;
         V squares = {}, products = {};
-        for (ptrdiff_t j = begin; j < end; j += L) {
-            const V x = load<V>(lambda + j) * inverse_unit, d = load<V>(slope + j);
-            const V m = 1 / (d * d * load<V>(gram.diagonal + (j - begin)) + reg);
+        for_row(i, [&](ptrdiff_t j, ptrdiff_t at) {
+            const V x = load<V>(lambda + j) * inverse_unit, d = load<V>(slope_ + at);
+            const V m = 1 / (d * d * load<V>(gram_.diagonal + j) + reg);
             store(lambda + j, x);
-            store(residual + j, x);
-            store(inverted + j, m);
+            store(residual_ + at, x);
+            store(inverted_ + at, m);
             squares += x * x;
             products += m * x * x;
-        }
-        restart(i);
-        s.squared = s.checked = sum<T>(squares);
+        });
+        s.squared = s.residual = s.checked = sum<T>(squares);
         s.product = sum<T>(products);
-        s.bound = f.rtol * f.rtol * s.squared;
-        s.goal = gram.rounding ? s.bound / 4 : s.bound;
-        s.state = SolvedRow<T>::active;
-        ++active;
+        s.bound = f_.rtol * f_.rtol * s.squared;
+        s.goal = gram_.rounding ? s.bound / 4 : s.bound;
+        activate(i);
     }
 
-    while (active > 0) {
-        while (active > 0) {
-            multiply_packed(scaled, columns, rows, gram.packed, N, N, product, columns);
-            for (ptrdiff_t i = 0; i < rows; ++i) {
-                SolvedRow<T>& s = states[i];
-                if (s.state != SolvedRow<T>::active) continue;
-                const ptrdiff_t begin = i * columns, end = begin + columns;
-                V curvatures = {};
-                for (ptrdiff_t j = begin; j < end; j += L) {
-                    const V p = load<V>(direction + j), q = load<V>(slope + j) * load<V>(product + j) + reg * p;
-                    store(product + j, q);
-                    curvatures += p * q;
-                }
-                const T curvature = sum<T>(curvatures), alpha = s.product / curvature;
-                ++s.iterations;
-                if (!(curvature > 0 && alpha > 0)) {  // not positive definite in this precision
-                    s.state = SolvedRow<T>::given_up;
-                    --active;
-                    continue;
-                }
-                V squares = {}, products = {};
-                for (ptrdiff_t j = begin; j < end; j += L) {
-                    store(solution + j, load<V>(solution + j) + alpha * load<V>(direction + j));
-                    const V r = load<V>(residual + j) - alpha * load<V>(product + j);
-                    store(residual + j, r);
-                    squares += r * r;
-                    products += load<V>(inverted + j) * r * r;
-                }
-                s.residual = sum<T>(squares);
-                if (s.residual <= s.goal || s.iterations >= limit) {
-                    s.state = s.residual <= s.goal ? SolvedRow<T>::solved : SolvedRow<T>::given_up;
-                    --active;
-                    continue;
-                }
-                const T before = s.product;
-                s.product = sum<T>(products);
-                const T beta = s.product / before;
-                for (ptrdiff_t j = begin; j < end; j += L) {
-                    const V p = load<V>(inverted + j) * load<V>(residual + j) + beta * load<V>(direction + j);
-                    store(direction + j, p);
-                    store(scaled + j, load<V>(slope + j) * p);
+    // Until every active row has reached its goal or gives up. Those that go on are kept together, in order_ and in
+    // scaled_: only they are multiplied.
+    void iterate() {
+        const int limit = static_cast<int>(4 * f_.N + 50);
+        while (active_ > 0) {
+            multiply_packed(scaled_, columns_, active_, gram_.packed, f_.N, f_.N, product_, columns_);
+            ptrdiff_t kept = 0;
+            for (ptrdiff_t k = 0; k < active_; ++k) {
+                const ptrdiff_t i = order_[k];
+                Row& s = states_[i];
+                if (!step(i, product_ + k * columns_)) {
+                    s.state = Row::given_up;  // not positive definite in this precision
+                } else if (s.residual <= s.goal) {
+                    s.state = Row::solved;
+                } else if (s.iterations >= limit) {
+                    s.state = Row::given_up;
+                } else {
+                    turn(i, scaled_ + kept * columns_);
+                    order_[kept++] = i;
                 }
             }
+            active_ = kept;
         }
-        if (!gram.rounding) break;
-        // The residuals anew; where rounding errors have run away from the recursion, on from there.
-        for (ptrdiff_t j = 0; j < size; j += L) store(scaled + j, load<V>(slope + j) * load<V>(solution + j));
-        multiply_packed(scaled, columns, rows, gram.packed, N, N, product, columns);
-        for (ptrdiff_t i = 0; i < rows; ++i) {
-            SolvedRow<T>& s = states[i];
-            if (s.state != SolvedRow<T>::solved || s.residual == 0 || s.checked <= s.bound) continue;
+    }
+
+    // A step along the direction p, given K D p. False: there is none.
+    bool step(ptrdiff_t i, T* product) {
+        Row& s = states_[i];
+        const T reg = f_.reg;
+        V curvatures = {};
+        for_row(i, [&](ptrdiff_t j, ptrdiff_t at) {
+            const V p = load<V>(direction_ + at), q = load<V>(slope_ + at) * load<V>(product + j) + reg * p;
+            store(product + j, q);
+            curvatures += p * q;
+        });
+        const T curvature = sum<T>(curvatures), alpha = s.product / curvature;
+        ++s.iterations;
+        if (!(curvature > 0 && alpha > 0)) return false;
+        V squares = {}, products = {};
+        for_row(i, [&](ptrdiff_t j, ptrdiff_t at) {
+            store(solution_ + at, load<V>(solution_ + at) + alpha * load<V>(direction_ + at));
+            const V r = load<V>(residual_ + at) - alpha * load<V>(product + j);
+            store(residual_ + at, r);
+            squares += r * r;
+            products += load<V>(inverted_ + at) * r * r;
+        });
+        s.residual = sum<T>(squares);
+        const T before = s.product;
+        s.product = sum<T>(products);
+        s.turn = s.product / before;
+        return true;
+    }
+
+    // The next direction, and what K multiplies of it.
+    void turn(ptrdiff_t i, T* scaled) {
+        const T beta = states_[i].turn;
+        for_row(i, [&](ptrdiff_t j, ptrdiff_t at) {
+            const V p = load<V>(inverted_ + at) * load<V>(residual_ + at) + beta * load<V>(direction_ + at);
+            store(direction_ + at, p);
+            store(scaled + j, load<V>(slope_ + at) * p);
+        });
+    }
+
+    // Computes the residuals of solved rows anew. Where rounding errors have run away from the recursion, the row is
+    // active again, or gives up where that did not help before. True: there are active rows.
+    bool check(const T* lambda) {
+        ptrdiff_t count = 0;
+        for (ptrdiff_t i = 0; i < rows_; ++i) {
+            if (states_[i].state != Row::solved || states_[i].checked <= states_[i].bound) continue;
+            for_row(i, [&](ptrdiff_t j, ptrdiff_t at) {
+                store(scaled_ + count * columns_ + j, load<V>(slope_ + at) * load<V>(solution_ + at));
+            });
+            order_[count++] = i;
+        }
+        if (count == 0) return false;
+        multiply_packed(scaled_, columns_, count, gram_.packed, f_.N, f_.N, product_, columns_);
+        const T reg = f_.reg;
+        for (ptrdiff_t k = 0; k < count; ++k) {
+            const ptrdiff_t i = order_[k];
+            Row& s = states_[i];
             V squares = {}, products = {};
-            for (ptrdiff_t j = i * columns; j < (i + 1) * columns; j += L) {
-                const V r =
-                    load<V>(lambda + j) - load<V>(slope + j) * load<V>(product + j) - reg * load<V>(solution + j);
-                store(residual + j, r);
+            for_row(i, [&](ptrdiff_t j, ptrdiff_t at) {
+                const V r = load<V>(lambda + at) - load<V>(slope_ + at) * load<V>(product_ + k * columns_ + j) -
+                            reg * load<V>(solution_ + at);
+                store(residual_ + at, r);
                 squares += r * r;
-                products += load<V>(inverted + j) * r * r;
-            }
+                products += load<V>(inverted_ + at) * r * r;
+            });
             s.residual = sum<T>(squares);
             s.product = sum<T>(products);
-            const bool stuck = !(s.residual <= s.checked / 4);
+            const bool nearer = s.residual <= s.checked / 4;
             s.checked = s.residual;
             if (s.residual <= s.bound) continue;
-            s.state = stuck ? SolvedRow<T>::given_up : SolvedRow<T>::active;
-            if (stuck) continue;
-            restart(i);
-            ++active;
+            if (nearer)
+                activate(i);
+            else
+                s.state = Row::given_up;
         }
+        return active_ > 0;
     }
 
-    for (ptrdiff_t i = 0; i < rows; ++i) {
-        const SolvedRow<T>& s = states[i];
-        if (f.iterations) f.iterations[(t * f.B + first + i) * f.H + head] = s.iterations;
-        if (s.state == SolvedRow<T>::given_up) {
+    void finish(ptrdiff_t i, ptrdiff_t t, T* lambda) {
+        const Row& s = states_[i];
+        if (f_.iterations) f_.iterations[(t * f_.B + first_ + i) * f_.H + head_] = s.iterations;
+        if (s.state == Row::not_finite) return fill(lambda, T(__builtin_nan("")));
+        if (s.state == Row::given_up) {
             const double missed = __builtin_sqrt(static_cast<double>(s.residual) / static_cast<double>(s.squared));
-            const Unsolved found = {missed == missed ? missed : __builtin_inf(), f.first + t, first + i, head};
+            const Unsolved found = {missed == missed ? missed : __builtin_inf(), f_.first + t, first_ + i, head_};
 #pragma omp critical
-            if (found.residual > f.unsolved->residual) *f.unsolved = found;
+            if (found.residual > f_.unsolved->residual) *f_.unsolved = found;
         }
-        if (s.state == SolvedRow<T>::not_finite) fill_row(lambda + i * columns, columns, T(__builtin_nan("")));
-        if (s.state == SolvedRow<T>::not_finite) continue;
-        for (ptrdiff_t j = i * columns; j < (i + 1) * columns; j += L)
-            store(lambda + j, load<V>(slope + j) * load<V>(solution + j) * s.unit);
+        for_row(i, [&](ptrdiff_t j, ptrdiff_t at) {
+            store(lambda + j, load<V>(slope_ + at) * load<V>(solution_ + at) * s.unit);
+        });
     }
-}
+
+    const RnnBackward<T>& f_;
+    const Gram<T>& gram_;
+    const ptrdiff_t head_, first_, rows_, columns_;
+    T* slope_;     // d = a'(z_t)
+    T* inverted_;  // 1/(d² K_jj + r)
+    T *solution_, *residual_, *direction_;
+    T *scaled_, *product_;  // what K multiplies and the result: of active rows only
+    Row states_[largest_tile];
+    ptrdiff_t order_[largest_tile], active_;  // the active rows
+};
 
 }  // namespace tpk::TPK_ISA

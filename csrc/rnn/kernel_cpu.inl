@@ -74,16 +74,14 @@ void backward_tile(const RnnBackward<T>& f, const T* packed_feedback, const T* p
     T* displacement = scratch + 2 * size;  // λ_t, or what P takes of it
     const T* delta = nullptr;              // δ_{t+1}
     const T step = f.step, low = f.clip - 1, high = 1 - f.clip;
+    JacobianSolver<T> solver(f, gram, head, first, rows, scratch + 3 * size);
     // term(λ_t), from what the pass over the elements made of λ_t; h_{t-1} is still to be added to that of "direct"
     const auto send_back = [&](ptrdiff_t t) {
-        if (jacobian) solve_jacobian<T, a>(f, gram, t, head, first, rows, displacement, scratch + 3 * size);
+        if (jacobian) solver.template solve<a>(t, displacement);
         multiply_packed(displacement, columns, rows, jacobian ? packed_weight : packed_feedback, N, N, inverse_term,
                         columns);
     };
-    if (jacobian) {  // columns beyond N stay zero
-        clear(displacement, size);
-        clear(scratch + 3 * size, size);
-    }
+    if (jacobian) clear(displacement, (1 + JacobianSolver<T>::arrays) * size);  // columns beyond N stay zero
     if (f.carried_in) copy_rows(f.carried_in + offset, row, rows, N, product ? inverse_term : displacement, columns);
     if (f.through_in) copy_rows(f.through_in + offset, row, rows, N, through, columns);
     for (ptrdiff_t t = f.T_ - 1; t >= 0; --t) {
@@ -166,7 +164,7 @@ bool rnn_backward(const RnnBackward<T>& f) {
     const Tiles tiles(f.B, f.H, f.threads);
     const bool jacobian = f.inverse == Inverse::jacobian;
     const ptrdiff_t columns = padded<T>(f.N), matrix = f.N * columns;
-    const ptrdiff_t scratch = (jacobian ? 3 + jacobian_arrays : 3) * tiles.rows * columns;
+    const ptrdiff_t scratch = (jacobian ? 3 + JacobianSolver<T>::arrays : 3) * tiles.rows * columns;
     const int threads = static_cast<int>(tiles.count < f.threads ? tiles.count : f.threads);
     const bool square = f.feedback || jacobian;  // P, or K
     Scratch<T> feedback(square ? f.H * matrix : 0), weight(f.H * matrix), products(threads * scratch),

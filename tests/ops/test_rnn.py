@@ -595,6 +595,13 @@ def test_what_cannot_be_solved_raises(H, backend):
     assert found[0].isfinite().all()
 
 
+def test_a_weight_too_large_to_square_raises(backend):
+    """W Wᵀ overflows although all numbers are finite."""
+    _, h, weight, lam, rule = scaled_jacobian(0.25, torch.float32)
+    with pytest.raises(torch.linalg.LinAlgError, match="could not be solved in float32"):
+        backward_op(None, lam, h, 1e25 * weight, None, Sweep.of(rule, "identity"), backend)
+
+
 @pytest.mark.parametrize("portions", ["checkpoints", "chunks"])
 def test_the_time_step_that_is_named_counts_from_the_start(portions, backend, monkeypatch):
     """Also where backward works portion by portion; here the last one is one step."""
@@ -654,6 +661,14 @@ def test_jacobian_of_any_magnitude(nonlinearity, scale, backend):
         for s in (1.0, 2.0 ** round(np.log2(scale)))
     )
     assert_near(other.float() / 2.0 ** round(np.log2(scale)), extended(one), "grad_h0")
+
+
+def test_jacobian_of_denormal_numbers(backend):
+    """Displacements may decay to nothing: no error on the way."""
+    _, h, weight, lam, rule = scaled_jacobian(0.25, torch.float32)
+    for scale in (1e-38, 1e-40, 1e-44):
+        _, found = backward_op(None, scale * lam, h, weight, None, Sweep.of(rule, "identity"), backend)
+        assert found.abs().max() <= scale * lam.abs().max()
 
 
 def test_jacobian_of_zero_is_zero(dtype, backend):

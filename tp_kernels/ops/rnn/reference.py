@@ -163,12 +163,14 @@ def _jacobian_term(displacement: Tensor, h: Tensor, weight: Tensor, sweep: Sweep
     gram = jacobian @ jacobian.mT
     gram.diagonal(dim1=-2, dim2=-1).add_(sweep.reg)
     factor, info = torch.linalg.cholesky_ex(gram)
+    size = right.abs().amax(dim=-2, keepdim=True)  # in its unit no square over- or underflows
+    size = torch.where(size == 0, 1, size)
+    right = right / size
     solution = torch.cholesky_solve(right, factor)
-    size = right.abs().amax(dim=-2, keepdim=True)  # no square overflows
-    missed = (right - jacobian @ (jacobian.mT @ solution) - sweep.reg * solution) / size
-    residual = torch.linalg.vector_norm(missed, dim=(-2, -1)) / torch.linalg.vector_norm(right / size, dim=(-2, -1))
-    residual = torch.where(size[..., 0, 0] == 0, 0, residual.nan_to_num(nan=torch.inf))
-    term = torch.where(finite, jacobian.mT @ solution, torch.nan)[..., 0]
+    missed = right - jacobian @ (jacobian.mT @ solution) - sweep.reg * solution
+    norms = (torch.linalg.vector_norm(vector, dim=(-2, -1)) for vector in (missed, right))
+    residual = torch.where((right == 0).all(dim=(-2, -1)), 0, torch.div(*norms).nan_to_num(nan=torch.inf))
+    term = torch.where(finite, size * (jacobian.mT @ solution), torch.nan)[..., 0]
     return term.to(h.dtype), torch.where(info == 0, residual, torch.inf)
 
 
