@@ -2,8 +2,10 @@
 step costs over back-propagation on the same kernels, and by conjugate gradients over factoring.
 
 "bp": the sweep of back-propagation. "cg": the "cpu" back-end. "cholesky": the reference. "solve": a loop over time with
-batched ``torch.linalg.solve``. Each is checked against the float64 reference first. How many iterations "cg" takes
-depends on the weight: that of ``torch.nn.RNN``'s start, an orthogonal one, or a random one of spectral radius 1.
+batched ``torch.linalg.solve``. Each is checked against the float64 reference first. A gradient arrives at every state:
+from the last one alone, displacements would decay to nothing within some hundred steps, and take no iteration there.
+How many iterations "cg" takes depends on the weight: that of ``torch.nn.RNN``'s start, an orthogonal one, or a random
+one of spectral radius 1.
 """
 
 from dataclasses import asdict
@@ -33,20 +35,21 @@ def weight_of(kind: str, n: int) -> Tensor:
     return weight
 
 
-def sweep(last: Tensor, h: Tensor, weight: Tensor, words: Sweep, backend: str) -> Tensor:
-    return torch.ops.tp_kernels.rnn_bwd(None, last, h, weight, *[None] * 5, *words, backend)[0]
+def sweep(grad: Tensor, h: Tensor, weight: Tensor, words: Sweep, backend: str) -> Tensor:
+    return torch.ops.tp_kernels.rnn_bwd(grad, None, h, weight, *[None] * 5, *words, backend)[0]
 
 
-def solve(last: Tensor, h: Tensor, weight: Tensor) -> Tensor:
+def solve(grad: Tensor, h: Tensor, weight: Tensor) -> Tensor:
     grad_u, slopes = torch.empty_like(h), 1 - h.square()
-    displacement, through = last, torch.zeros_like(last)
+    carried = through = torch.zeros_like(h[0])
     regularization = JACOBIAN.reg * torch.eye(weight.shape[0], dtype=h.dtype)
     for t in range(h.shape[0] - 1, -1, -1):
+        displacement = carried + grad[t]
         grad_u[t] = slopes[t] * (displacement + through)
         through = grad_u[t] @ weight
         jacobian = slopes[t, :, :, None] * weight
         right = jacobian.mT @ displacement[..., None]
-        displacement = torch.linalg.solve(jacobian.mT @ jacobian + regularization, right)[..., 0]
+        carried = torch.linalg.solve(jacobian.mT @ jacobian + regularization, right)[..., 0]
     return grad_u
 
 
@@ -69,10 +72,10 @@ def bench_jacobian(benchmark, case: Case, kind: str, way: str) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = weight_of(kind, case.N)
     u = torch.randn(case.T, case.B, case.N, generator=generator)
-    last = torch.randn(case.B, case.N, generator=generator)
+    grad = torch.randn(case.T, case.B, case.N, generator=generator)
     words = BP if way == "bp" else JACOBIAN
     with measure.settings(case.threads):
-        inputs = last, tp.rnn(u, weight), weight
+        inputs = grad, tp.rnn(u, weight), weight
         exact, same = (
             {"grad_u": sweep(*(tensor.to(dtype) for tensor in inputs), words, "reference").double()}
             for dtype in (torch.float64, torch.float32)
@@ -92,7 +95,7 @@ def bench_jacobian(benchmark, case: Case, kind: str, way: str) -> None:
             **measure.environment(case.device),
         }
         if way == "cg":
-            counts = torch.ops.tp_kernels.rnn_iterations(None, *inputs, *[None] * 5, *words, "auto")
+            counts = torch.ops.tp_kernels.rnn_iterations(grad, None, *inputs[1:], *[None] * 5, *words, "auto")
             benchmark.extra_info["iterations"] = {"mean": float(counts.float().mean()), "max": int(counts.max())}
         benchmark.pedantic(WAYS[way], args=inputs, rounds=30 if way in ("bp", "cg") else 3, warmup_rounds=1)
         benchmark.extra_info["rounds"] = 0 if benchmark.disabled else benchmark.stats.stats.rounds
