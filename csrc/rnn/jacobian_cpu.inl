@@ -44,17 +44,18 @@ Gram<T> gram_of(const T* weight, ptrdiff_t N, T reg, T rtol, T* packed, T* diago
 // Of one row of the tile. Residuals are counted in its unit.
 template <class T>
 struct SolvedRow {
-    T unit;         // a power of two: λ over it has a mean magnitude between 1 and 2
-    T squared;      // of λ
-    T goal, bound;  // squares of the residual at which to stop, and with which to be content
-    T product;      // of the residual with the preconditioned one
-    T turn;         // by how much that changed in the last step
-    T residual;     // its square
-    T checked;      // its square when last computed anew
-    int iterations;
-    enum { solved, given_up, not_finite } state;
+    T unit = 1;             // a power of two: λ over it has a mean magnitude between 1 and 2
+    T squared = 0;          // of λ
+    T goal = 0, bound = 0;  // squares of the residual at which to stop, and with which to be content
+    T product = 0;          // of the residual with the preconditioned one
+    T turn = 0;             // by how much that changed in the last step
+    T residual = 0;         // its square
+    T checked = 0;          // its square when last computed anew
+    int iterations = 0;
+    enum { solved, given_up, not_finite } state = solved;
 };
 
+// Solves for a tile of rows, step by step back in time.
 template <class T>
 class JacobianSolver {
 public:
@@ -118,7 +119,8 @@ private:
             means += (x < 0 ? -x : x) * (1 / static_cast<T>(f_.N)) + 0 * load<V>(slope_ + at);
         });
         const T mean = sum<T>(means);
-        s = {1, 0, 0, 0, 0, 0, 0, 0, 0, gram_.finite && mean - mean == 0 ? Row::solved : Row::not_finite};
+        s = {};
+        if (!gram_.finite || mean - mean != 0) s.state = Row::not_finite;
         fill(solution_ + i * columns_, 0);
         if (s.state == Row::not_finite || mean == 0) return;
         int exponent;

@@ -238,9 +238,9 @@ def test_opcheck(name, dtype, backend):
 # --- compile
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compile(dynamic, backend):
-    rule = RULES["layer-local"] if dynamic else None
+@pytest.mark.parametrize("rule", ["weight-total", "jacobian-total", "layer-local", "direct-total"])
+def test_compile(rule, backend):
+    rule, dynamic = RULES[rule], rule in ("layer-local", "direct-total")
 
     def function(u: Tensor, weight: Tensor, h0: Tensor) -> Tensor:
         return tp.rnn(2 * u, weight, h0, rule=rule, backend=backend) + 1
@@ -1080,12 +1080,16 @@ def test_smallest_clip(dtype):
     assert str(caught.value) == f"rnn: rule must have clip of at least {eps:.3g} in {name}, got {eps / 2!r}"
 
 
-def test_the_kernels_refuse_mixed_dtypes(backend):
+def test_the_kernels_refuse_what_they_cannot_read(backend):
     """The ops themselves can be called past the public checks; addresses are never handed over then."""
     u, weight, h0 = SMALL.tensors(torch.float32)
     if backend == "cpu":
         with pytest.raises(TypeError, match=r"all tensors must be torch.float32 on cpu, got torch.float64 on cpu"):
             ops.rnn_fwd(u, weight.double(), h0, "tanh", backend)
+        with pytest.raises(TypeError, match=r"rnn: feedback must be a torch.Tensor with inverse='layer', got None"):
+            backward_op(None, h0, u, weight, None, Sweep("tanh", "layer"), backend)
+        with pytest.raises(TypeError, match=r"rnn: u must be a torch.Tensor with inverse='direct', got None"):
+            backward_op(None, h0, u, weight, weight, Sweep("tanh", "direct"), backend)
 
 
 def test_under_autocast(backend):

@@ -61,6 +61,9 @@ def _cpu_backward(
     iterations: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _native.check_same_kind("rnn", h, grad_h, grad_last, weight, feedback, carried, through, u, h0)
+    for argument, tensor, needed in (("feedback", feedback, sweep.uses_inverse), ("u", u, sweep.inverse == "direct")):
+        if needed and tensor is None:
+            raise TypeError(f"rnn: {argument} must be a torch.Tensor with inverse={sweep.inverse!r}, got None")
     grad_h, u = _unit_stride(grad_h), _unit_stride(u)
     h, weight = h.contiguous(), weight.contiguous()
     grad_last, feedback, carried, through, h0 = (
