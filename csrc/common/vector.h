@@ -40,25 +40,16 @@ inline V broadcast(T x) {
 }
 
 // Sum of the lanes, by halves.
-template <class T>
-inline T sum(Vec<T, 2> v) {
-    return v[0] + v[1];
-}
-
-template <class T>
-inline T sum(Vec<T, 4> v) {
-    return sum<T>(__builtin_shufflevector(v, v, 0, 1) + __builtin_shufflevector(v, v, 2, 3));
-}
-
-template <class T>
-inline T sum(Vec<T, 8> v) {
-    return sum<T>(__builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7));
-}
-
-template <class T>
-inline T sum(Vec<T, 16> v) {
-    return sum<T>(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                  __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+template <class T, class V>
+inline T sum(V v) {
+    constexpr int half = sizeof(V) / sizeof(T) / 2;
+    if constexpr (half == 0) {
+        return v[0];
+    } else {
+        T values[2 * half];
+        store(values, v);
+        return sum<T>(load<Vec<T, half>>(values) + load<Vec<T, half>>(values + half));
+    }
 }
 
 // Calls f(zero vector, row, first column) so that vectors cover rows × n elements. Where n is no multiple of the

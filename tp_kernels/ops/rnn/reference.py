@@ -52,9 +52,8 @@ def backward(
     (``"weight"``), ``P (λ_t / (1 - clip(h_t)²))`` (``"layer"``, with tanh; relu passes λ_t on where h_t > 0, the
     identity everywhere), ``(JᵀJ + rI)⁻¹ Jᵀ λ_t`` with ``J = D_t W`` (``"jacobian"``), or, with
     ``f⁻¹(v) = P(a⁻¹(clip v) - u_t)``, ``f⁻¹(h_t) - f⁻¹(h_t - λ_t)`` (``"difference"``) and
-    ``h_{t-1} - f⁻¹(h_t - λ_t)`` (``"direct"``); ``μ_t = λ_t``
-    (``update="local"``) or ``μ_t = λ_t + Wᵀ δ_{t+1}`` (``"total"``); ``δ_t = a'(z_t) μ_t``. Back-propagation is "none"
-    with "total".
+    ``h_{t-1} - f⁻¹(h_t - λ_t)`` (``"direct"``). ``μ_t = λ_t`` (``update="local"``) or ``μ_t = λ_t + Wᵀ δ_{t+1}``
+    (``"total"``); ``δ_t = a'(z_t) μ_t``. Back-propagation is "none" with "total".
 
     Args:
         grad_h: like ``h``, ∂loss/∂h; ``None`` is zero.
