@@ -22,7 +22,7 @@ _rnn_bwd = torch.ops.tp_kernels.rnn_bwd
 
 
 def sweep(last: Tensor, h: Tensor, weight: Tensor, feedback: Tensor, backend: str = "auto") -> Tensor:
-    return _rnn_bwd(None, last, h, weight, feedback, None, None, *Sweep("tanh", "weight"), backend)[0]
+    return _rnn_bwd(None, last, h, weight, feedback, None, None, None, None, *Sweep("tanh", "weight"), backend)[0]
 
 
 def doubling(last: Tensor, h: Tensor, weight: Tensor, feedback: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def doubling(last: Tensor, h: Tensor, weight: Tensor, feedback: Tensor) -> Tenso
         torch.mm(source, power, out=displacements[T - known - more : T - known].view(more * B, N))
         known += more
         power = power @ power
-    return _rnn_bwd(displacements, None, h, weight, None, None, None, *Sweep("tanh"), "auto")[0]
+    return _rnn_bwd(displacements, None, h, weight, None, None, None, None, None, *Sweep("tanh"), "auto")[0]
 
 
 WAYS = {"sweep": sweep, "doubling": doubling}

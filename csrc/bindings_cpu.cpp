@@ -42,7 +42,10 @@ Inverse inverse_of(const std::string& value) {
                          {{"none", Inverse::none},
                           {"identity", Inverse::identity},
                           {"weight", Inverse::weight},
-                          {"layer", Inverse::layer}});
+                          {"layer", Inverse::layer},
+                          {"jacobian", Inverse::jacobian},
+                          {"difference", Inverse::difference},
+                          {"direct", Inverse::direct}});
 }
 
 Update update_of(const std::string& value) {
@@ -83,11 +86,15 @@ void rnn_fwd(bool is_double, std::uintptr_t input, const Array3& input_strides, 
     });
 }
 
-void rnn_bwd(bool is_double, std::uintptr_t grad_h, const Array3& grad_h_strides, std::uintptr_t grad_last,
-             std::uintptr_t h, std::uintptr_t weight, std::uintptr_t feedback, std::uintptr_t carried_in,
-             std::uintptr_t through_in, std::uintptr_t carried_out, std::uintptr_t through_out, std::uintptr_t grad_u,
-             const Array4& sizes, const std::string& nonlinearity, const std::string& inverse,
-             const std::string& update, double step, double clip, int threads) {
+// Where the solve of "jacobian" gave up, (step, sample, head, relative residual); None where it did not.
+py::object rnn_bwd(bool is_double, std::uintptr_t grad_h, const Array3& grad_h_strides, std::uintptr_t grad_last,
+                   std::uintptr_t h, std::uintptr_t weight, std::uintptr_t feedback, std::uintptr_t carried_in,
+                   std::uintptr_t through_in, std::uintptr_t carried_out, std::uintptr_t through_out, std::uintptr_t u,
+                   const Array3& u_strides, std::uintptr_t h0, std::uintptr_t grad_u, std::uintptr_t iterations,
+                   const Array4& sizes, const std::string& nonlinearity, const std::string& inverse,
+                   const std::string& update, double step, double clip, double reg, double rtol, std::ptrdiff_t first,
+                   int threads) {
+    Unsolved unsolved = {};
     for_dtype(is_double, [&](auto zero) {
         using T = decltype(zero);
         launch(launchers<T>().rnn_backward, RnnBackward<T>{at<const T>(grad_h),
@@ -100,7 +107,12 @@ void rnn_bwd(bool is_double, std::uintptr_t grad_h, const Array3& grad_h_strides
                                                            at<const T>(through_in),
                                                            at<T>(carried_out),
                                                            at<T>(through_out),
+                                                           at<const T>(u),
+                                                           strides(u_strides),
+                                                           at<const T>(h0),
                                                            at<T>(grad_u),
+                                                           at<std::int32_t>(iterations),
+                                                           &unsolved,
                                                            sizes[0],
                                                            sizes[1],
                                                            sizes[2],
@@ -110,8 +122,13 @@ void rnn_bwd(bool is_double, std::uintptr_t grad_h, const Array3& grad_h_strides
                                                            update_of(update),
                                                            static_cast<T>(step),
                                                            static_cast<T>(clip),
+                                                           static_cast<T>(reg),
+                                                           static_cast<T>(rtol),
+                                                           first,
                                                            threads});
     });
+    if (unsolved.residual == 0) return py::none();
+    return py::make_tuple(unsolved.t, unsolved.b, unsolved.head, unsolved.residual);
 }
 
 void regularized_solve(bool is_double, std::uintptr_t weight, std::uintptr_t rhs, double reg, std::uintptr_t solved,
@@ -163,9 +180,10 @@ PYBIND11_MODULE(_cpu, m) {
           py::arg("sizes"), py::arg("nonlinearity"), py::arg("threads"));
     m.def("rnn_bwd", &rnn_bwd, py::kw_only(), py::arg("double"), py::arg("grad_h"), py::arg("grad_h_strides"),
           py::arg("grad_last"), py::arg("h"), py::arg("weight"), py::arg("feedback"), py::arg("carried_in"),
-          py::arg("through_in"), py::arg("carried_out"), py::arg("through_out"), py::arg("grad_u"), py::arg("sizes"),
-          py::arg("nonlinearity"), py::arg("inverse"), py::arg("update"), py::arg("step"), py::arg("clip"),
-          py::arg("threads"));
+          py::arg("through_in"), py::arg("carried_out"), py::arg("through_out"), py::arg("u"), py::arg("u_strides"),
+          py::arg("h0"), py::arg("grad_u"), py::arg("iterations"), py::arg("sizes"), py::arg("nonlinearity"),
+          py::arg("inverse"), py::arg("update"), py::arg("step"), py::arg("clip"), py::arg("reg"), py::arg("rtol"),
+          py::arg("first"), py::arg("threads"));
     m.def("regularized_solve", &regularized_solve, py::kw_only(), py::arg("double"), py::arg("weight"), py::arg("rhs"),
           py::arg("reg"), py::arg("solved"), py::arg("failed"), py::arg("sizes"), py::arg("threads"));
     m.def("regularized_polar", &regularized_polar, py::kw_only(), py::arg("weight"), py::arg("reg"), py::arg("polar"),

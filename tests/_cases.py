@@ -123,6 +123,12 @@ RULES: dict[str, tp.BackProp | tp.TargetProp] = {
     "layer-total": tp.TargetProp(inverse="layer", clip=0.1),
     "layer-local": tp.TargetProp.paper(reg=0.5),
     "layerhalf-local": tp.TargetProp(inverse="layer", update="local", power=0.5, reg=0.1),
+    "difference-total": tp.TargetProp(inverse="layer", mode="difference", clip=0.1, step=0.3),
+    "difference-local": tp.TargetProp(inverse="layer", mode="difference", update="local", power=0.5, reg=0.1, clip=0.1),
+    "direct-total": tp.TargetProp(inverse="layer", mode="direct", clip=0.1, step=0.3),
+    "direct-local": tp.TargetProp(inverse="layer", mode="direct", update="local", power=0.5, reg=0.1, clip=0.1),
+    "jacobian-total": tp.TargetProp(inverse="jacobian"),
+    "jacobian-local": tp.TargetProp(inverse="jacobian", update="local", reg=0.5, step=0.7, rtol=1e-5),
     "identity-total": tp.TargetProp(inverse="identity", step=0.7),
     "identity-local": tp.TargetProp(inverse="identity", update="local"),
 }

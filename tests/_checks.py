@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from _cases import LAYOUTS, RNNCase, matrices
-from _compare import assert_average_budget, assert_budget, assert_near, assert_residual, assert_tanh
+from _compare import assert_atanh, assert_average_budget, assert_budget, assert_near, assert_residual, assert_tanh
 from _oracle import extended, regularized_inverse, regularized_inverse_gradients, rnn_backward, rnn_forward
 from torch import Tensor
 
@@ -32,10 +32,17 @@ def backward_op(
     feedback: Tensor | None,
     sweep: Sweep,
     backend: str,
+    u: Tensor | None = None,
+    h0: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The backward op on a whole sequence: ``grad_u`` and ``grad_h0``."""
-    grad_u, carried, through = ops.rnn_bwd(grad, last, h, weight, feedback, None, None, *sweep, backend)
+    grad_u, carried, through = ops.rnn_bwd(grad, last, h, weight, feedback, None, None, u, h0, *sweep, backend)
     return grad_u, through if sweep.update == "total" else carried
+
+
+def condition_of_jacobian(weight: Tensor, sweep: Sweep) -> float:
+    """Of ``J Jᵀ + rI`` at most: no unit's slope exceeds 1."""
+    return 1 + float(torch.linalg.matrix_norm(weight.double(), 2).max()) ** 2 / sweep.reg
 
 
 def rnn_backward_check(
@@ -45,18 +52,22 @@ def rnn_backward_check(
     u, weight, h0 = case.tensors(dtype)
     h = ops.rnn_fwd(u, weight, h0, case.nonlinearity, "reference")
     sweep = Sweep.of(rule, case.nonlinearity)
-    feedback = 0.6 * case.tensors(dtype, seed=2)[1] if sweep.inverse in ("weight", "layer") else None
+    feedback = 0.6 * case.tensors(dtype, seed=2)[1] if sweep.uses_inverse else None
     grad, last = case.gradient(dtype), case.gradient(dtype, seed=3)[0]
-    tensors = grad, last, h, weight, feedback
+    tensors = grad, last, h, weight, feedback, u, h0
     placed = [None if tensor is None else LAYOUTS[layout](tensor) for tensor in tensors]
-    found = backward_op(*placed, sweep, backend)
-    reference = backward_op(*tensors, sweep, "reference")
+    found = backward_op(*placed[:5], sweep, backend, *placed[5:])
+    reference = backward_op(*tensors[:5], sweep, "reference", *tensors[5:])
     whole = extended(grad)
     whole[-1] += extended(last)
-    exact = rnn_backward(whole, *map(extended, (h, h0, weight, feedback)), sweep)
-    condition = 10 if sweep.inverse == "layer" else 1  # 1 - h² loses digits where h is near 1
+    exact = rnn_backward(whole, *map(extended, (u, h, h0, weight, feedback)), sweep)
+    condition, rtol = 1.0, 0.0
+    if sweep.inverse in ("layer", "difference", "direct"):
+        condition = 10  # 1 - h² loses digits where h is near 1
+    elif sweep.inverse == "jacobian":
+        condition, rtol = condition_of_jacobian(weight, sweep), sweep.rtol
     for what, *parts in zip(("grad_u", "grad_h0"), found, reference, (exact[0], exact[2]), strict=True):
-        assert_budget(*parts, what, condition)
+        assert_budget(*parts, what, condition, rtol=rtol)
         assert parts[0].is_contiguous()
 
 
@@ -72,6 +83,26 @@ def tanh_check(dtype: torch.dtype, backend: str) -> None:
     argument = torch.nn.functional.pad(argument, (0, -len(argument) % n))
     h = tp.rnn(argument.view(1, -1, n), torch.zeros(n, n, dtype=dtype), backend=backend)
     assert_tanh(h.flatten(), argument)
+
+
+def atanh_check(dtype: torch.dtype, backend: str) -> None:
+    """With P = I, "direct" takes -atanh of the target and "difference" atanh of the state less that of the target."""
+    info = torch.finfo(dtype)
+    largest = 1 - info.eps
+    magnitudes = torch.logspace(np.log10(info.smallest_normal), 0, 100_001, dtype=torch.float64)
+    near_one = 1 - torch.logspace(np.log10(info.eps), 0, 100_001, dtype=torch.float64)
+    dense = torch.linspace(0, 1, 150_001, dtype=torch.float64)
+    positive = torch.cat([magnitudes, near_one, dense]).to(dtype).clamp(max=largest)
+    n = 16
+    argument = torch.cat([positive, -positive])
+    argument = argument[: len(argument) // n * n]
+    x, identity = argument.view(1, -1, n), torch.eye(n, dtype=dtype)
+    zero = torch.zeros_like(x)
+    arguments = identity, identity, None, None, zero
+    for inverse, h, displacement in (("difference", x, x), ("difference", zero, x), ("direct", zero, x)):
+        sweep = Sweep("tanh", inverse, "local", clip=info.eps)
+        _, found, _ = ops.rnn_bwd(displacement, None, h, *arguments, None, *sweep, backend)
+        assert_atanh(found.flatten(), argument)
 
 
 def inverse_check(

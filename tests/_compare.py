@@ -2,6 +2,9 @@
 
 The error budget: against the exact answer, a kernel may err at most twice as much as plain PyTorch of the same
 precision does, plus the floor. The reference's own error is bounded as well, so that no budget becomes meaningless.
+
+An iterative solve has a term of its own, the rule's: its relative error is at most ``rtol * condition``, for a relative
+residual of rtol and the condition of what is solved. With a tight rtol the ordinary budget must do.
 """
 
 import numpy as np
@@ -22,6 +25,7 @@ REFERENCE = {
 DIFFERENCES = 1e-7
 # tanh, in units in the last place of the exact result.
 TANH_ULP = 2.0
+ATANH_ULP = 3.0
 
 
 def errors(actual: Tensor, exact: np.ndarray, scale: float = 0.0) -> np.ndarray:
@@ -68,16 +72,18 @@ def assert_budget(
     condition: float = 1.0,
     scale: float = 0.0,
     reference_exact: np.ndarray | None = None,
+    rtol: float = 0.0,
 ) -> None:
     """``actual`` errs at most twice as much as ``reference``, which is near the exact answer itself.
 
-    ``reference_exact``: the exact answer to the reference's question, where it is not the same one.
+    ``reference_exact``: the exact answer to the reference's question, where it is not the same one. ``rtol``: of an
+    iterative solve.
     """
     reference_exact = exact if reference_exact is None else reference_exact
     assert_same_kind(actual, reference.shape, reference.dtype, what)
     assert_near(reference, reference_exact, f"{what} of the reference", condition, scale)
     err = error(actual, exact, scale)
-    allowed = 2 * error(reference, reference_exact, scale) + FLOOR[actual.dtype]
+    allowed = 2 * error(reference, reference_exact, scale) + FLOOR[actual.dtype] + rtol * condition
     assert err <= allowed, f"{what}: error {err:.3g} exceeds the budget {allowed:.3g}"
 
 
@@ -109,6 +115,18 @@ def assert_residual(actual: Tensor, reference: Tensor, weight: Tensor, reg: floa
     assert found <= allowed, f"residual {found:.3g} exceeds the budget {allowed:.3g}"
 
 
+def assert_solved(actual: Tensor, displacement: Tensor, jacobian: Tensor, reg: float, rtol: float) -> None:
+    """``(JᵀJ + rI) x = Jᵀ λ`` for each sample: a residual of rtol in ``(J Jᵀ + rI) y = λ`` arrives here times J."""
+    found, lam, jac = map(extended, (actual, displacement, jacobian))
+    right = np.einsum("bij,bi->bj", jac, lam)
+    missed = np.einsum("bij,bi->bj", jac, np.einsum("bij,bj->bi", jac, found)) + reg * found - right
+    size = np.linalg.norm(jac.astype(np.float64), 2, axis=(-2, -1))
+    norms = [np.sqrt((vectors**2).sum(axis=-1)) for vectors in (missed, lam, found)]
+    allowed = rtol * size * norms[1] + FLOOR[actual.dtype] * (size**2 + reg) * norms[2]
+    worst = (norms[0] / allowed).argmax()
+    assert norms[0][worst] <= allowed[worst], f"residual {norms[0][worst]:.3g} exceeds {allowed[worst]:.3g}"
+
+
 def assert_identical(actual: Tensor, expected: Tensor, what: str) -> None:
     """The same values exactly, NaN in the same places."""
     assert_same_kind(actual, expected.shape, expected.dtype, what)
@@ -132,16 +150,23 @@ def assert_differences(actual: Tensor, differences: Tensor, what: str) -> None:
 
 
 def assert_tanh(actual: Tensor, argument: Tensor) -> None:
-    """Within two units in the last place of tanh everywhere; NaN and infinities as they should be.
+    """Within two units in the last place of tanh everywhere; NaN and infinities as they should be."""
+    _assert_ulps(actual, argument, np.tanh, TANH_ULP)
+    assert actual[~actual.isnan()].abs().le(1).all(), "tanh: beyond 1"
 
-    Where tanh is a denormal number, zero will do.
-    """
-    exact, found = np.tanh(extended(argument)), extended(actual)
+
+def assert_atanh(actual: Tensor, argument: Tensor) -> None:
+    """Within three units in the last place of atanh."""
+    _assert_ulps(actual, argument, np.arctanh, ATANH_ULP)
+
+
+def _assert_ulps(actual: Tensor, argument: Tensor, function: np.ufunc, allowed: float) -> None:
+    """Where the result is a denormal number, zero will do."""
+    exact, found, name = function(extended(argument)), extended(actual), function.__name__
     nan = np.isnan(exact)
-    assert np.array_equal(np.isnan(found), nan), "tanh: NaN in other places than in its argument"
+    assert np.array_equal(np.isnan(found), nan), f"{name}: NaN in other places than in its argument"
     flushed = (found == 0) & (np.abs(exact) < torch.finfo(actual.dtype).tiny)
     ulp = np.spacing(np.abs(exact).astype(actual.numpy().dtype)).astype(exact.dtype)
     ulps = np.where(nan | flushed, 0, np.abs(found - exact) / ulp)
     worst = ulps.argmax()
-    assert ulps[worst] <= TANH_ULP, f"tanh({argument.numpy()[worst]!r}) is {float(ulps[worst]):.3g} ulp off"
-    assert (np.abs(found[~nan]) <= 1).all(), "tanh: beyond 1"
+    assert ulps[worst] <= allowed, f"{name}({argument.numpy()[worst]!r}) is {float(ulps[worst]):.3g} ulp off"

@@ -123,18 +123,59 @@ def rnn_forward(u: np.ndarray, weight: np.ndarray, h0: np.ndarray | None, nonlin
     return np.stack(states[1:])
 
 
-def displacements(grad: np.ndarray, h: np.ndarray, feedback: np.ndarray | None, sweep: Sweep) -> np.ndarray:
+def jacobian_term(lam: np.ndarray, h: np.ndarray, weight: np.ndarray, sweep: Sweep) -> np.ndarray:
+    """``(JᵀJ + rI)⁻¹ Jᵀ λ`` of each sample, J = D W: solved in float64, then refined in extended precision."""
+    jacobians = SLOPES[sweep.nonlinearity](h)[:, :, None] * weight
+    plain = jacobians.astype(np.float64)
+    gram = plain.swapaxes(-1, -2) @ plain + sweep.reg * np.eye(len(weight))
+    right = np.einsum("bij,bi->bj", jacobians, lam)
+    result = np.zeros_like(right)
+    for _ in range(3):
+        products = np.einsum("bij,bi->bj", jacobians, np.einsum("bij,bj->bi", jacobians, result))
+        missed = right - products - sweep.reg * result
+        result = result + np.linalg.solve(gram, missed.astype(np.float64)[..., None])[..., 0]
+    return result
+
+
+def target_before(
+    v: np.ndarray, h: np.ndarray, before: np.ndarray, u: np.ndarray, feedback: np.ndarray, sweep: Sweep
+) -> np.ndarray:
+    """``v_{t-1}`` of ``v_t``, by the inverse of the whole layer."""
+    high = 1 - sweep.clip
+    activation = {"tanh": lambda x: np.arctanh(np.clip(x, -high, high)), "relu": lambda x: np.maximum(x, 0)}
+    invert = activation.get(sweep.nonlinearity, lambda x: x)
+    inverse = (invert(v) - u).dot(feedback.T)
+    return inverse if sweep.inverse == "direct" else before + inverse - (invert(h) - u).dot(feedback.T)
+
+
+def displacements(
+    grad: np.ndarray,
+    u: np.ndarray | None,
+    h: np.ndarray,
+    h0: np.ndarray | None,
+    weight: np.ndarray,
+    feedback: np.ndarray | None,
+    sweep: Sweep,
+) -> np.ndarray:
     """``λ_0 … λ_T`` of algorithm.md's section 3; no gradient arrives at ``h_0``."""
     terms = {
         "none": lambda lam, h_t: np.zeros_like(lam),
         "identity": lambda lam, h_t: lam,
         "weight": lambda lam, h_t: lam.dot(feedback.T),
+        "jacobian": lambda lam, h_t: jacobian_term(lam, h_t, weight, sweep),
         "layer": lambda lam, h_t: INVERSE_SLOPES[sweep.nonlinearity](lam, h_t, 1 - sweep.clip).dot(feedback.T),
     }
+    before = np.concatenate([np.zeros_like(h[:1]) if h0 is None else h0[None], h[:-1]])
+
+    def term(lam: np.ndarray, t: int) -> np.ndarray:
+        if sweep.inverse in terms:
+            return terms[sweep.inverse](lam, h[t])
+        return before[t] - target_before(h[t] - lam, h[t], before[t], u[t], feedback, sweep)
+
     result = [sweep.step * grad[-1]]
     for t in range(len(h) - 1, 0, -1):
-        result.append(sweep.step * grad[t - 1] + terms[sweep.inverse](result[-1], h[t]))
-    result.append(terms[sweep.inverse](result[-1], h[0]))
+        result.append(sweep.step * grad[t - 1] + term(result[-1], t))
+    result.append(term(result[-1], 0))
     return np.stack(result[::-1])
 
 
@@ -150,6 +191,7 @@ def weight_gradient(delta: np.ndarray, h: np.ndarray, h0: np.ndarray | None) -> 
 
 def rnn_backward(
     grad: np.ndarray,
+    u: np.ndarray | None,
     h: np.ndarray,
     h0: np.ndarray | None,
     weight: np.ndarray,
@@ -161,10 +203,11 @@ def rnn_backward(
         none = [None] * h.shape[2]
         starts = none if h0 is None else h0.swapaxes(0, 1)
         matrices = none if feedback is None else feedback
-        heads = zip(np.moveaxis(grad, 2, 0), np.moveaxis(h, 2, 0), starts, weight, matrices, strict=True)
+        inputs = none if u is None else np.moveaxis(u, 2, 0)
+        heads = zip(np.moveaxis(grad, 2, 0), inputs, np.moveaxis(h, 2, 0), starts, weight, matrices, strict=True)
         deltas, weights, firsts = zip(*(rnn_backward(*head, sweep) for head in heads), strict=True)
         return np.stack(deltas, axis=2), np.stack(weights), np.stack(firsts, axis=1)
-    lam = displacements(grad, h, feedback, sweep)
+    lam = displacements(grad, u, h, h0, weight, feedback, sweep)
     slope = SLOPES[sweep.nonlinearity](h)
     delta = slope * lam[1:]
     if sweep.update == "total":

@@ -8,11 +8,12 @@ import sys
 import pytest
 import torch
 from _cases import HEAD_CASES, LAYOUTS, RULES, TILE_CASES, RNNCase, matrices
-from _checks import inverse_check, rnn_backward_check, rnn_forward_check, tanh_check
+from _checks import atanh_check, inverse_check, rnn_backward_check, rnn_forward_check, tanh_check
 from _compare import assert_identical
 
 import tp_kernels as tp
 from tp_kernels import _native
+from tp_kernels.rules import Sweep
 
 ODD = RNNCase(T=5, B=7, N=17)
 
@@ -33,11 +34,16 @@ def test_rules(rule, nonlinearity, dtype, isa_level):
 def test_layouts(layout, dtype, isa_level):
     rnn_forward_check(ODD, dtype, "cpu", layout)
     rnn_backward_check(ODD, RULES["layer-local"], dtype, "cpu", layout)
+    rnn_backward_check(ODD, RULES["direct-local"], dtype, "cpu", layout)
     inverse_check(matrices((3, 5, 4), dtype), 0.25, 1.0, "cpu", layout)
 
 
 def test_tanh_accuracy(dtype, isa_level):
     tanh_check(dtype, "cpu")
+
+
+def test_atanh_accuracy(dtype, isa_level):
+    atanh_check(dtype, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -94,12 +100,14 @@ def fences(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 def test_nothing_is_written_outside_of_the_outputs(case, dtype, isa_level, fences):
     u, weight, h0 = case.tensors(dtype)
     h = torch.ops.tp_kernels.rnn_fwd(u, weight, h0, "tanh", "cpu")
-    for inverse in ("none", "weight", "layer", "identity"):
-        torch.ops.tp_kernels.rnn_bwd(u, None, h, weight, weight, h0, h0, "tanh", inverse, "total", 1.0, 0.1, "cpu")
+    inverses = ("none", "weight", "layer", "identity", "jacobian", "difference", "direct")
+    for inverse in inverses:
+        sweep = Sweep("tanh", inverse, clip=0.1)
+        torch.ops.tp_kernels.rnn_bwd(u, None, h, weight, weight, h0, h0, u, h0, *sweep, "cpu")
     for power in (1.0, 0.5):
         tp.regularized_inverse(matrices((3, 7, case.N), dtype), 0.25, power=power, backend="cpu")
     polar = 1 if dtype == torch.float32 else 0  # in float64 LAPACK decomposes
-    assert len(fences) == 1 + 4 * 3 + 1 + polar
+    assert len(fences) == 1 + 3 * len(inverses) + 1 + polar
     for memory in fences:
         assert memory[:GUARD].eq(12345).all(), "written before an output"
         assert memory[-GUARD:].eq(12345).all(), "written after an output"
@@ -121,7 +129,7 @@ import torch, _checks, _cases
 for dtype in _cases.DTYPES:
     for case in _cases.HEAD_CASES:
         _checks.rnn_forward_check(case, dtype, "cpu")
-        for rule in ("weight-total", "identity-local"):
+        for rule in ("weight-total", "identity-local", "jacobian-total", "direct-local"):
             _checks.rnn_backward_check(case, _cases.RULES[rule], dtype, "cpu")
     for shape in ((3, 3), (2, 17, 15), (5, 9)):
         for power in (1.0, 0.5):

@@ -57,7 +57,7 @@ def exact(
     output = rnn_forward(u, w_hh, start, module.nonlinearity)
     arrives, h = extended(grad), extended(states)
     arrives[-1] += extended(grad_last)[0]
-    delta, grad_hh, first = rnn_backward(arrives, h, start, w_hh, None, Sweep.of(tp.BackProp(), module.nonlinearity))
+    delta, grad_hh, first = rnn_backward(arrives, u, h, start, w_hh, None, Sweep.of(tp.BackProp(), module.nonlinearity))
     rows = delta.reshape(-1, len(w_hh))
     before = np.concatenate([np.zeros_like(h[:1]) if start is None else start[None], h[:-1]]).reshape(rows.shape)
     answers = {
@@ -572,9 +572,10 @@ def test_bad_convert():
 
 @pytest.mark.parametrize("batch_first", [False, True], ids=["time-first", "batch-first"])
 @pytest.mark.parametrize("every", [1, 3, 50])
-@pytest.mark.parametrize("rule", [tp.BackProp(), tp.TargetProp(), tp.TargetProp(update="local")], ids=repr)
+@pytest.mark.parametrize("rule", ["bp", "weight-total", "weight-local", "jacobian-total", "direct-local"])
 def test_checkpoints(rule, every, batch_first, backend):
     """Recomputed states and projections change no result beyond the order of sums."""
+    rule = RULES[rule]
     plain = tp.nn.RNN(M, N, rule=rule, batch_first=batch_first, backend=backend, dtype=torch.float64)
     layer = tp.nn.RNN(
         M, N, rule=rule, batch_first=batch_first, backend=backend, checkpoint_every=every, dtype=torch.float64
@@ -590,6 +591,18 @@ def test_checkpoints(rule, every, batch_first, backend):
         results.append((output, last, x.grad, h0.grad, *(p.grad for p in module.parameters())))
     for found, expected in zip(*results, strict=True):
         assert_near(found, extended(expected), "checkpoints", condition=20)
+
+
+def test_direct_targets_need_the_input_projection(backend):
+    """The layer computes ``x Uᵀ + b`` again: the same gradients as the op has, which is given them."""
+    rule = RULES["direct-total"]
+    layer = tp.nn.RNN(M, N, rule=rule, backend=backend, dtype=torch.float64)
+    x = torch.randn(T, B, M, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    w_ih, w_hh, b_ih, b_hh = layer.parameters()
+    found = torch.autograd.grad(layer(x)[0].sum(), (w_ih, w_hh, b_ih))
+    h = tp.rnn(nn.functional.linear(x, w_ih, b_ih + b_hh), w_hh, rule=rule, backend=backend)
+    for what, *pair in zip(("U", "W", "b"), found, torch.autograd.grad(h.sum(), (w_ih, w_hh, b_ih)), strict=True):
+        assert_near(pair[0], extended(pair[1]), what, condition=20)
 
 
 def test_without_a_sequence(backend):

@@ -8,7 +8,7 @@ import pickle
 import pytest
 
 import tp_kernels as tp
-from tp_kernels.rules import resolve
+from tp_kernels.rules import Sweep, resolve
 
 TargetProp, BackProp = tp.TargetProp, tp.BackProp
 
@@ -23,6 +23,9 @@ TargetProp, BackProp = tp.TargetProp, tp.BackProp
         ({"inverse": "layer"}, 0.25, 1.0),
         ({"inverse": "layer", "power": 0.5}, 1e-4, 0.5),
         ({"inverse": "identity"}, 0.25, 1.0),
+        ({"inverse": "jacobian"}, 0.25, 1.0),
+        ({"inverse": "layer", "mode": "difference"}, 0.25, 1.0),
+        ({"inverse": "layer", "mode": "direct", "power": 0.5}, 1e-4, 0.5),
         ({"inverse": "layer", "reg": 0.7}, 0.7, 1.0),
     ],
     ids=str,
@@ -36,7 +39,7 @@ def test_defaults_follow_inverse_and_power(arguments, reg, power):
 def test_other_defaults():
     rule = TargetProp()
     assert (rule.inverse, rule.update, rule.mode) == ("weight", "total", "linearized")
-    assert (rule.step, rule.clip) == (1.0, 1e-3)
+    assert (rule.step, rule.clip, rule.rtol) == (1.0, 1e-3, 1e-4)
 
 
 def test_paper():
@@ -76,19 +79,19 @@ ERRORS = {
     "mode": ({"mode": 1}, TypeError, "mode must be a str, got int"),
     "mode-word": ({"mode": "x"}, ValueError, "mode must be one of 'linearized', 'difference', 'direct', got 'x'"),
     "jacobian": (
-        {"inverse": "jacobian"},
-        NotImplementedError,
-        "inverse='jacobian' is not implemented yet; available: 'weight', 'layer', 'identity'",
+        {"inverse": "jacobian", "power": 0.5},
+        ValueError,
+        "power must be 1.0, inverse='jacobian' knows no other, got 0.5",
     ),
     "difference": (
         {"mode": "difference"},
-        NotImplementedError,
-        "mode='difference' is not implemented yet; available: 'linearized'",
+        ValueError,
+        "inverse must be 'layer' with mode='difference', got 'weight'",
     ),
     "direct": (
-        {"mode": "direct"},
-        NotImplementedError,
-        "mode='direct' is not implemented yet; available: 'linearized'",
+        {"mode": "direct", "inverse": "jacobian"},
+        ValueError,
+        "inverse must be 'layer' with mode='direct', got 'jacobian'",
     ),
     "power": ({"power": 0.0}, ValueError, "power must be one of 1.0, 0.5, got 0.0"),
     "power-nan": ({"power": math.nan}, ValueError, "power must be one of 1.0, 0.5, got nan"),
@@ -105,6 +108,10 @@ ERRORS = {
     "step-none": ({"step": None}, TypeError, "step must be a real number, got NoneType"),
     "clip-zero": ({"clip": 0.0}, ValueError, "clip must be in (0, 1), got 0.0"),
     "clip-one": ({"clip": 1}, ValueError, "clip must be in (0, 1), got 1"),
+    "rtol-zero": ({"rtol": 0.0}, ValueError, "rtol must be in (0, 1), got 0.0"),
+    "rtol-one": ({"rtol": 1.0}, ValueError, "rtol must be in (0, 1), got 1.0"),
+    "rtol-nan": ({"rtol": math.nan}, ValueError, "rtol must be in (0, 1), got nan"),
+    "rtol-word": ({"rtol": "tight"}, TypeError, "rtol must be a real number, got str"),
     "clip-complex": ({"clip": 1j}, TypeError, "clip must be a real number, got complex"),
 }
 
@@ -116,6 +123,28 @@ def test_errors(name):
         TargetProp(**arguments)
     assert type(caught.value) is kind
     assert str(caught.value) == f"TargetProp: {text}"
+
+
+def test_the_words_of_a_sweep():
+    """One word says how a displacement goes back: the mode where it is not linearized."""
+    words = {
+        "none": BackProp(),
+        "weight": TargetProp(),
+        "layer": TargetProp.paper(),
+        "identity": TargetProp(inverse="identity"),
+        "jacobian": TargetProp(inverse="jacobian"),
+        "difference": TargetProp(inverse="layer", mode="difference"),
+        "direct": TargetProp(inverse="layer", mode="direct"),
+    }
+    assert {word: Sweep.of(rule, "relu").inverse for word, rule in words.items()} == {word: word for word in words}
+    assert [word for word, rule in words.items() if Sweep.of(rule, "relu").uses_inverse] == [
+        "weight",
+        "layer",
+        "difference",
+        "direct",
+    ]
+    rule = TargetProp(0.5, "jacobian", "local", step=2.0, clip=0.2, rtol=0.1)
+    assert Sweep.of(rule, "tanh") == Sweep("tanh", "jacobian", "local", 2.0, 0.2, 0.5, 0.1, first=0)
 
 
 def test_resolve():

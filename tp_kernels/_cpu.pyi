@@ -35,15 +35,22 @@ def rnn_bwd(
     through_in: int,
     carried_out: int,
     through_out: int,
+    u: int,
+    u_strides: tuple[int, int, int],
+    h0: int,
     grad_u: int,
+    iterations: int,
     sizes: tuple[int, int, int, int],
     nonlinearity: str,
     inverse: str,
     update: str,
     step: float,
     clip: float,
+    reg: float,
+    rtol: float,
+    first: int,
     threads: int,
-) -> None: ...
+) -> tuple[int, int, int, float] | None: ...
 def regularized_solve(
     *,
     double: bool,

@@ -5,7 +5,7 @@ import math
 import torch
 
 from tp_kernels._backends import NAMES
-from tp_kernels.rules import Rule, TargetProp
+from tp_kernels.rules import Rule, TargetProp, uses_inverse
 
 NONLINEARITIES = ("tanh", "relu", "identity")
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -102,12 +102,15 @@ def checkpoint_every(op: str, value: object) -> None:
         raise ValueError(f"{op}: checkpoint_every must be at least 1, got {value}")
 
 
-def layer_inverse(op: str, rule: Rule, nonlinearity: str, dtype: torch.dtype) -> None:
-    """Whether this dtype can hold what the inverse of the activation is clipped to."""
-    if not isinstance(rule, TargetProp) or rule.inverse != "layer" or nonlinearity != "tanh":
+def numbers_of_rule(op: str, rule: Rule, nonlinearity: str, dtype: torch.dtype) -> None:
+    """Whether the rule's numbers mean something in this dtype."""
+    if not isinstance(rule, TargetProp):
         return
+    if rule.inverse == "jacobian":  # elsewhere, it is for regularized_inverse to say
+        regularization(op, rule.reg, dtype)
     smallest = torch.finfo(dtype).eps
-    if rule.clip < smallest:  # 1 - clip(h)² would be 0 where h rounds to 1
+    if rule.inverse == "layer" and nonlinearity == "tanh" and rule.clip < smallest:
+        # 1 - clip(h)² would be 0 where h rounds to 1
         raise ValueError(f"{op}: rule must have clip of at least {smallest:.3g} in {_name(dtype)}, got {rule.clip!r}")
 
 
@@ -115,7 +118,7 @@ def feedback(op: str, value: object, weight: torch.Tensor, weight_name: str, rul
     if value is None:
         return
     floating_tensor(op, "feedback", value)
-    if not isinstance(rule, TargetProp) or rule.inverse not in ("weight", "layer"):
+    if not uses_inverse(rule):
         raise ValueError(f"{op}: feedback must be None where the rule has no inverse to replace, got one with {rule!r}")
     if value.shape != weight.shape:
         raise ValueError(f"{op}: feedback must have the shape of {weight_name}, {_shape(weight)}, got {_shape(value)}")
@@ -156,6 +159,6 @@ def rnn(
         same_kind(op, "h0", h0, "u", u)
     feedback(op, feedback_matrix, weight, "weight", rule)
     word(op, "nonlinearity", nonlinearity, NONLINEARITIES)
-    layer_inverse(op, rule, nonlinearity, u.dtype)
+    numbers_of_rule(op, rule, nonlinearity, u.dtype)
     checkpoint_every(op, every)
     backend(op, backend_name)

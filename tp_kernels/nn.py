@@ -9,9 +9,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from tp_kernels import _validate
 from tp_kernels._library import autocast_enabled
-from tp_kernels.ops.rnn.feedback import RefreshedFeedback, has_inverse
+from tp_kernels.ops.rnn.feedback import RefreshedFeedback
 from tp_kernels.ops.rnn.op import rnn_layer
-from tp_kernels.rules import Rule, resolve
+from tp_kernels.rules import Rule, resolve, uses_inverse
 
 
 def _not_implemented(what: str) -> NotImplementedError:
@@ -174,7 +174,7 @@ class RNN(nn.Module):
         self._check_parameters()
         self._check_input(input, hx)
         feedback = self.feedback
-        if feedback is None and self.refreshed is not None and torch.is_grad_enabled() and has_inverse(self.rule):
+        if feedback is None and self.refreshed is not None and torch.is_grad_enabled() and uses_inverse(self.rule):
             feedback = self.refreshed(self.weight_hh_l0, self.rule, self.backend)
         batched = input.dim() == 3
         x = input if batched else input.unsqueeze(0 if self.batch_first else 1)
@@ -221,7 +221,7 @@ class RNN(nn.Module):
         if input.shape[1 if self.batch_first and input.dim() == 3 else 0] == 0:
             raise ValueError(f"nn.RNN: input must have at least one time step (T >= 1), got {tuple(input.shape)}")
         _validate.same_kind("nn.RNN", "input", input, "weight_ih_l0", self.weight_ih_l0)
-        _validate.layer_inverse("nn.RNN", self.rule, self.nonlinearity, input.dtype)
+        _validate.numbers_of_rule("nn.RNN", self.rule, self.nonlinearity, input.dtype)
         if hx is None:
             return
         _validate.floating_tensor("nn.RNN", "hx", hx)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 _INVERSES = ("weight", "layer", "identity", "jacobian")
 _UPDATES = ("total", "local")
 _MODES = ("linearized", "difference", "direct")
-_NOT_IMPLEMENTED = {"inverse": ("jacobian",), "mode": ("difference", "direct")}
 
 
 def _check_word(argument: str, value: object, words: tuple[str, ...]) -> None:
@@ -15,10 +14,6 @@ def _check_word(argument: str, value: object, words: tuple[str, ...]) -> None:
         raise TypeError(f"TargetProp: {argument} must be a str, got {type(value).__name__}")
     if value not in words:
         raise ValueError(f"TargetProp: {argument} must be one of {', '.join(map(repr, words))}, got {value!r}")
-    missing = _NOT_IMPLEMENTED.get(argument, ())
-    if value in missing:
-        available = ", ".join(repr(word) for word in words if word not in missing)
-        raise NotImplementedError(f"TargetProp: {argument}={value!r} is not implemented yet; available: {available}")
 
 
 def _check_number(argument: str, value: object, low: float, high: float, expected: str) -> float:
@@ -41,27 +36,33 @@ class TargetProp:
         reg: regularization r > 0 of the inverse. ``None``: 1e-4 at power 1/2, 1/4 at power 1 (no direction grows).
         inverse: what carries a displacement one step back. ``"weight"``: the regularized inverse P of the recurrent
             weight; ``"layer"``: P after the inverse of the activation (the paper's); ``"identity"``: nothing at all
-            (a control). ``"jacobian"`` is not implemented yet.
+            (a control); ``"jacobian"``: the regularized inverse of the layer's own linearization, a solve for every
+            sample and step.
         update: ``"total"``: adjoints through the recurrence (what the authors' code computes); ``"local"``: each
             layer's own least-squares gradient, previous state held fixed (the paper's formula).
-        mode: ``"linearized"``. ``"difference"`` and ``"direct"`` are not implemented yet.
+        mode: ``"linearized"``: ``inverse`` carries displacements, to first order. With ``inverse="layer"`` also the
+            non-linear forms, with ``f⁻¹(v) = P(a⁻¹(clip v) - u_t)`` and relu's inverse taken as relu:
+            ``"difference"``, ``v_{t-1} = h_{t-1} + f⁻¹(v_t) - f⁻¹(h_t)``, and ``"direct"``, ``v_{t-1} = f⁻¹(v_t)``.
         power: 1 or 1/2, the exponent α of ``P = (WᵀW + rI)^{-α} Wᵀ``. ``None``: 1/2 for ``inverse="weight"``
-            (targets keep their length), 1 for the others.
-        step: γ > 0, the step from a state to its target along the negative gradient. A mere scale here.
-        clip: ε in (0, 1): ``inverse="layer"`` divides by ``1 - clip(h, ±(1-ε))²`` where the activation is tanh.
+            (targets keep their length), 1 for the others. ``inverse="jacobian"`` knows power 1 only.
+        step: γ > 0, the step from a state to its target along the negative gradient. A mere scale of all gradients
+            where the mode is linearized; the other modes are not linear in it.
+        clip: ε in (0, 1): ``inverse="layer"`` clips h, or v, to ±(1-ε) where the activation is tanh, and divides by
+            ``1 - clip(h)²``, or takes atanh of it.
+        rtol: in (0, 1): the relative residual to which ``inverse="jacobian"`` solves.
 
     The attributes hold resolved numbers: ``dataclasses.replace(rule, inverse=...)`` keeps reg and power as they are.
 
     Raises:
         TypeError: an argument is not of the stated kind.
         ValueError: an argument is outside the stated range, or a word is unknown.
-        NotImplementedError: a word that is known but not implemented yet.
 
     Source: Roulet and Harchaoui, "Target Propagation via Regularized Inversion", arXiv 2112.01453.
 
     Example:
-        >>> TargetProp()
-        TargetProp(reg=0.0001, inverse='weight', update='total', mode='linearized', power=0.5, step=1.0, clip=0.001)
+        >>> TargetProp()  # doctest: +NORMALIZE_WHITESPACE
+        TargetProp(reg=0.0001, inverse='weight', update='total', mode='linearized', power=0.5, step=1.0, clip=0.001,
+        rtol=0.0001)
         >>> TargetProp(inverse="layer").reg
         0.25
     """
@@ -73,30 +74,37 @@ class TargetProp:
     power: float | None = None
     step: float = 1.0
     clip: float = 1e-3
+    rtol: float = 1e-4
 
     def __post_init__(self) -> None:
         _check_word("inverse", self.inverse, _INVERSES)
         _check_word("update", self.update, _UPDATES)
         _check_word("mode", self.mode, _MODES)
+        if self.mode != "linearized" and self.inverse != "layer":
+            raise ValueError(f"TargetProp: inverse must be 'layer' with mode={self.mode!r}, got {self.inverse!r}")
         power = (0.5 if self.inverse == "weight" else 1.0) if self.power is None else self.power
         if isinstance(power, bool) or not isinstance(power, (int, float)):
             raise TypeError(f"TargetProp: power must be a real number, got {type(power).__name__}")
         if power not in (1.0, 0.5):  # no global floats: with dynamic=True torch.compile makes symbols of them
             raise ValueError(f"TargetProp: power must be one of 1.0, 0.5, got {power!r}")
+        if self.inverse == "jacobian" and power != 1.0:
+            raise ValueError(f"TargetProp: power must be 1.0, inverse='jacobian' knows no other, got {power!r}")
         reg = (1e-4 if power == 0.5 else 0.25) if self.reg is None else self.reg
         positive = "positive and finite"
         object.__setattr__(self, "power", float(power))
         object.__setattr__(self, "reg", _check_number("reg", reg, 0.0, math.inf, positive))
         object.__setattr__(self, "step", _check_number("step", self.step, 0.0, math.inf, positive))
         object.__setattr__(self, "clip", _check_number("clip", self.clip, 0.0, 1.0, "in (0, 1)"))
+        object.__setattr__(self, "rtol", _check_number("rtol", self.rtol, 0.0, 1.0, "in (0, 1)"))
 
     @classmethod
     def paper(cls, reg: float = 1.0, step: float = 1.0) -> "TargetProp":
         """The paper's own rule: power 1, ``inverse="layer"``, ``update="local"``.
 
         Example:
-            >>> TargetProp.paper(reg=10.0, step=0.01)
-            TargetProp(reg=10.0, inverse='layer', update='local', mode='linearized', power=1.0, step=0.01, clip=0.001)
+            >>> TargetProp.paper(reg=10.0, step=0.01)  # doctest: +NORMALIZE_WHITESPACE
+            TargetProp(reg=10.0, inverse='layer', update='local', mode='linearized', power=1.0, step=0.01, clip=0.001,
+            rtol=0.0001)
         """
         return cls(reg=reg, inverse="layer", update="local", power=1.0, step=step)
 
@@ -114,26 +122,40 @@ class BackProp:
 Rule = TargetProp | BackProp
 
 
+def uses_inverse(rule: Rule) -> bool:
+    """Whether it multiplies by P, the regularized inverse of the weight."""
+    return isinstance(rule, TargetProp) and rule.inverse in ("weight", "layer")
+
+
 class Sweep(NamedTuple):
     """What one sweep back over time computes: a rule for one nonlinearity, in the words of the backward ops."""
 
     nonlinearity: str
-    inverse: str = "none"  # with the update "total": back-propagation
+    inverse: str = "none"  # with the update "total": back-propagation; or the mode, "difference" or "direct"
     update: str = "total"
     step: float = 1.0
     clip: float = 1e-3
+    reg: float = 0.25
+    rtol: float = 1e-4
+    first: int = 0  # the number of its first step, for an error to name
+
+    @property
+    def uses_inverse(self) -> bool:
+        """Whether it multiplies by P."""
+        return self.inverse in ("weight", "layer", "difference", "direct")
 
     @classmethod
     def of(cls, rule: Rule, nonlinearity: str) -> "Sweep":
         """The sweep of a rule.
 
         Example:
-            >>> Sweep.of(BackProp(), "tanh")
-            Sweep(nonlinearity='tanh', inverse='none', update='total', step=1.0, clip=0.001)
+            >>> Sweep.of(TargetProp(inverse="identity"), "tanh") == Sweep("tanh", "identity")
+            True
         """
         if isinstance(rule, BackProp):
             return cls(nonlinearity)
-        return cls(nonlinearity, rule.inverse, rule.update, rule.step, rule.clip)
+        inverse = rule.inverse if rule.mode == "linearized" else rule.mode
+        return cls(nonlinearity, inverse, rule.update, rule.step, rule.clip, rule.reg, rule.rtol)
 
 
 def resolve(op: str, rule: Rule | None) -> Rule:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tp_kernels.nn import RNN
 from tp_kernels.ops.rnn import reference
@@ -229,7 +230,7 @@ def _record(
     inputs = dict(zip(_INPUTS, node.saved_tensors[: len(_INPUTS)], strict=True))
     present = [name for name, tensor in inputs.items() if tensor is not None]
     found = dict.fromkeys(_INPUTS) | dict(zip(present, gradients, strict=True))
-    reg, power, sweep, backend = node.words
+    power, sweep, backend = node.words
     weight, nonlinearity = inputs["weight_hh"], sweep.nonlinearity
     trained = [parameter for parameter in _PARAMETERS if found[parameter] is not None]
     h, bp = _back_propagation(inputs, trained, arrived, nonlinearity, backend)
@@ -238,11 +239,17 @@ def _record(
     if grad_last is not None:
         g[-1] += grad_last
     feedback = node.saved_tensors[len(_INPUTS)]
-    if feedback is None and sweep.inverse in ("weight", "layer"):
-        feedback = torch.ops.tp_kernels.rnn_feedback(weight, reg, power, backend)
+    if feedback is None and sweep.uses_inverse:
+        feedback = torch.ops.tp_kernels.rnn_feedback(weight, sweep.reg, power, backend)
+    u = iterations = None
+    if sweep.inverse == "direct":
+        u = functional.linear(inputs["input"], inputs["weight_ih"], inputs["bias"])
+    arguments = (g, None, h, weight, feedback, None, None, u, inputs["h0"])
+    if sweep.inverse == "jacobian":
+        iterations = torch.ops.tp_kernels.rnn_iterations(*arguments, *sweep, backend).amax(1).tolist()
     norms = [
         torch.stack([*_mean_and_max(displacement), *_mean_and_max(adjoint), *_mean_and_max(g[t])])
-        for t, displacement, adjoint, *_ in reference.steps_back(g, None, h, weight, feedback, None, None, sweep)
+        for t, displacement, adjoint, *_ in reference.steps_back(*arguments, sweep)
     ]
 
     def angle(*parameters: str) -> float | None:
@@ -258,7 +265,7 @@ def _record(
         angle_weight_hh=angle("weight_hh"),
         angle_all=angle("weight_ih", "weight_hh", *["bias"] * biases),
         weight_hh_norm=torch.linalg.matrix_norm(weight.double(), 2).item(),
-        solver_iterations=None,
+        solver_iterations=iterations,
     )
 
 

@@ -39,6 +39,19 @@ inline V broadcast(T x) {
     return x - V{};
 }
 
+// Sum of the lanes, by halves.
+template <class T, class V>
+inline T sum(V v) {
+    constexpr int half = sizeof(V) / sizeof(T) / 2;
+    if constexpr (half == 0) {
+        return v[0];
+    } else {
+        T values[2 * half];
+        store(values, v);
+        return sum<T>(load<Vec<T, half>>(values) + load<Vec<T, half>>(values + half));
+    }
+}
+
 // Calls f(zero vector, row, first column) so that vectors cover rows × n elements. Where n is no multiple of the
 // vector, the last two of a row overlap: f must not read what it writes.
 template <class T, class F>

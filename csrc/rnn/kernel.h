@@ -4,11 +4,12 @@
 #pragma once
 
 #include <stddef.h>
+#include <stdint.h>
 
 namespace tpk {
 
 enum class Nonlinearity { tanh, relu, identity };
-enum class Inverse { none, identity, weight, layer };
+enum class Inverse { none, identity, weight, layer, jacobian, difference, direct };
 enum class Update { total, local };
 
 struct Strides {
@@ -31,6 +32,12 @@ struct RnnForward {
     int threads;
 };
 
+// Where the solve of "jacobian" gave up, and the relative residual it was left with; 0: nowhere.
+struct Unsolved {
+    double residual;
+    ptrdiff_t t, b, head;
+};
+
 template <class T>
 struct RnnBackward {
     const T* grad_h;  // or null: zero
@@ -38,18 +45,25 @@ struct RnnBackward {
     const T* grad_last;  // [B][H][N], added to the last step's gradient, or null: zero
     const T* h;
     const T* weight;    // [H][N][N]
-    const T* feedback;  // [H][N][N]: P, for the inverses "weight" and "layer"
+    const T* feedback;  // [H][N][N]: P, for the inverses "weight", "layer", "difference" and "direct"
     // [B][H][N] each: what the step after the last one sends back (null: nothing), and what the first one sends on.
     const T* carried_in;  // the inverse's term; of no use to the inverse "none"
     const T* through_in;  // Wᵀ δ; of no use to the update "local"
     T* carried_out;       // or null
     T* through_out;       // or null
+    // For the inverse "direct": what went into the states, and the one before the first (null: zero).
+    const T* u;
+    Strides u_strides;
+    const T* h0;
     T* grad_u;
+    int32_t* iterations;  // [T][B][H], of the solve of "jacobian", or null
+    Unsolved* unsolved;   // the worst
     ptrdiff_t T_, B, H, N;
     Nonlinearity nonlinearity;
     Inverse inverse;
     Update update;
-    T step, clip;
+    T step, clip, reg, rtol;
+    ptrdiff_t first;  // the number of the first step, for "unsolved"
     int threads;
 };
 

@@ -4,9 +4,10 @@
 #include "../common/denormals.h"
 #include "../common/gemm.h"
 #include "../common/memory.h"
-#include "../common/tanh.h"
 #include "../common/threads.h"
+#include "jacobian_cpu.inl"
 #include "kernel.h"
+#include "tile.h"
 
 namespace tpk::TPK_ISA {
 
@@ -14,9 +15,8 @@ struct Tiles {
     ptrdiff_t rows, per_head, count;  // rows of a tile, tiles of a head, tiles in all
 
     Tiles(ptrdiff_t B, ptrdiff_t H, int threads) {
-        constexpr ptrdiff_t largest = 48;  // enough to hide the weights' trip from the second-level cache
         const ptrdiff_t fair = divide_up(B * H, threads > 0 ? threads : 1);
-        per_head = divide_up(B, fair < largest ? fair : largest);
+        per_head = divide_up(B, fair < largest_tile ? fair : largest_tile);
         rows = divide_up(B, per_head);
         per_head = divide_up(B, rows);
         count = per_head * H;
@@ -28,34 +28,6 @@ template <class T>
 void pack_heads(const T* weight, bool transposed, ptrdiff_t H, ptrdiff_t N, T* packed) {
     for (ptrdiff_t head = 0; head < H; ++head)
         pack(weight + head * N * N, transposed ? 1 : N, transposed ? N : 1, N, N, packed + head * N * padded<T>(N), N);
-}
-
-template <Nonlinearity a, class T, class V>
-inline V activation(V z) {
-    if constexpr (a == Nonlinearity::tanh) return tanh<T>(z);
-    if constexpr (a == Nonlinearity::relu) return z < 0 ? V{} : z;  // NaN stays
-    return z;
-}
-
-template <Nonlinearity a, class V>
-inline V through_activation(V adjoint, V h) {
-    if constexpr (a == Nonlinearity::tanh) return adjoint * (1 - h * h);
-    if constexpr (a == Nonlinearity::relu) return h <= 0 ? V{} : adjoint;
-    return adjoint;
-}
-
-template <class V, class T>
-inline V clamp(V x, T low, T high) {
-    const V raised = x < low ? broadcast<V>(low) : x;
-    return raised > high ? broadcast<V>(high) : raised;  // NaN stays
-}
-
-// The linearized inverse of the activation, at h; that of relu is relu.
-template <Nonlinearity a, class V, class T>
-inline V through_inverse(V lambda, V h, T low, T high) {
-    if constexpr (a != Nonlinearity::tanh) return through_activation<a>(lambda, h);
-    const V clipped = clamp(h, low, high);
-    return lambda / (1 - clipped * clipped);
 }
 
 template <class T>
@@ -95,26 +67,39 @@ void forward_tile(const RnnForward<T>& f, const T* packed, ptrdiff_t head, ptrdi
     }
 }
 
+template <class T>
+inline void clear(T* elements, ptrdiff_t count) {
+    __builtin_memset(elements, 0, static_cast<size_t>(count) * sizeof(T));
+}
+
 template <class T, Nonlinearity a>
-void backward_tile(const RnnBackward<T>& f, const T* packed_feedback, const T* packed_weight, ptrdiff_t head,
-                   ptrdiff_t first, ptrdiff_t rows, T* scratch) {
+void backward_tile(const RnnBackward<T>& f, const T* packed_feedback, const T* packed_weight, const Gram<T>& gram,
+                   ptrdiff_t head, ptrdiff_t first, ptrdiff_t rows, T* scratch) {
     const ptrdiff_t N = f.N, row = f.H * N, time = f.B * row, columns = padded<T>(N), size = rows * columns;
-    const ptrdiff_t offset = first * row + head * N, g_row = f.grad_h_strides.batch;
+    const ptrdiff_t offset = first * row + head * N, g_row = f.grad_h_strides.batch, u_row = f.u_strides.batch;
     const Inverse inverse = f.inverse;
-    const bool total = f.update == Update::total, product = inverse == Inverse::weight || inverse == Inverse::layer;
+    const bool total = f.update == Update::total, jacobian = inverse == Inverse::jacobian,
+               direct = inverse == Inverse::direct, product = inverse != Inverse::none && inverse != Inverse::identity;
     T* inverse_term = scratch;             // of λ_{t+1}, for the step at hand
     T* through = scratch + size;           // Wᵀ δ_{t+1}
-    T* displacement = scratch + 2 * size;  // λ_t, or what "layer" makes of it
+    T* displacement = scratch + 2 * size;  // λ_t, or what P takes of it
     const T* delta = nullptr;              // δ_{t+1}
     const T step = f.step, low = f.clip - 1, high = 1 - f.clip;
+    JacobianSolver<T> solver(f, gram, head, first, rows, scratch + 3 * size);
+    // term(λ_t), from what the pass over the elements made of λ_t; h_{t-1} is still to be added to that of "direct"
+    const auto send_back = [&](ptrdiff_t t) {
+        if (jacobian) solver.template solve<a>(t, displacement);
+        multiply_packed(displacement, columns, rows, jacobian ? packed_weight : packed_feedback, N, N, inverse_term,
+                        columns);
+    };
+    if (jacobian) clear(displacement, (1 + JacobianSolver<T>::arrays) * size);  // columns beyond N stay zero
     if (f.carried_in) copy_rows(f.carried_in + offset, row, rows, N, product ? inverse_term : displacement, columns);
     if (f.through_in) copy_rows(f.through_in + offset, row, rows, N, through, columns);
     for (ptrdiff_t t = f.T_ - 1; t >= 0; --t) {
         const bool inner = t < f.T_ - 1;  // a step of this call follows
         const bool carried = inverse != Inverse::none && (inner || f.carried_in),
                    adjoint = total && (inner || f.through_in);
-        if (inner && product)
-            multiply_packed(displacement, columns, rows, packed_feedback, N, N, inverse_term, columns);
+        if (inner && product) send_back(t + 1);
         if (inner && total) multiply_packed(delta, row, rows, packed_weight, N, N, through, columns);
         const T* term = product ? inverse_term : displacement;
         T* next = product ? displacement : inverse_term;  // never what is read: overlapping vectors are computed twice
@@ -123,15 +108,19 @@ void backward_tile(const RnnBackward<T>& f, const T* packed_feedback, const T* p
         const T* last = !inner && f.grad_last ? f.grad_last + offset : nullptr;
         const T* h = f.h + t * time + offset;
         T* grad_u = f.grad_u + t * time + offset;
+        const T* u = !direct ? nullptr : f.u + t * f.u_strides.time + first * u_row + head * f.u_strides.head;
         for_elements<T>(rows, N, [=](auto zero, ptrdiff_t i, ptrdiff_t j) {
             using V = decltype(zero);
             V lambda = carried ? load<V>(term + i * columns + j) : zero;
+            const V state = load<V>(h + i * row + j);
+            if (direct && inner) lambda += state;
             if (g) lambda += step * load<V>(g + i * g_row + j);
             if (last) lambda += step * load<V>(last + i * row + j);
             const V mu = adjoint ? lambda + load<V>(through + i * columns + j) : lambda;
-            const V state = load<V>(h + i * row + j);
             store(grad_u + i * row + j, through_activation<a>(mu, state));
             if (inverse == Inverse::layer) lambda = through_inverse<a>(lambda, state, low, high);
+            if (inverse == Inverse::difference) lambda = inverse_difference<a>(lambda, state, low, high);
+            if (direct) lambda = load<V>(u + i * u_row + j) - inverse_activation<a>(state - lambda, low, high);
             if (inverse != Inverse::none) store(next + i * columns + j, lambda);
         });
         delta = grad_u;
@@ -145,8 +134,15 @@ void backward_tile(const RnnBackward<T>& f, const T* packed_feedback, const T* p
         copy_rows(through, columns, rows, N, f.through_out + offset, row);
     }
     if (f.carried_out && inverse != Inverse::none) {
-        if (product) multiply_packed(displacement, columns, rows, packed_feedback, N, N, inverse_term, columns);
-        copy_rows(product ? inverse_term : displacement, columns, rows, N, f.carried_out + offset, row);
+        if (product) send_back(0);
+        const T* term = product ? inverse_term : displacement;
+        const T* h0 = direct && f.h0 ? f.h0 + offset : nullptr;
+        T* sent = f.carried_out + offset;
+        for_elements<T>(rows, N, [=](auto zero, ptrdiff_t i, ptrdiff_t j) {
+            using V = decltype(zero);
+            const V lambda = load<V>(term + i * columns + j);
+            store(sent + i * row + j, h0 ? lambda + load<V>(h0 + i * row + j) : lambda);
+        });
     }
 }
 
@@ -191,11 +187,19 @@ template <class T>
 bool rnn_backward(const RnnBackward<T>& f) {
     if (f.B == 0) return true;
     const Tiles tiles(f.B, f.H, f.threads);
-    const ptrdiff_t columns = padded<T>(f.N), matrix = f.N * columns, scratch = 3 * tiles.rows * columns;
+    const bool jacobian = f.inverse == Inverse::jacobian;
+    const ptrdiff_t columns = padded<T>(f.N), matrix = f.N * columns;
+    const ptrdiff_t scratch = (jacobian ? 3 + JacobianSolver<T>::arrays : 3) * tiles.rows * columns;
     const int threads = static_cast<int>(tiles.count < f.threads ? tiles.count : f.threads);
-    Scratch<T> feedback(f.feedback ? f.H * matrix : 0), weight(f.H * matrix), products(threads * scratch);
-    if (!feedback || !weight || !products) return false;
-    if (f.feedback) pack_heads(f.feedback, true, f.H, f.N, feedback.get());
+    const bool square = f.feedback || jacobian;  // P, or K
+    Scratch<T> feedback(square ? f.H * matrix : 0), weight(f.H * matrix), products(threads * scratch),
+        diagonals(jacobian ? f.H * columns + 2 * matrix : 0);
+    Scratch<Gram<T>> grams(f.H);
+    if (!feedback || !weight || !products || !diagonals || !grams) return false;
+    for (ptrdiff_t head = 0; jacobian && head < f.H; ++head)
+        grams.get()[head] = gram_of(f.weight + head * f.N * f.N, f.N, f.reg, f.rtol, feedback.get() + head * matrix,
+                                    diagonals.get() + head * columns, diagonals.get() + f.H * columns);
+    if (f.feedback && !jacobian) pack_heads(f.feedback, true, f.H, f.N, feedback.get());
     pack_heads(f.weight, false, f.H, f.N, weight.get());
     const auto tile = f.nonlinearity == Nonlinearity::tanh   ? backward_tile<T, Nonlinearity::tanh>
                       : f.nonlinearity == Nonlinearity::relu ? backward_tile<T, Nonlinearity::relu>
@@ -205,7 +209,7 @@ bool rnn_backward(const RnnBackward<T>& f) {
         const FlushDenormals flush;
         const ptrdiff_t head = index / tiles.per_head, first = index % tiles.per_head * tiles.rows;
         const ptrdiff_t rest = f.B - first, rows = rest < tiles.rows ? rest : tiles.rows;
-        tile(f, feedback.get() + head * matrix, weight.get() + head * matrix, head, first, rows,
+        tile(f, feedback.get() + head * matrix, weight.get() + head * matrix, grams.get()[head], head, first, rows,
              products.get() + thread_number() * scratch);
     }
     return true;

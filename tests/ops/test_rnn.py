@@ -1,6 +1,8 @@
 """``rnn``: the eight tests, oracles from outside, and the identities of the algorithm."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,8 +17,15 @@ from _cases import (
     TIME_CASES,
     RNNCase,
 )
-from _checks import backward_op, rnn_backward_check, rnn_forward_check, tanh_check
-from _compare import assert_budget, assert_differences, assert_identical, assert_near, assert_same_pattern
+from _checks import atanh_check, backward_op, condition_of_jacobian, rnn_backward_check, rnn_forward_check, tanh_check
+from _compare import (
+    assert_budget,
+    assert_differences,
+    assert_identical,
+    assert_near,
+    assert_same_pattern,
+    assert_solved,
+)
 from _oracle import SLOPES, displacements, extended, rnn_backward, rnn_forward, weight_gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,7 +33,7 @@ from torch import Tensor
 
 import tp_kernels as tp
 from tp_kernels import _native
-from tp_kernels.ops.rnn import feedback, op
+from tp_kernels.ops.rnn import feedback, op, reference
 from tp_kernels.rules import Sweep
 
 SMALL = RNNCase(T=4, B=3, N=5)
@@ -54,6 +63,10 @@ def test_tanh_accuracy(dtype, backend):
     tanh_check(dtype, backend)
 
 
+def test_atanh_accuracy(dtype, backend):
+    atanh_check(dtype, backend)
+
+
 @pytest.mark.parametrize("nonlinearity", ["relu", "identity"])
 def test_exact_activations(nonlinearity, dtype, backend):
     values = torch.tensor([0.0, -0.0, 1e-37, -1e-37, 1.5, -1.5, 3e38, -3e38, torch.inf, -torch.inf, torch.nan])
@@ -75,7 +88,7 @@ def test_half_precision_runs_on_the_reference(name):
 
 # --- backward
 
-BACKWARD_RULES = ("bp", "weight-total", "layer-local")
+BACKWARD_RULES = ("bp", "weight-total", "layer-local", "jacobian-total", "direct-total")
 
 
 @pytest.mark.parametrize("rule", BACKWARD_RULES)
@@ -90,7 +103,7 @@ def test_backward_tiles(case, rule, dtype, backend):
         pytest.param(case, rule, id=f"{case}-{rule}")
         for case in TIME_CASES + HEAD_CASES
         for rule in RULES
-        if not (rule.startswith("layer") and case.nonlinearity == "tanh" and case.T == 1000)
+        if not (rule.startswith(("layer", "difference", "direct")) and case.nonlinearity == "tanh" and case.T == 1000)
     ],
 )
 def test_backward_times_and_heads(case, rule, dtype, backend):
@@ -105,18 +118,18 @@ def test_backward_sources(case, rule, sources, dtype, backend):
     u, weight, h0 = case.tensors(dtype)
     h = ops.rnn_fwd(u, weight, h0, case.nonlinearity, "reference")
     sweep = Sweep.of(RULES[rule], case.nonlinearity)
-    feedback = weight.mT.contiguous() if sweep.inverse in ("weight", "layer") else None
+    feedback = weight.mT.contiguous() if sweep.uses_inverse else None
     grad, last = torch.zeros_like(h), torch.zeros_like(h[-1])
     if sources == "states":
         grad = case.gradient(dtype)
     elif sources == "last":
         last = case.gradient(dtype)[-1]
     arrives = grad if sources == "states" else None, last if sources == "last" else None
-    found = backward_op(*arrives, h, weight, feedback, sweep, backend)
-    expected = backward_op(grad, last, h, weight, feedback, sweep, backend)
+    found = backward_op(*arrives, h, weight, feedback, sweep, backend, u, h0)
+    expected = backward_op(grad, last, h, weight, feedback, sweep, backend, u, h0)
     for what, *pair in zip(("grad_u", "grad_h0"), found, expected, strict=True):
         assert_identical(*pair, what)
-    assert found[0].any() == (sources != "neither")
+    assert found[0].any() == (sources != "neither" or sweep.inverse == "direct")
 
 
 @pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
@@ -126,6 +139,7 @@ def test_gradients(shape, rule, nonlinearity, dtype, backend):
     """All gradients of the public function, with the P it computes itself."""
     case = shape.with_(nonlinearity=nonlinearity)
     rule = RULES[rule]
+    sweep = Sweep.of(rule, nonlinearity)
     tensors = case.tensors(dtype)
     u, weight, h0 = map(extended, tensors)
     found, reference = (gradients(case, rule, dtype, name) for name in (backend, "reference"))
@@ -134,16 +148,16 @@ def test_gradients(shape, rule, nonlinearity, dtype, backend):
     def exact(h: Tensor, delta: Tensor, name: str) -> tuple[np.ndarray, ...]:
         """At the states, the P and the δ that were found: each stage answers for its own errors."""
         feedback = None
-        if Sweep.of(rule, nonlinearity).inverse in ("weight", "layer"):
+        if sweep.uses_inverse:
             feedback = extended(tp.regularized_inverse(tensors[1], rule.reg, power=rule.power, backend=name))
-        sweep = Sweep.of(rule, nonlinearity)
-        grad_u, _, grad_h0 = rnn_backward(extended(case.gradient(dtype)), extended(h), h0, weight, feedback, sweep)
+        grad_u, _, grad_h0 = rnn_backward(extended(case.gradient(dtype)), u, extended(h), h0, weight, feedback, sweep)
         return grad_u, weight_gradient(extended(delta), extended(h), h0), grad_h0
 
     answers = exact(*found[:2], backend), exact(*reference[:2], "reference")
+    rtol = sweep.rtol if sweep.inverse == "jacobian" else 0.0
     for what, *parts in zip(("grad_u", "grad_weight", "grad_h0"), found[1:], reference[1:], *answers, strict=False):
         actual, plain, answer, plain_answer = parts
-        assert_budget(actual, plain, answer, what, condition=20, reference_exact=plain_answer)
+        assert_budget(actual, plain, answer, what, condition=20, reference_exact=plain_answer, rtol=rtol)
     assert len(found) == (4 if case.h0 else 3)
 
 
@@ -208,12 +222,14 @@ def test_opcheck(name, dtype, backend):
     torch.library.opcheck(ops.rnn_fwd, (u, weight, h0, "tanh", backend))
     grad = LAYOUTS[layout](case.gradient(dtype))
     for sources in ((grad, None), (None, grad[-1]), (grad, grad[0])):
-        words = ("tanh", "layer", "total", 1.0, 1e-3, backend)
-        torch.library.opcheck(ops.rnn_bwd, (*sources, u.tanh(), weight, weight, None, None, *words))
-    words = ("tanh", "none", "total", 1.0, 1e-3, backend)
-    torch.library.opcheck(ops.rnn_bwd, (grad, None, u.tanh(), weight, None, grad[0], grad[0], *words))
+        words = (*Sweep("tanh", "layer"), backend)
+        torch.library.opcheck(ops.rnn_bwd, (*sources, u.tanh(), weight, weight, None, None, None, None, *words))
+    for inverse, p in (("none", None), ("direct", weight), ("jacobian", None)):
+        sent = (grad, None, u.tanh(), weight, p, grad[0], grad[0], u, h0, *Sweep("tanh", inverse), backend)
+        torch.library.opcheck(ops.rnn_bwd, sent)
+    torch.library.opcheck(ops.rnn_iterations, sent)
     if u.dim() == 3:
-        layer = (grad, weight, u.tanh(), weight, h0, weight, grad[0], grad[0], "tanh", "layer", "total", 1.0, 1e-3)
+        layer = (grad, weight, weight[0], u.tanh(), weight, h0, weight, grad[0], grad[0], *Sweep("tanh", "layer"))
         for needed in ((True, True, True), (False, False, False)):
             torch.library.opcheck(ops.rnn_layer_bwd, (grad, grad[0], *layer, *needed, backend))
         torch.library.opcheck(ops.rnn_layer_fwd, (u, weight, weight[0], weight, h0, "tanh", backend))
@@ -227,9 +243,9 @@ def test_opcheck(name, dtype, backend):
 # --- compile
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compile(dynamic, backend):
-    rule = RULES["layer-local"] if dynamic else None
+@pytest.mark.parametrize("rule", ["weight-total", "jacobian-total", "layer-local", "direct-total"])
+def test_compile(rule, backend):
+    rule, dynamic = RULES[rule], rule in ("layer-local", "direct-total")
 
     def function(u: Tensor, weight: Tensor, h0: Tensor) -> Tensor:
         return tp.rnn(2 * u, weight, h0, rule=rule, backend=backend) + 1
@@ -538,6 +554,209 @@ def test_inputs_stay_as_they_are(dtype, backend):
     assert_identical(grad, SMALL.gradient(dtype), "gradient")
 
 
+# --- contract of the solve of "jacobian"
+
+# As tight as the dtype lets a solve with a condition of some tens be.
+TIGHT = {torch.float32: 1e-6, torch.float64: 1e-14}
+
+
+def scaled_jacobian(
+    ratio: float, dtype: torch.dtype, nonlinearity: str = "identity", H: int | None = None
+) -> tuple[RNNCase, Tensor, Tensor, Tensor, tp.TargetProp]:
+    """h, W, a displacement and a rule with ``r = ratio ‖W‖²``, ‖W‖ = 1, some units saturated."""
+    case = RNNCase(T=3, B=6, N=33, H=H, nonlinearity=nonlinearity)
+    _, weight, h0 = case.tensors(torch.float64)
+    weight /= torch.linalg.matrix_norm(weight, 2)[..., None, None]
+    h = reference.ACTIVATIONS[nonlinearity](2 * case.gradient(torch.float64, seed=4))
+    rule = tp.TargetProp(inverse="jacobian", update="local", reg=ratio)
+    return case, h.to(dtype), weight.to(dtype), h0.to(dtype), rule
+
+
+@pytest.mark.parametrize("tight", [False, True], ids=["default", "tight"])
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+def test_jacobian_solves_the_equation_that_defines_it(nonlinearity, tight, dtype, backend):
+    case, h, weight, lam, rule = scaled_jacobian(0.1, dtype, nonlinearity)
+    if tight:
+        rule = replace(rule, rtol=TIGHT[dtype])
+    sweep = Sweep.of(rule, nonlinearity)
+    for t in range(case.T):
+        _, found = backward_op(None, lam, h[t : t + 1], weight, None, sweep, backend)
+        slope = torch.from_numpy(SLOPES[nonlinearity](h[t].double().numpy()))
+        assert_solved(found, lam, slope[:, :, None] * weight.double(), rule.reg, rule.rtol)
+
+
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+@pytest.mark.parametrize("shape", [RNNCase(T=20, B=7, N=17), RNNCase(T=3, B=5, H=2, N=33), RNNCase(N=1)], ids=str)
+def test_a_tight_solve_meets_the_ordinary_budget(shape, nonlinearity, dtype, backend):
+    """As if it were direct: no term in rtol."""
+    case = shape.with_(nonlinearity=nonlinearity)
+    _, weight, _ = case.tensors(dtype)
+    h = ops.rnn_fwd(*case.tensors(dtype), nonlinearity, "reference")
+    sweep = Sweep(nonlinearity, "jacobian", reg=0.25, rtol=TIGHT[dtype])
+    grad = case.gradient(dtype)
+    found, plain = (backward_op(grad, None, h, weight, None, sweep, name) for name in (backend, "reference"))
+    exact = rnn_backward(extended(grad), None, extended(h), None, extended(weight), None, sweep)
+    for what, *parts in zip(("grad_u", "grad_h0"), found, plain, (exact[0], exact[2]), strict=True):
+        assert_budget(*parts, what, condition_of_jacobian(weight, sweep))
+
+
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+@pytest.mark.parametrize(("ratio", "dtype"), [(1e-3, torch.float32), (1e-12, torch.float64)], ids=str)
+def test_smallest_regularization_of_jacobian(ratio, dtype, nonlinearity, backend):
+    """r over ‖J‖², at the default rtol: it is solved, and the residual is there."""
+    _, h, weight, lam, rule = scaled_jacobian(ratio, dtype, nonlinearity)
+    _, found = backward_op(None, lam, h[:1], weight, None, Sweep.of(rule, nonlinearity), backend)
+    slope = torch.from_numpy(SLOPES[nonlinearity](h[0].double().numpy()))
+    assert_solved(found, lam, slope[:, :, None] * weight.double(), rule.reg, rule.rtol)
+
+
+@pytest.mark.parametrize("H", [None, 2])
+def test_what_cannot_be_solved_raises(H, backend):
+    """float32 cannot resolve r = 1e-6 ‖J‖² to 1e-6. The worst sample is named; float64 is the remedy."""
+    _, h, weight, _, rule = scaled_jacobian(1e-6, torch.float32, H=H)
+    rule = replace(rule, rtol=1e-6)
+    grad = torch.zeros_like(h)
+    grad[1, 4] = 1.0  # λ is zero elsewhere, and before
+    h_index = "" if H is None else r", head [01]"
+    text = (
+        r"rnn: inverse='jacobian' could not be solved in float32 at reg=1e-06: worst at time step [01], sample 4"
+        rf"{h_index}, with a relative residual of \S+, above rtol=1e-06; use a larger reg, a larger rtol or float64"
+    )
+    arguments = None, None, None, None, *Sweep.of(rule, "identity"), backend
+    for function in (ops.rnn_bwd, ops.rnn_iterations):
+        with pytest.raises(torch.linalg.LinAlgError) as caught:
+            function(grad, None, h, weight, None, *arguments)
+        assert re.fullmatch(text, str(caught.value))
+    wide = (tensor.double() for tensor in (grad, h, weight))
+    found = ops.rnn_bwd(next(wide), None, *wide, None, *arguments)
+    assert found[0].isfinite().all()
+
+
+def test_a_weight_too_large_to_square_raises(backend):
+    """W Wᵀ overflows although all numbers are finite."""
+    _, h, weight, lam, rule = scaled_jacobian(0.25, torch.float32)
+    with pytest.raises(torch.linalg.LinAlgError, match="could not be solved in float32"):
+        backward_op(None, lam, h, 1e25 * weight, None, Sweep.of(rule, "identity"), backend)
+
+
+@pytest.mark.parametrize("portions", ["checkpoints", "chunks"])
+def test_the_time_step_that_is_named_counts_from_the_start(portions, backend, monkeypatch):
+    """Also where backward works portion by portion; here the last one is one step."""
+    case = RNNCase(T=9, B=3, N=33, nonlinearity="identity")
+    u, weight, _ = case.tensors(torch.float32)
+    monkeypatch.setattr(op, "_chunks", lambda T, B, N: [slice(t, min(t + 2, T)) for t in range(0, T, 2)])
+    h, _ = op.rnn_layer(
+        *(u, torch.eye(case.N) if portions == "chunks" else None, None, weight.requires_grad_(), None),
+        nonlinearity="identity",
+        rule=tp.TargetProp(inverse="jacobian", update="local", reg=1e-7, rtol=1e-6),
+        checkpoint_every=2 if portions == "checkpoints" else None,
+        return_sequence=True,
+        backend=backend,
+    )
+    with pytest.raises(torch.linalg.LinAlgError, match="worst at time step 8, sample 1,"):
+        h[8, 1].sum().backward()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("where", ["gradient", "state"])
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+def test_jacobian_of_what_is_not_finite(nonlinearity, where, value, dtype, backend):
+    """NaN for that sample from there on back, no error, and not a bit of another sample changed."""
+    case = RNNCase(T=5, B=9, N=17, nonlinearity=nonlinearity)
+    u, weight, _ = case.tensors(dtype)
+    h, grad = ops.rnn_fwd(u, weight, None, nonlinearity, "reference"), case.gradient(dtype)
+    arguments = weight, None, None, None, None, None, *Sweep(nonlinearity, "jacobian", "local"), backend
+    clean = ops.rnn_bwd(grad, None, h, *arguments)
+    (grad if where == "gradient" else h)[2, 4, 3] = value
+    found = ops.rnn_bwd(grad, None, h, *arguments)
+    others = torch.arange(case.B) != 4
+    for what, *pair in zip(("grad_u", "grad_h0"), found, clean, strict=False):
+        assert_identical(pair[0][..., others, :], pair[1][..., others, :], what)
+    assert_identical(found[0][3:], clean[0][3:], "later")
+    if where == "gradient" or nonlinearity == "tanh":
+        assert found[0][:2, 4].isnan().all() or nonlinearity == "relu"
+        assert found[1][4].isnan().all()
+
+
+def test_jacobian_of_a_weight_that_is_not_finite(dtype, backend):
+    case = RNNCase(T=3, B=2, N=5)
+    u, weight, _ = case.tensors(dtype)
+    h = ops.rnn_fwd(u, weight, None, "tanh", "reference")
+    weight[1, 2] = torch.nan
+    found = ops.rnn_bwd(None, h[0], h, weight, *[None] * 5, *Sweep("tanh", "jacobian", "local"), backend)
+    assert found[0][:-1].isnan().all()
+    assert found[0][-1].isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+def test_jacobian_of_any_magnitude(nonlinearity, scale, backend):
+    """No square over- or underflows: displacements may decay over thousands of steps."""
+    _, h, weight, lam, rule = scaled_jacobian(0.25, torch.float32, nonlinearity)
+    one, other = (
+        backward_op(None, s * lam, h, weight, None, Sweep.of(rule, nonlinearity), backend)[1].double()
+        for s in (1.0, 2.0 ** round(np.log2(scale)))
+    )
+    assert_near(other.float() / 2.0 ** round(np.log2(scale)), extended(one), "grad_h0")
+
+
+def test_jacobian_of_denormal_numbers(backend):
+    """Displacements may decay to nothing: no error on the way."""
+    _, h, weight, lam, rule = scaled_jacobian(0.25, torch.float32)
+    for scale in (1e-38, 1e-40, 1e-44):
+        _, found = backward_op(None, scale * lam, h, weight, None, Sweep.of(rule, "identity"), backend)
+        assert found.abs().max() <= scale * lam.abs().max()
+
+
+def test_jacobian_of_zero_is_zero(dtype, backend):
+    """Exactly, and without an iteration: where no gradient arrives there is nothing to solve."""
+    _, h, weight, lam, rule = scaled_jacobian(0.25, dtype)
+    lam[2] = 0
+    arguments = None, None, None, None, *Sweep.of(rule, "identity"), backend
+    _, found, _ = ops.rnn_bwd(None, lam, h, weight, None, *arguments)
+    assert_identical(found[2], torch.zeros_like(lam[2]), "grad_h0")
+    assert found[[0, 1, 3, 4, 5]].ne(0).all()
+    assert ops.rnn_iterations(None, lam, h, weight, None, *arguments)[:, 2].eq(0).all()
+
+
+def test_iterations(dtype, backend):
+    """The reference takes none. An orthogonal weight takes one with any slopes; others a few, whatever the threads."""
+    case = RNNCase(T=6, B=60, N=33)
+    u, weight, _ = case.tensors(dtype)
+    orthogonal = torch.linalg.qr(weight).Q.contiguous()
+    sweep = Sweep("tanh", "jacobian")
+    counts = []
+    for matrix in (orthogonal, weight):
+        h = ops.rnn_fwd(u, matrix, None, "tanh", "reference")
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            counts.append(ops.rnn_iterations(None, h[0], h, matrix, *[None] * 5, *sweep, backend))
+            assert counts[-1].shape == (6, 60)
+            assert counts[-1].dtype == torch.int32
+    if backend == "reference":
+        assert not any(count.any() for count in counts)
+        return
+    assert counts[0].eq(1).all()
+    assert torch.equal(counts[2], counts[3])
+    assert counts[2].unique().numel() > 1
+    assert 1 < counts[2].max() < 20
+
+
+def test_samples_of_jacobian_are_independent(dtype, backend):
+    """Alone, in other company or on another thread: a sample's result is the same to the bit on the native back-end."""
+    case, h, weight, lam, rule = scaled_jacobian(0.05, dtype, "tanh")
+    sweep = Sweep.of(rule, "tanh")
+    together = backward_op(None, lam, h, weight, None, sweep, backend)
+    for b in range(case.B):
+        alone = backward_op(None, lam[b : b + 1], h[:, b : b + 1], weight, None, sweep, backend)
+        parts = together[0][:, b : b + 1], together[1][b : b + 1]
+        for what, *pair in zip(("grad_u", "grad_h0"), parts, alone, strict=True):
+            if backend == "cpu":
+                assert_identical(*pair, what)
+            else:
+                assert_near(pair[0], extended(pair[1]), what, condition=20)
+
+
 # --- oracles from outside
 
 
@@ -552,13 +771,14 @@ def numpy_inverse(weight: np.ndarray, reg: float, power: float) -> np.ndarray:
 @pytest.mark.parametrize("rule", [name for name in RULES if name != "bp"])
 def test_gradient_of_the_stated_objective(rule, nonlinearity, backend):
     """Autograd of ``Σ_t ½‖h_t(θ) - v_t‖²`` with ``v_t = h_t - λ_t`` constant; "local" holds h_{t-1} fixed."""
-    rule = RULES[rule]
+    rule = replace(RULES[rule], rtol=1e-13)
     case = RNNCase(T=6, B=3, N=4, nonlinearity=nonlinearity)
     h, *found = gradients(case, rule, torch.float64, backend)
     u, weight, h0 = (tensor.requires_grad_() for tensor in case.tensors(torch.float64))
     feedback = numpy_inverse(weight.detach().numpy(), rule.reg, rule.power)
     grad = case.gradient(torch.float64).numpy()
-    lam = displacements(grad, h.numpy(), feedback, Sweep.of(rule, nonlinearity))
+    arrays = (tensor.detach().numpy() for tensor in (u, h, h0, weight))
+    lam = displacements(grad, *arrays, feedback, Sweep.of(rule, nonlinearity))
     targets = h - torch.from_numpy(lam[1:])
     activation = {"tanh": torch.tanh, "relu": torch.relu, "identity": lambda z: z}[nonlinearity]
     objective, state = 0.0, h0
@@ -604,6 +824,9 @@ def test_layer_inverse_is_the_jacobian_of_the_regularized_inverse(nonlinearity, 
 # --- identities
 
 IDENTITY_CASE = RNNCase(T=7, B=3, N=5)
+INVERSES = ("weight", "layer", "identity", "jacobian")
+MODES = ({"inverse": "layer", "mode": "difference"}, {"inverse": "layer", "mode": "direct"})
+WAYS = (*({"inverse": inverse} for inverse in INVERSES), *MODES)
 
 
 def test_none_is_the_default_rule(dtype, backend):
@@ -618,7 +841,7 @@ def test_the_rule_leaves_the_forward_pass_alone(rule, dtype, backend):
     assert_identical(h, gradients(IDENTITY_CASE, tp.BackProp(), dtype, backend)[0], "h")
 
 
-@pytest.mark.parametrize("rule", ["bp", "weight-total", "identity-total", "layer-total"])
+@pytest.mark.parametrize("rule", ["bp", "weight-total", "identity-total", "layer-total", "jacobian-total"])
 def test_through_the_recurrence_h0_gets_the_transpose(rule, backend):
     """``∂h_0 = Wᵀ D_1 μ_1``, and ``∂u_1 = D_1 μ_1``."""
     _, grad_u, _, grad_h0 = gradients(IDENTITY_CASE, RULES[rule], torch.float64, backend)
@@ -627,9 +850,9 @@ def test_through_the_recurrence_h0_gets_the_transpose(rule, backend):
 
 
 @pytest.mark.parametrize("update", ["total", "local"])
-@pytest.mark.parametrize("inverse", ["weight", "layer", "identity"])
-def test_the_last_step_is_that_of_back_propagation(inverse, update, dtype, backend):
-    found = gradients(IDENTITY_CASE, tp.TargetProp(inverse=inverse, update=update), dtype, backend)[1]
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_the_last_step_is_that_of_back_propagation(way, update, dtype, backend):
+    found = gradients(IDENTITY_CASE, tp.TargetProp(**way, update=update), dtype, backend)[1]
     assert_identical(found[-1], gradients(IDENTITY_CASE, tp.BackProp(), dtype, backend)[1][-1], "δ_T")
     h = gradients(IDENTITY_CASE, None, dtype, backend)[0]
     exact = (1 - extended(h[-1]) ** 2) * extended(IDENTITY_CASE.gradient(dtype)[-1])
@@ -637,7 +860,7 @@ def test_the_last_step_is_that_of_back_propagation(inverse, update, dtype, backe
 
 
 @pytest.mark.parametrize("update", ["total", "local"])
-@pytest.mark.parametrize("inverse", ["weight", "layer", "identity"])
+@pytest.mark.parametrize("inverse", INVERSES)
 def test_the_step_is_a_mere_scale(inverse, update, dtype, backend):
     """A power of two scales without rounding."""
     one, eighth = (
@@ -646,6 +869,78 @@ def test_the_step_is_a_mere_scale(inverse, update, dtype, backend):
     )
     for what, *pair in zip(("grad_u", "grad_weight", "grad_h0"), one[1:], eighth[1:], strict=True):
         assert_identical(pair[0] / 8, pair[1], what)
+
+
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+def test_small_differences_are_linear(nonlinearity, dtype, backend):
+    """As γ goes to 0, "difference" becomes "layer"; to full precision, although h - λ rounds to h then."""
+    case = IDENTITY_CASE.with_(nonlinearity=nonlinearity)
+    u, weight, h0 = case.tensors(dtype)
+    feedback = weight.mT.contiguous()
+    h = ops.rnn_fwd(u, weight, h0, nonlinearity, "reference")
+    h = {"tanh": 0.9 * h, "relu": h + 1, "identity": h}[nonlinearity]  # 1 - h² keeps its digits; above the kink
+    found, linear = (
+        backward_op(case.gradient(dtype), None, h, weight, feedback, Sweep(nonlinearity, word, "local", 1e-20), backend)
+        for word in ("difference", "layer")
+    )
+    assert found[1].any()
+    for what, *pair in zip(("grad_u", "grad_h0"), found, linear, strict=True):
+        assert_near(pair[0], extended(pair[1]), what, condition=20)
+
+
+@pytest.mark.parametrize("update", ["total", "local"])
+def test_modes_agree_where_the_inverse_is_exact(update, backend):
+    """Linear layer, W orthogonal, r to 0: f⁻¹(h_t) = h_{t-1}, so "direct", "difference" and "layer" are one."""
+    case = IDENTITY_CASE.with_(nonlinearity="identity")
+    u, weight, h0 = case.tensors(torch.float64)
+    weight = torch.linalg.qr(weight).Q
+    found = []
+    for way in ({"inverse": "layer"}, *MODES):
+        leaves = [tensor.clone().requires_grad_() for tensor in (u, weight, h0)]
+        rule = tp.TargetProp(**way, update=update, reg=1e-15, step=0.5)
+        h = tp.rnn(*leaves, nonlinearity="identity", rule=rule, backend=backend)
+        found.append(torch.autograd.grad(h, leaves, case.gradient(torch.float64)))
+    for other in found[1:]:
+        for what, *pair in zip(("grad_u", "grad_weight", "grad_h0"), other, found[0], strict=True):
+            assert_near(pair[0], extended(pair[1]), what, condition=20)
+
+
+def test_relu_counts_as_its_own_inverse(dtype, backend):
+    """A target below 0 is one at 0: "difference" sends back no more than the state has."""
+    h = torch.tensor([[[0.0, 2.0, 2.0, 2.0]]], dtype=dtype)
+    lam = torch.tensor([[3.0, 3.0, 1.0, -1.0]], dtype=dtype)
+    identity = torch.eye(4, dtype=dtype)
+    sweep = Sweep("relu", "difference", "local")
+    _, found = backward_op(None, lam, h, identity, identity, sweep, backend)
+    assert_identical(found, torch.tensor([[0.0, 2.0, 1.0, -1.0]], dtype=dtype), "difference")
+    _, found = backward_op(None, lam, h, identity, identity, sweep._replace(inverse="direct"), backend, h)
+    assert_identical(found, torch.tensor([[0.0, 2.0, 1.0, -1.0]], dtype=dtype), "direct")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_layer_is_the_op_chunk_by_chunk(rule, dtype, backend, monkeypatch):
+    """With U = I nothing but the order of sums in the weight's gradient differs, whatever the chunks."""
+    case = SMALL.with_(T=7)
+    rule, grad = RULES[rule], case.gradient(dtype)
+    expected = gradients(case, rule, dtype, backend)
+    for size in (1, 3, 7):
+        monkeypatch.setattr(op, "_chunks", lambda T, B, N, n=size: [slice(t, min(t + n, T)) for t in range(0, T, n)])
+        leaves = [tensor.requires_grad_() for tensor in case.tensors(dtype)]
+        u, weight, h0 = leaves
+        h, _ = op.rnn_layer(
+            *(u, torch.eye(case.N, dtype=dtype), None, weight, h0),
+            nonlinearity=case.nonlinearity,
+            rule=rule,
+            checkpoint_every=None,
+            return_sequence=True,
+            backend=backend,
+        )
+        found = h.detach(), *torch.autograd.grad(h, leaves, grad)
+        for what, *pair in zip(("h", "grad_u", "grad_weight", "grad_h0"), found, expected, strict=True):
+            if what == "grad_weight":
+                assert_near(pair[0], extended(pair[1]), what)
+            else:
+                assert_identical(*pair, what)
 
 
 def test_identity_gives_every_step_the_sum_of_later_gradients(dtype, backend):
@@ -682,7 +977,7 @@ def test_feedback_takes_the_place_of_the_inverse(rule, case, every, dtype, backe
         h = tp.rnn(*leaves, feedback=feedback, rule=rule, checkpoint_every=every, backend=backend)
         return h.detach(), *torch.autograd.grad(h, leaves, case.gradient(dtype))
 
-    weight = case.tensors(dtype)[1]
+    u, weight, h0 = case.tensors(dtype)
     names = ("h", "grad_u", "grad_weight", "grad_h0")
     own = tp.regularized_inverse(weight, rule.reg, power=rule.power, backend=backend)
     for what, *pair in zip(names, found(own), found(None), strict=True):
@@ -690,8 +985,7 @@ def test_feedback_takes_the_place_of_the_inverse(rule, case, every, dtype, backe
     other = torch.linalg.qr(torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)).to(dtype)).Q
     h, *grads = found(other)
     exact = rnn_backward(
-        *(extended(tensor) for tensor in (case.gradient(dtype), h, case.tensors(dtype)[2], weight, other)),
-        Sweep.of(rule, "tanh"),
+        *(extended(tensor) for tensor in (case.gradient(dtype), u, h, h0, weight, other)), Sweep.of(rule, "tanh")
     )
     for what, grad, answer in zip(names[1:], grads, exact, strict=True):
         assert_near(grad, answer, what, condition=20)
@@ -709,7 +1003,7 @@ def test_identity_feedback_is_the_identity_rule(dtype, backend):
 @pytest.mark.parametrize("cut", [1, 3, 6])
 @pytest.mark.parametrize(
     "rule",
-    [tp.BackProp(), *(tp.TargetProp(inverse=i, update="local") for i in ("weight", "layer", "identity"))],
+    [tp.BackProp(), *(tp.TargetProp(**way, update="local", rtol=1e-13) for way in WAYS)],
     ids=str,
 )
 @pytest.mark.parametrize("case", [IDENTITY_CASE, IDENTITY_CASE.with_(H=2)], ids=str)
@@ -759,12 +1053,12 @@ def test_backward_in_two_calls(case, rule, dtype, backend):
     u, weight, h0 = case.tensors(dtype)
     h = ops.rnn_fwd(u, weight, h0, case.nonlinearity, backend)
     sweep = Sweep.of(RULES[rule], case.nonlinearity)
-    feedback = weight.mT.contiguous() if sweep.inverse in ("weight", "layer") else None
+    feedback = weight.mT.contiguous() if sweep.uses_inverse else None
     grad, last = case.gradient(dtype), case.gradient(dtype, seed=3)[0]
-    whole = ops.rnn_bwd(grad, last, h, weight, feedback, None, None, *sweep, backend)
-    later = ops.rnn_bwd(grad[4:], last, h[4:], weight, feedback, None, None, *sweep, backend)
+    whole = ops.rnn_bwd(grad, last, h, weight, feedback, None, None, u, h0, *sweep, backend)
+    later = ops.rnn_bwd(grad[4:], last, h[4:], weight, feedback, None, None, u[4:], h[3], *sweep, backend)
     sent = [tensor if tensor.numel() else None for tensor in later[1:]]
-    earlier = ops.rnn_bwd(grad[:4], None, h[:4], weight, feedback, *sent, *sweep, backend)
+    earlier = ops.rnn_bwd(grad[:4], None, h[:4], weight, feedback, *sent, u[:4], h0, *sweep, backend)
     assert_identical(torch.cat([earlier[0], later[0]]), whole[0], "grad_u")
     for what, *pair in zip(("carried", "through"), earlier[1:], whole[1:], strict=True):
         assert_identical(*pair, what)
@@ -863,12 +1157,16 @@ def test_smallest_clip(dtype):
     assert str(caught.value) == f"rnn: rule must have clip of at least {eps:.3g} in {name}, got {eps / 2!r}"
 
 
-def test_the_kernels_refuse_mixed_dtypes(backend):
+def test_the_kernels_refuse_what_they_cannot_read(backend):
     """The ops themselves can be called past the public checks; addresses are never handed over then."""
     u, weight, h0 = SMALL.tensors(torch.float32)
     if backend == "cpu":
         with pytest.raises(TypeError, match=r"all tensors must be torch.float32 on cpu, got torch.float64 on cpu"):
             ops.rnn_fwd(u, weight.double(), h0, "tanh", backend)
+        with pytest.raises(TypeError, match=r"rnn: feedback must be a torch.Tensor with inverse='layer', got None"):
+            backward_op(None, h0, u, weight, None, Sweep("tanh", "layer"), backend)
+        with pytest.raises(TypeError, match=r"rnn: u must be a torch.Tensor with inverse='direct', got None"):
+            backward_op(None, h0, u, weight, weight, Sweep("tanh", "direct"), backend)
 
 
 def test_under_autocast(backend):

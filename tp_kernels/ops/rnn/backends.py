@@ -73,16 +73,22 @@ def _cpu_backward(
     feedback: Tensor | None,
     carried: Tensor | None,
     through: Tensor | None,
+    u: Tensor | None,
+    h0: Tensor | None,
     sweep: Sweep,
+    iterations: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _native.check_same_kind("rnn", h, grad_h, grad_last, weight, feedback, carried, through)
-    grad_h = _unit_stride(grad_h)
+    _native.check_same_kind("rnn", h, grad_h, grad_last, weight, feedback, carried, through, u, h0)
+    for argument, tensor, needed in (("feedback", feedback, sweep.uses_inverse), ("u", u, sweep.inverse == "direct")):
+        if needed and tensor is None:
+            raise TypeError(f"rnn: {argument} must be a torch.Tensor with inverse={sweep.inverse!r}, got None")
+    grad_h, u = _unit_stride(grad_h), _unit_stride(u)
     h, weight = h.contiguous(), weight.contiguous()
-    grad_last, feedback, carried, through = (
-        None if tensor is None else tensor.contiguous() for tensor in (grad_last, feedback, carried, through)
+    grad_last, feedback, carried, through, h0 = (
+        None if tensor is None else tensor.contiguous() for tensor in (grad_last, feedback, carried, through, h0)
     )
     grad_u, carried_out, through_out = _backward_outputs(h, sweep)
-    _native.cpu.rnn_bwd(
+    unsolved = _native.cpu.rnn_bwd(
         double=_native.is_double(h),
         grad_h=_native.pointer(grad_h),
         grad_h_strides=_strides(grad_h),
@@ -94,11 +100,18 @@ def _cpu_backward(
         through_in=_native.pointer(through),
         carried_out=_native.pointer(carried_out),
         through_out=_native.pointer(through_out),
+        u=_native.pointer(u),
+        u_strides=_strides(u),
+        h0=_native.pointer(h0),
         grad_u=_native.pointer(grad_u),
+        iterations=_native.pointer(iterations),
         sizes=_sizes(h),
         **sweep._asdict(),
         threads=torch.get_num_threads(),
     )
+    if unsolved is not None:
+        t, b, head, residual = unsolved
+        raise reference.unsolved(t, b, head if h.dim() == 4 else None, residual, sweep, h.dtype)
     return grad_u, carried_out, through_out
 
 
@@ -139,21 +152,38 @@ def _backward(
     feedback: Tensor | None,
     carried: Tensor | None,
     through: Tensor | None,
+    u: Tensor | None,
+    h0: Tensor | None,
     *words: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     *sweep, backend = words
     return BACKENDS.resolve(backend, h).backward(
-        grad_h, grad_last, h, weight, feedback, carried, through, Sweep(*sweep)
+        grad_h, grad_last, h, weight, feedback, carried, through, u, h0, Sweep(*sweep)
     )
 
 
+def _iterations(grad_h: Tensor | None, grad_last: Tensor | None, h: Tensor, *arguments: Any) -> Tensor:
+    """The sweep of ``rnn_bwd`` for the count of its iterations: how many each solve of "jacobian" took, [T, B(, H)]."""
+    *tensors, backend = arguments
+    count = len(Sweep._fields)
+    iterations = h.new_zeros(h.shape[:-1], dtype=torch.int32)
+    BACKENDS.resolve(backend, h).backward(
+        grad_h, grad_last, h, *tensors[:-count], Sweep(*tensors[-count:]), iterations=iterations
+    )
+    return iterations
+
+
 def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _, _, h, _, _, _, _, *sweep, _ = arguments
+    _, _, h, _, _, _, _, _, _, *sweep, _ = arguments
     return _backward_outputs(h, Sweep(*sweep))
 
 
 # The fields of a Sweep, in a schema.
-SWEEP = "str nonlinearity, str inverse, str update, float step, float clip"
+SWEEP = "str nonlinearity, str inverse, str update, float step, float clip, float reg, float rtol, SymInt first"
+_BACKWARD_ARGUMENTS = (
+    "Tensor? grad_h, Tensor? grad_last, Tensor h, Tensor weight, Tensor? feedback, Tensor? carried, "
+    f"Tensor? through, Tensor? u, Tensor? h0, {SWEEP}, str backend"
+)
 
 register(
     "rnn_fwd(Tensor u, Tensor weight, Tensor? h0, str nonlinearity, str backend) -> Tensor",
@@ -161,8 +191,12 @@ register(
     lambda u, weight, h0, nonlinearity, backend: u.new_empty(u.shape),
 )
 register(
-    "rnn_bwd(Tensor? grad_h, Tensor? grad_last, Tensor h, Tensor weight, Tensor? feedback, Tensor? carried, "
-    f"Tensor? through, {SWEEP}, str backend) -> (Tensor, Tensor, Tensor)",
+    f"rnn_bwd({_BACKWARD_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
+)
+register(
+    f"rnn_iterations({_BACKWARD_ARGUMENTS}) -> Tensor",
+    _iterations,
+    lambda grad_h, grad_last, h, *rest: h.new_empty(h.shape[:-1], dtype=torch.int32),
 )

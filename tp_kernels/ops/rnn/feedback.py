@@ -6,18 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from tp_kernels._library import register
-from tp_kernels.rules import Rule, TargetProp
+from tp_kernels.rules import TargetProp
 
 LARGEST_DRIFT = 0.1
 """``‖W - W_0‖_F / ‖W_0‖_F`` from which P of W_0 is not used for W any more. P is then off by a tenth to a fifth."""
 
 _LAYERS = 16  # whose last P is kept
 _last: dict[int, tuple[Tensor, float, float, str, Tensor]] = {}  # by the weight's address, the latest last
-
-
-def has_inverse(rule: Rule) -> bool:
-    """Whether backward takes P of the weight."""
-    return isinstance(rule, TargetProp) and rule.inverse in ("weight", "layer")
 
 
 def _inverse(weight: Tensor, reg: float, power: float, backend: str) -> Tensor:

@@ -51,6 +51,7 @@ def _layer_backward(
     grad_last: Tensor | None,
     x: Tensor,
     projection: Tensor,
+    bias: Tensor | None,
     h: Tensor,
     weight: Tensor,
     h0: Tensor | None,
@@ -69,10 +70,12 @@ def _layer_backward(
         gradient.zero_()
     chunks = _chunks(*h.shape)
     for steps in reversed(chunks):
+        start = h[steps.start - 1] if steps.start else h0
+        u = functional.linear(x[steps], projection, bias) if sweep.inverse == "direct" else None
         grad_u, carried, through = backward(
             None if grad_h is None else grad_h[steps],
             grad_last if steps is chunks[-1] else None,
-            *(h[steps], weight, feedback, carried, through, sweep),
+            *(h[steps], weight, feedback, carried, through, u, start, sweep._replace(first=sweep.first + steps.start)),
         )
         carried = None if sweep.inverse == "none" else carried
         through = None if sweep.update == "local" else through
@@ -105,7 +108,7 @@ def _gradient_outputs(
 
 
 def _fake_layer_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    _, _, x, projection, h, _, _, _, _, _, *sweep, needs_x, needs_projection, needs_weight, _ = arguments
+    _, _, x, projection, _, h, _, _, _, _, _, *sweep, needs_x, needs_projection, needs_weight, _ = arguments
     gradients = _gradient_outputs(x, projection, h, needs_x, needs_projection, needs_weight)
     return *gradients, *sent_outputs(h, Sweep(*sweep))
 
@@ -117,9 +120,10 @@ register(
     lambda x, projection, bias, weight, *rest: x.new_empty((x.shape[0], x.shape[1], weight.shape[-1])),
 )
 register(
-    "rnn_layer_bwd(Tensor? grad_h, Tensor? grad_last, Tensor x, Tensor projection, Tensor h, Tensor weight, "
-    f"Tensor? h0, Tensor? feedback, Tensor? carried, Tensor? through, {SWEEP}, bool needs_x, bool needs_projection, "
-    "bool needs_weight, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "rnn_layer_bwd(Tensor? grad_h, Tensor? grad_last, Tensor x, Tensor projection, Tensor? bias, Tensor h, "
+    "Tensor weight, Tensor? h0, Tensor? feedback, Tensor? carried, Tensor? through, "
+    f"{SWEEP}, bool needs_x, bool needs_projection, bool needs_weight, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _layer_backward,
     _fake_layer_backward,
 )
@@ -167,8 +171,7 @@ class RNNFunction(torch.autograd.Function):
         feedback: Tensor | None,
         checkpoint_every: int | None,
         return_sequence: bool,
-        reg: float,
-        power: float,
+        power: float | None,
         sweep: Sweep,
         backend: str,
     ) -> tuple[Tensor | None, Tensor]:
@@ -188,48 +191,52 @@ class RNNFunction(torch.autograd.Function):
                 if return_sequence:
                     sequence[steps] = h
             kept = torch.stack(ends)
-        needs_x = projection is not None or checkpoint_every is not None
+        needs_x = projection is not None or checkpoint_every is not None or sweep.inverse == "direct"
         ctx.save_for_backward(x if needs_x else None, projection, bias, weight, h0, feedback, kept)
         ctx.set_materialize_grads(False)
         ctx.checkpoint_every = checkpoint_every
-        ctx.words = (reg, power, sweep, backend)
+        ctx.words = (power, sweep, backend)
         return sequence if return_sequence else None, last
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_h: Tensor | None, grad_last: Tensor | None) -> tuple:
         x, projection, bias, weight, h0, feedback, kept = ctx.saved_tensors
-        reg, power, sweep, backend = ctx.words
+        power, sweep, backend = ctx.words
         needs_x, needs_projection, needs_bias, needs_weight = ctx.needs_input_grad[:4]
-        if feedback is None and sweep.inverse in ("weight", "layer"):
-            feedback = torch.ops.tp_kernels.rnn_feedback(weight, reg, power, backend)
+        if feedback is None and sweep.uses_inverse:
+            feedback = torch.ops.tp_kernels.rnn_feedback(weight, sweep.reg, power, backend)
 
-        def gradients_of(h: Tensor, start: Tensor | None, x: Tensor | None, *sources: Tensor | None) -> tuple:
-            """Gradients in x, U, b and W of some steps, and what these send on to the steps before."""
+        def gradients_of(
+            first: int, h: Tensor, start: Tensor | None, x: Tensor | None, *sources: Tensor | None
+        ) -> tuple:
+            """Gradients in x, U, b and W of the steps from ``first`` on, and what these send on to those before."""
+            words = sweep._replace(first=first)
             grad_h, grad_last, carried, through = sources
             if projection is None:
                 grad_x, carried, through = torch.ops.tp_kernels.rnn_bwd(
-                    grad_h, grad_last, h, weight, feedback, carried, through, *sweep, backend
+                    grad_h, grad_last, h, weight, feedback, carried, through, x, start, *words, backend
                 )
                 gradients = [grad_x, None, None, _weight_gradient(grad_x, h, start) if needs_weight else None]
             else:
                 *gradients, carried, through = torch.ops.tp_kernels.rnn_layer_bwd(
-                    *(grad_h, grad_last, x, projection, h, weight, start, feedback, carried, through),
-                    *(*sweep, needs_x, needs_projection or needs_bias, needs_weight, backend),
+                    *(grad_h, grad_last, x, projection, bias, h, weight, start, feedback, carried, through),
+                    *(*words, needs_x, needs_projection or needs_bias, needs_weight, backend),
                 )
             return gradients, carried if sweep.inverse != "none" else None, through if sweep.update == "total" else None
 
         if ctx.checkpoint_every is None:
-            gradients, carried, through = gradients_of(kept, h0, x, grad_h, grad_last, None, None)
+            gradients, carried, through = gradients_of(0, kept, h0, x, grad_h, grad_last, None, None)
         else:
             gradients, carried, through = None, None, None
             grad_x = torch.empty_like(x) if needs_x else None
             for i in reversed(range(kept.shape[0])):
-                steps = slice(i * ctx.checkpoint_every, (i + 1) * ctx.checkpoint_every)
+                first = i * ctx.checkpoint_every
+                steps = slice(first, first + ctx.checkpoint_every)
                 start = kept[i - 1] if i else h0
                 h = _states(x[steps], projection, bias, weight, start, sweep.nonlinearity, backend)
                 grad = None if grad_h is None else grad_h[steps]
-                part, carried, through = gradients_of(h, start, x[steps], grad, grad_last, carried, through)
+                part, carried, through = gradients_of(first, h, start, x[steps], grad, grad_last, carried, through)
                 grad_last = None  # the last state is the last chunk's
                 if needs_x:
                     grad_x[steps] = part[0]
@@ -238,7 +245,7 @@ class RNNFunction(torch.autograd.Function):
             gradients[0] = grad_x
         gradients.append(through if sweep.update == "total" else carried)  # of the first state
         needed = ctx.needs_input_grad[:5]
-        return (*(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), *[None] * 7)
+        return (*(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), *[None] * 6)
 
 
 def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
@@ -263,10 +270,10 @@ def rnn_layer(
 
     The last state is an output of its own, so that its gradient needs no zero-filled [T, B, N].
     """
-    reg, power = (rule.reg, rule.power) if isinstance(rule, TargetProp) else (None, None)
+    power = rule.power if isinstance(rule, TargetProp) else None
     sweep = Sweep.of(rule, nonlinearity)
     return RNNFunction.apply(
-        x, projection, bias, weight, h0, feedback, checkpoint_every, return_sequence, reg, power, sweep, backend
+        x, projection, bias, weight, h0, feedback, checkpoint_every, return_sequence, power, sweep, backend
     )
 
 
@@ -307,7 +314,8 @@ def rnn(
         TypeError: an argument of another kind or dtype than stated.
         ValueError: a shape, device or word other than stated, T = 0, or ``feedback`` with a rule that has no P.
         BackendUnavailableError: a back-end asked for by name that cannot run this call.
-        torch.linalg.LinAlgError: in backward, a Gram matrix of ``weight`` is not numerically positive definite.
+        torch.linalg.LinAlgError: in backward, a Gram matrix of ``weight`` is not numerically positive definite, or a
+            solve of ``inverse="jacobian"`` does not come down to the rule's rtol.
 
     Source: Roulet and Harchaoui, "Target Propagation via Regularized Inversion", arXiv 2112.01453.
 
