@@ -150,21 +150,27 @@ class RNN(nn.Module):
         self._check_input(input, hx)
         batched = input.dim() == 3
         x = input if batched else input.unsqueeze(0 if self.batch_first else 1)
-        h, last = rnn_layer(
-            x.transpose(0, 1) if self.batch_first else x,
+        h, last = self._states(
+            x.transpose(0, 1) if self.batch_first else x, hx[0] if batched and hx is not None else hx
+        )
+        if h is not None:
+            h = h.squeeze(1) if not batched else h.transpose(0, 1) if self.batch_first else h
+        return h, last.unsqueeze(0) if batched else last
+
+    def _states(self, x: Tensor, h0: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """The layer itself, on x: [T, B, M] and h0: [B, N]."""
+        return rnn_layer(
+            x,
             self.weight_ih_l0,
             self.bias_ih_l0 + self.bias_hh_l0 if self.bias else None,
             self.weight_hh_l0,
-            hx[0] if batched and hx is not None else hx,
+            h0,
             nonlinearity=self.nonlinearity,
             rule=self.rule,
             checkpoint_every=self.checkpoint_every,
             return_sequence=self.return_sequence,
             backend=self.backend,
         )
-        if h is not None:
-            h = h.squeeze(1) if not batched else h.transpose(0, 1) if self.batch_first else h
-        return h, last.unsqueeze(0) if batched else last
 
     def _check_parameters(self) -> None:
         """Parameters can be put in from outside; the kernels read them by their address."""
