@@ -6,6 +6,7 @@
 
 from tp_kernels import nn
 from tp_kernels._backends import BackendUnavailableError
+from tp_kernels.learned_inverse import LearnedInverse
 from tp_kernels.ops.regularized_inverse import regularized_inverse
 from tp_kernels.ops.rnn import rnn
 from tp_kernels.rules import BackProp, TargetProp
@@ -13,4 +14,13 @@ from tp_kernels.trace import trace
 
 __version__ = "0.1.0"
 
-__all__ = ["BackProp", "BackendUnavailableError", "TargetProp", "nn", "regularized_inverse", "rnn", "trace"]
+__all__ = [
+    "BackProp",
+    "BackendUnavailableError",
+    "LearnedInverse",
+    "TargetProp",
+    "nn",
+    "regularized_inverse",
+    "rnn",
+    "trace",
+]

@@ -173,27 +173,36 @@ class RNN(nn.Module):
             hx = None if hx is None else hx.to(self.weight_ih_l0.dtype)
         self._check_parameters()
         self._check_input(input, hx)
-        feedback = self.feedback
-        if feedback is None and self.refreshed is not None and torch.is_grad_enabled() and uses_inverse(self.rule):
-            feedback = self.refreshed(self.weight_hh_l0, self.rule, self.backend)
         batched = input.dim() == 3
         x = input if batched else input.unsqueeze(0 if self.batch_first else 1)
-        h, last = rnn_layer(
-            x.transpose(0, 1) if self.batch_first else x,
+        h, last = self._states(
+            x.transpose(0, 1) if self.batch_first else x, hx[0] if batched and hx is not None else hx
+        )
+        if h is not None:
+            h = h.squeeze(1) if not batched else h.transpose(0, 1) if self.batch_first else h
+        return h, last.unsqueeze(0) if batched else last
+
+    def _feedback(self) -> Tensor | None:
+        """The matrix to take in place of P; ``None``: P of the weight as it is."""
+        if self.feedback is None and self.refreshed is not None and torch.is_grad_enabled() and uses_inverse(self.rule):
+            return self.refreshed(self.weight_hh_l0, self.rule, self.backend)
+        return self.feedback
+
+    def _states(self, x: Tensor, h0: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """The layer itself, on x: [T, B, M] and h0: [B, N]."""
+        return rnn_layer(
+            x,
             self.weight_ih_l0,
             self.bias_ih_l0 + self.bias_hh_l0 if self.bias else None,
             self.weight_hh_l0,
-            hx[0] if batched and hx is not None else hx,
-            feedback=feedback,
+            h0,
+            feedback=self._feedback(),
             nonlinearity=self.nonlinearity,
             rule=self.rule,
             checkpoint_every=self.checkpoint_every,
             return_sequence=self.return_sequence,
             backend=self.backend,
         )
-        if h is not None:
-            h = h.squeeze(1) if not batched else h.transpose(0, 1) if self.batch_first else h
-        return h, last.unsqueeze(0) if batched else last
 
     def _check_parameters(self) -> None:
         """Parameters can be put in from outside; the kernels read them by their address."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tp_kernels.learned_inverse import LearnedInverse
 from tp_kernels.nn import RNN
 from tp_kernels.ops.rnn import reference
 from tp_kernels.ops.rnn.op import rnn_layer
@@ -159,7 +160,11 @@ def trace(model: nn.Module, every: int = 1) -> AbstractContextManager[Trace]:
         raise TypeError(f"trace: every must be an int, got {type(every).__name__}")
     if every < 1:
         raise ValueError(f"trace: every must be at least 1, got {every}")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, RNN)}
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, RNN) and not isinstance(module, LearnedInverse)
+    }
     if not layers:
         raise ValueError(f"trace: model must have a tp_kernels.nn.RNN in it, got a {type(model).__name__} without one")
     return _tracing(layers, every)

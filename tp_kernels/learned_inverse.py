@@ -1,0 +1,243 @@
+"""Difference target propagation through time with a learned inverse: what the regularized one is compared with."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from tp_kernels import _validate
+from tp_kernels.nn import RNN
+from tp_kernels.ops.rnn.reference import ACTIVATIONS
+from tp_kernels.rules import BackProp, Rule, Sweep
+
+_UPDATES = ("local", "total")
+
+
+class LearnedInverse(RNN):
+    """Elman layer whose targets come back through an inverse that is learned with it: a drop-in for ``torch.nn.RNN``.
+
+    Forward is that of ``tp_kernels.nn.RNN``. Backward takes targets from ``v_T = h_T - step g_T`` back through the
+    learned inverse ``G(v, x_t) = a(V v + U_b x_t + c)``, by differences:
+
+    ``v_{t-1} = h_{t-1} + G(v_t, x_t) - G(h_t, x_t) - step g_{t-1}``,  with ``g_t = ∂loss/∂h_t``.
+
+    The recurrent layer's gradients are those of ``Σ_t ½‖h_t - v_t‖²``, targets held constant, with the state before
+    held constant as well (``update="local"``) or through the recurrence (``"total"``). The gradients of V, U_b and c
+    are those of their own loss, whatever the loss of the model is: the mean, over steps and sequences, of
+
+    ``‖G(f(h̃, x_t), x_t) - h̃‖²``,  ``h̃ = h_{t-1} + noise · ε``,  with ``f`` the layer's own step, ε standard normal.
+
+    So one optimizer over ``parameters()`` trains both, and neither loss reaches the other's parameters or, but for the
+    layer's, the input. ε is drawn in backward, from torch's global generator. Targets are plain PyTorch, a loop over T,
+    and a displacement that is smaller than the rounding errors of a state is lost in the difference.
+
+    Args:
+        input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional, device, dtype: as
+            in ``tp_kernels.nn.RNN``. One seed gives the recurrent weights of ``torch.nn.RNN``.
+        update: "local" or "total".
+        step: γ > 0, the step from a state to its target along the negative gradient. No mere scale: G is not linear.
+        noise: standard deviation of the noise that the inverse is trained with, at least 0.
+        backend: of the recurrence, as in ``tp_kernels.rnn``.
+
+    ``state_dict`` is that of ``torch.nn.RNN`` and ``inverse_hh_l0`` (V: [N, N]), ``inverse_ih_l0`` (U_b: [N, M]) and,
+    with ``bias``, ``inverse_bias_l0`` (c: [N]). Shapes are those of ``tp_kernels.nn.RNN``. It takes no rule:
+    ``tp_kernels.nn.convert`` raises where it meets one, and ``tp_kernels.trace`` leaves it out.
+
+    Raises:
+        TypeError, ValueError: an argument of another kind, shape or value than stated.
+        NotImplementedError: several layers, two directions, packed sequences.
+
+    Source: Manchev and Spratling, "Target Propagation in Recurrent Neural Networks", JMLR 21, 2020; targets by
+    differences and the noisy reconstruction from Lee, Zhang, Fischer and Bengio, "Difference Target Propagation",
+    ECML PKDD 2015. A gradient source at every step and ``"total"`` are this library's.
+
+    Example:
+        >>> import torch, tp_kernels as tp
+        >>> layer = tp.LearnedInverse(4, 8)
+        >>> output, last = layer(torch.randn(10, 2, 4))
+        >>> last.sum().backward()
+        >>> layer.weight_hh_l0.grad.shape, layer.inverse_hh_l0.grad.shape
+        (torch.Size([8, 8]), torch.Size([8, 8]))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        update: str = "local",
+        step: float = 1.0,
+        noise: float = 0.1,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            *(input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional),
+            device=device,
+            dtype=dtype,
+            backend=backend,
+        )
+        _validate.word("LearnedInverse", "update", update, _UPDATES)
+        for name, value, least in (("step", step, "positive"), ("noise", noise, "at least 0")):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"LearnedInverse: {name} must be a real number, got {type(value).__name__}")
+            if not 0 <= value < math.inf or (value == 0 and least == "positive"):  # the first is false for NaN too
+                raise ValueError(f"LearnedInverse: {name} must be {least} and finite, got {value!r}")
+        self.update, self.step, self.noise = update, float(step), float(noise)
+        kind = {"device": device, "dtype": dtype}
+        self.inverse_ih_l0 = nn.Parameter(torch.empty(hidden_size, input_size, **kind))
+        self.inverse_hh_l0 = nn.Parameter(torch.empty(hidden_size, hidden_size, **kind))
+        self.register_parameter("inverse_bias_l0", nn.Parameter(torch.empty(hidden_size, **kind)) if bias else None)
+        bound = 1 / math.sqrt(hidden_size)
+        for name, parameter in self.named_parameters():
+            if name.startswith("inverse"):  # after those of the layer, which have the numbers of torch.nn.RNN
+                nn.init.uniform_(parameter, -bound, bound)
+
+    @property
+    def rule(self) -> Rule:
+        """``BackProp()``: what the kernels do with the displacements. It cannot be another."""
+        return BackProp()
+
+    @rule.setter
+    def rule(self, rule: Rule | None) -> None:
+        if rule is not None:
+            raise TypeError(f"LearnedInverse: rule must be None (it learns its inverse), got {rule!r}")
+
+    def invert(self, h: Tensor, x: Tensor) -> Tensor:
+        """The state that the inverse takes to be the one before: ``G(h, x) = a(V h + U_b x + c)``.
+
+        Args:
+            h: [..., N], states, in the dtype of the parameters.
+            x: [..., M], the inputs of the same time steps.
+
+        Returns:
+            [..., N].
+        """
+        inverse = [self.inverse_ih_l0, self.inverse_hh_l0, self.inverse_bias_l0]
+        return ACTIVATIONS[self.nonlinearity](_before_activation(h, x, inverse))
+
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
+        M, N = self.input_size, self.hidden_size
+        expected = {"inverse_ih_l0": (N, M), "inverse_hh_l0": (N, N)} | ({"inverse_bias_l0": (N,)} if self.bias else {})
+        for name, shape in expected.items():
+            parameter = getattr(self, name)
+            if parameter.shape != shape:
+                raise ValueError(f"LearnedInverse: {name} must have shape {shape}, got {tuple(parameter.shape)}")
+            _validate.same_kind("LearnedInverse", name, parameter, "weight_ih_l0", self.weight_ih_l0)
+
+    def _states(self, x: Tensor, h0: Tensor | None) -> tuple[Tensor, Tensor]:
+        with torch.autocast(x.device.type, enabled=False):
+            bias = self.bias_ih_l0 + self.bias_hh_l0 if self.bias else None
+            return LearnedInverseFunction.apply(
+                *(functional.linear(x, self.weight_ih_l0, bias), self.weight_hh_l0, h0, x),
+                *(self.inverse_ih_l0, self.inverse_hh_l0, self.inverse_bias_l0),
+                *(self.nonlinearity, self.update, self.step, self.noise, self.backend),
+            )
+
+    def extra_repr(self) -> str:
+        words = f"update={self.update!r}, step={self.step}, noise={self.noise}"
+        return super().extra_repr().replace(f"rule={self.rule!r}", words)
+
+
+class LearnedInverseFunction(torch.autograd.Function):
+    """The recurrence. Backward: displacements in the place of BP's gradients, and the inverse's own gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u: Tensor,
+        weight: Tensor,
+        h0: Tensor | None,
+        x: Tensor,
+        inverse_ih: Tensor,
+        inverse_hh: Tensor,
+        inverse_bias: Tensor | None,
+        nonlinearity: str,
+        update: str,
+        step: float,
+        noise: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        h = torch.ops.tp_kernels.rnn_fwd(u, weight, h0, nonlinearity, backend)
+        ctx.save_for_backward(u, weight, h0, x, inverse_ih, inverse_hh, inverse_bias, h)
+        ctx.set_materialize_grads(False)
+        ctx.words = (nonlinearity, update, step, noise, backend)
+        return h, h[-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_h: Tensor | None, grad_last: Tensor | None) -> tuple:
+        u, weight, h0, x, *inverse, h = ctx.saved_tensors
+        nonlinearity, update, step, noise, backend = ctx.words
+        with torch.autocast(h.device.type, enabled=False):
+            grad = torch.zeros_like(h) if grad_h is None else grad_h.clone()
+            if grad_last is not None:
+                grad[-1] += grad_last
+            before = torch.cat([torch.zeros_like(h[:1]) if h0 is None else h0[None], h[:-1]])
+            displacements, first = _displacements(grad, h, x, inverse, nonlinearity, step)
+            # Displacements in the place of gradients and nothing carried: the last step of every rule.
+            grad_u, _, through = torch.ops.tp_kernels.rnn_bwd(
+                *(displacements, None, h, weight, None, None, None, None, None),
+                *(*Sweep(nonlinearity, "none", update), backend),
+            )
+            grad_weight = grad_u.flatten(0, 1).mT @ before.flatten(0, 1)
+            trained = ctx.needs_input_grad[4:7]
+            grad_inverse = _reconstruction_gradients(u, weight, before, x, inverse, trained, nonlinearity, noise)
+        grad_h0 = None if h0 is None else through if update == "total" else first
+        return grad_u, grad_weight, grad_h0, None, *grad_inverse, *[None] * 5
+
+
+def _before_activation(h: Tensor, x: Tensor, inverse: list[Tensor | None]) -> Tensor:
+    """``V h + U_b x + c``."""
+    ih, hh, bias = inverse
+    return functional.linear(x, ih, bias) + h @ hh.mT
+
+
+def _displacements(
+    grad: Tensor, h: Tensor, x: Tensor, inverse: list[Tensor | None], nonlinearity: str, step: float
+) -> tuple[Tensor, Tensor]:
+    """``λ_t = h_t - v_t`` for t = 1 … T: [T, B, N], and ``λ_0``: [B, N], to which no gradient arrives from outside."""
+    activation, hh = ACTIVATIONS[nonlinearity], inverse[1]
+    at_state = _before_activation(h, x, inverse)
+    displacements, carried = torch.empty_like(h), torch.zeros_like(h[0])
+    for t in range(len(h) - 1, -1, -1):
+        displacements[t] = carried + step * grad[t]
+        at_target = at_state[t] - displacements[t] @ hh.mT
+        carried = activation(at_state[t]) - activation(at_target)
+    return displacements, carried
+
+
+def _reconstruction_gradients(
+    u: Tensor,
+    weight: Tensor,
+    before: Tensor,
+    x: Tensor,
+    inverse: list[Tensor | None],
+    trained: tuple[bool, ...],
+    nonlinearity: str,
+    noise: float,
+) -> list[Tensor | None]:
+    """Gradients of the mean of ``‖G(f(h̃, x), x) - h̃‖²`` in the trained parameters of the inverse."""
+    if not any(trained):
+        return [None] * len(inverse)
+    activation = ACTIVATIONS[nonlinearity]
+    noisy = before + noise * torch.randn_like(before) if noise else before
+    after = activation(u + noisy @ weight.mT)
+    with torch.enable_grad():
+        leaves = [None if parameter is None else parameter.detach().requires_grad_() for parameter in inverse]
+        miss = activation(_before_activation(after, x, leaves)) - noisy
+        loss = miss.square().sum() / max(1, miss[..., 0].numel())
+        wanted = [leaf for leaf, need in zip(leaves, trained, strict=True) if need]
+        gradients = iter(torch.autograd.grad(loss, wanted))
+    return [next(gradients) if need else None for need in trained]
