@@ -102,6 +102,14 @@ def checkpoint_every(op: str, value: object) -> None:
         raise ValueError(f"{op}: checkpoint_every must be at least 1, got {value}")
 
 
+def displacements(op: str, value: object, rule: Rule, every: int | None) -> None:
+    word(op, "displacements", value, ("auto", "sweep", "parallel"))
+    if value == "parallel" and (not isinstance(rule, TargetProp) or rule.inverse != "weight"):
+        raise ValueError(f"{op}: displacements='parallel' needs a rule with inverse='weight', got {rule!r}")
+    if value == "parallel" and every is not None:
+        raise ValueError(f"{op}: displacements='parallel' needs all states: checkpoint_every must be None, got {every}")
+
+
 def numbers_of_rule(op: str, rule: Rule, nonlinearity: str, dtype: torch.dtype) -> None:
     """Whether the rule's numbers mean something in this dtype."""
     if not isinstance(rule, TargetProp):

@@ -44,6 +44,7 @@ class RNN(nn.Module):
             (Frobenius norm) since; in between the last P serves. 1, the default, is exact. Worth it where P is a large
             share of a step: short sequences, few of them, large N. Then gradients depend on the passes before, and
             ``LinAlgError`` is raised in forward. Of no use to rules without P, or with ``feedback``.
+        displacements: "sweep", "parallel" or "auto", as in ``tp_kernels.rnn``.
         backend: of the recurrence, as in ``tp_kernels.rnn``.
 
     Shape:
@@ -84,6 +85,7 @@ class RNN(nn.Module):
         return_sequence: bool = True,
         feedback: Tensor | None = None,
         refresh: int = 1,
+        displacements: str = "auto",
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -113,6 +115,8 @@ class RNN(nn.Module):
         self.bidirectional = bidirectional
         self.rule = rule
         self.checkpoint_every = checkpoint_every
+        _validate.displacements("nn.RNN", displacements, self.rule, checkpoint_every)
+        self.displacements = displacements
         self.return_sequence = return_sequence
         self.backend = backend
         kind = {"device": device, "dtype": dtype}
@@ -200,6 +204,7 @@ class RNN(nn.Module):
             nonlinearity=self.nonlinearity,
             rule=self.rule,
             checkpoint_every=self.checkpoint_every,
+            displacements=self.displacements,
             return_sequence=self.return_sequence,
             backend=self.backend,
         )
@@ -216,6 +221,7 @@ class RNN(nn.Module):
                 raise ValueError(f"nn.RNN: {name} must have shape {shape}, got {tuple(parameter.shape)}")
             _validate.same_kind("nn.RNN", name, parameter, "weight_ih_l0", first)
         _validate.feedback("nn.RNN", self.feedback, self.weight_hh_l0, "weight_hh_l0", self.rule)
+        _validate.displacements("nn.RNN", self.displacements, self.rule, self.checkpoint_every)
 
     def _check_input(self, input: Tensor, hx: Tensor | None) -> None:
         _validate.floating_tensor("nn.RNN", "input", input)
@@ -257,6 +263,8 @@ class RNN(nn.Module):
             words.append("return_sequence=False")
         if self.feedback is not None:
             words.append("feedback=...")
+        if self.displacements != "auto":
+            words.append(f"displacements={self.displacements!r}")
         if self.refresh > 1:
             words.append(f"refresh={self.refresh}")
         if self.backend != "auto":

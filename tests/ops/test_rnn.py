@@ -33,7 +33,7 @@ from torch import Tensor
 
 import tp_kernels as tp
 from tp_kernels import _native
-from tp_kernels.ops.rnn import feedback, op, reference
+from tp_kernels.ops.rnn import feedback, op, parallel, reference
 from tp_kernels.rules import Sweep
 
 SMALL = RNNCase(T=4, B=3, N=5)
@@ -1178,3 +1178,128 @@ def test_under_autocast(backend):
     found = h.detach(), *torch.autograd.grad(h, leaves, SMALL.gradient(torch.float32))
     for what, *pair in zip(("h", "grad_u", "grad_weight", "grad_h0"), found, expected, strict=True):
         assert_identical(*pair, what)
+
+
+# --- displacements in parallel over time
+
+PARALLEL_CASES = (
+    *(RNNCase(T=T, B=2, N=17) for T in (1, 2, 3, 4, 5, 64, 65, 1000)),
+    RNNCase(T=4096, B=1, N=16),
+    RNNCase(T=7, B=3, H=2, N=5),
+    RNNCase(T=3, B=0, N=5),
+)
+
+
+@pytest.mark.parametrize("sources", ["last", "states", "both"])
+@pytest.mark.parametrize("power", [0.5, 1.0])
+@pytest.mark.parametrize("case", PARALLEL_CASES, ids=str)
+def test_parallel_displacements(case, power, sources, dtype):
+    """All λ within the error budget of the step-by-step recursion. With the identity and "local", δ is λ."""
+    weight, grad = case.tensors(dtype)[1], case.gradient(dtype)
+    p = tp.regularized_inverse(weight, 1e-4 if power == 0.5 else 0.25, power=power)
+    grad, last = grad if sources != "last" else None, case.gradient(dtype, 3)[0] if sources != "states" else None
+    h = torch.zeros(case.shape, dtype=dtype)
+    found = ops.rnn_displacements(grad, last, h, p, 0.7)
+    sweep = Sweep("identity", "weight", "local", step=0.7)
+    step_by_step = backward_op(grad, last, h, weight, p, sweep, "reference")
+    arrives = extended(h if grad is None else grad).copy()
+    if last is not None:
+        arrives[-1] += extended(last)
+    exact, _, first = rnn_backward(arrives, None, extended(h), None, extended(weight), extended(p), sweep)
+    for what, *parts in zip(("displacements", "the first one"), found, step_by_step, (exact, first), strict=True):
+        if dtype == torch.float64 and case.T >= 1000:  # squaring in the same precision: T ulp, as documented
+            assert_near(parts[0], parts[2], what, condition=20)
+        else:
+            assert_budget(*parts, what, condition=20)
+        assert parts[0].is_contiguous()
+
+
+@pytest.mark.parametrize("sources", ["last", "states", "both"])
+@pytest.mark.parametrize("update", ["local", "total"])
+@pytest.mark.parametrize("case", [SMALL, HEADS, SMALL.with_(T=65, N=33)], ids=str)
+def test_parallel_gradients_are_those_of_the_sweep(case, update, sources, dtype, backend):
+    rule = tp.TargetProp(update=update, step=0.3)
+    results = []
+    for way in ("parallel", "sweep"):
+        leaves = [tensor.requires_grad_() for tensor in case.tensors(dtype)]
+        h, last = op.rnn_layer(
+            *(leaves[0], None, None, *leaves[1:]),
+            nonlinearity="tanh",
+            rule=rule,
+            checkpoint_every=None,
+            return_sequence=True,
+            displacements=way,
+            backend=backend,
+        )
+        grads = {"last": (None, case.gradient(dtype, 3)[0]), "states": (case.gradient(dtype), None)}
+        grads["both"] = grads["states"][0], grads["last"][1]
+        reached = [pair for pair in zip((h, last), grads[sources], strict=True) if pair[1] is not None]
+        outputs, arrived = zip(*reached, strict=True)
+        results.append(torch.autograd.grad(outputs, leaves, arrived))
+    for what, *pair in zip(("grad_u", "grad_weight", "grad_h0"), *results, strict=True):
+        assert_near(pair[0], extended(pair[1]), what)
+
+
+def test_parallel_compiles():
+    def function(u: Tensor, weight: Tensor) -> Tensor:
+        return tp.rnn(u, weight, displacements="parallel")
+
+    u, weight, _ = SMALL.tensors(torch.float32)
+    weight.requires_grad_()
+    grads = [
+        torch.autograd.grad(f(u, weight).sum(), weight)[0] for f in (torch.compile(function, fullgraph=True), function)
+    ]
+    assert_near(grads[0], extended(grads[1]), "grad_weight")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "permuted", "sliced"])
+@pytest.mark.parametrize("case", [SMALL, HEADS, SMALL.with_(B=0), SMALL.with_(T=1)], ids=str)
+def test_parallel_opcheck(case, layout, dtype):
+    grad, last = LAYOUTS[layout](case.gradient(dtype)), case.gradient(dtype)[0]
+    weight = case.tensors(dtype)[1]
+    for sources in ((grad, None), (None, last), (grad, last)):
+        torch.library.opcheck(ops.rnn_displacements, (*sources, grad, weight, 0.5))
+
+
+def test_where_parallel_is_chosen(monkeypatch):
+    """One source and one long sequence of many units; everything else is swept."""
+    calls = []
+    worth_it = parallel.worth_it
+    monkeypatch.setattr(parallel, "worth_it", lambda *given: calls.append(worth_it(*given)) or False)
+    weight = torch.eye(256).requires_grad_()
+    for T, B, source in ((8192, 1, -1), (8191, 1, -1), (8192, 2, -1), (8192, 1, slice(None))):
+        h, last = op.rnn_layer(
+            *(torch.zeros(T, B, 256), None, None, weight, None),
+            nonlinearity="tanh",
+            rule=tp.TargetProp(),
+            checkpoint_every=None,
+            return_sequence=True,
+            backend="auto",
+        )
+        (last if source == -1 else h).sum().backward()
+    assert calls == [True, False, False, False]
+
+
+BAD_DISPLACEMENTS = {
+    "word": ("fast", tp.TargetProp(), None, "must be one of 'auto', 'sweep', 'parallel', got 'fast'"),
+    "bp": ("parallel", tp.BackProp(), None, "='parallel' needs a rule with inverse='weight', got BackProp()"),
+    "checkpoints": (
+        "parallel",
+        tp.TargetProp(),
+        2,
+        "='parallel' needs all states: checkpoint_every must be None, got 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DISPLACEMENTS)
+def test_bad_displacements(name):
+    word, rule, every, text = BAD_DISPLACEMENTS[name]
+    u, weight, _ = SMALL.tensors(torch.float32)
+    separator = "" if text.startswith("=") else " "
+    with pytest.raises(ValueError, match="displacements") as caught:
+        tp.rnn(u, weight, rule=rule, checkpoint_every=every, displacements=word)
+    assert str(caught.value) == f"rnn: displacements{separator}{text}"
+    with pytest.raises(ValueError, match="displacements") as caught:
+        tp.nn.RNN(2, 3, rule=rule, checkpoint_every=every, displacements=word)
+    assert str(caught.value) == f"nn.RNN: displacements{separator}{text}"

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from tp_kernels import _validate
 from tp_kernels._library import register
+from tp_kernels.ops.rnn import parallel
 from tp_kernels.ops.rnn.backends import BACKENDS, SWEEP, sent_outputs
 from tp_kernels.rules import Rule, Sweep, TargetProp, resolve
 
@@ -171,6 +172,7 @@ class RNNFunction(torch.autograd.Function):
         feedback: Tensor | None,
         checkpoint_every: int | None,
         return_sequence: bool,
+        displacements: str,
         power: float | None,
         sweep: Sweep,
         backend: str,
@@ -195,6 +197,7 @@ class RNNFunction(torch.autograd.Function):
         ctx.save_for_backward(x if needs_x else None, projection, bias, weight, h0, feedback, kept)
         ctx.set_materialize_grads(False)
         ctx.checkpoint_every = checkpoint_every
+        ctx.displacements = displacements
         ctx.words = (power, sweep, backend)
         return sequence if return_sequence else None, last
 
@@ -206,6 +209,17 @@ class RNNFunction(torch.autograd.Function):
         needs_x, needs_projection, needs_bias, needs_weight = ctx.needs_input_grad[:4]
         if feedback is None and sweep.uses_inverse:
             feedback = torch.ops.tp_kernels.rnn_feedback(weight, sweep.reg, power, backend)
+        first_displacement = None
+        if ctx.displacements == "parallel" or (
+            ctx.displacements == "auto"
+            and sweep.inverse == "weight"
+            and ctx.checkpoint_every is None
+            and parallel.worth_it(grad_h, kept)
+        ):
+            grad_h, first_displacement = torch.ops.tp_kernels.rnn_displacements(
+                grad_h, grad_last, kept, feedback, sweep.step
+            )
+            grad_last, sweep = None, sweep._replace(inverse="none", step=1.0)
 
         def gradients_of(
             first: int, h: Tensor, start: Tensor | None, x: Tensor | None, *sources: Tensor | None
@@ -227,6 +241,7 @@ class RNNFunction(torch.autograd.Function):
 
         if ctx.checkpoint_every is None:
             gradients, carried, through = gradients_of(0, kept, h0, x, grad_h, grad_last, None, None)
+            carried = carried if first_displacement is None else first_displacement
         else:
             gradients, carried, through = None, None, None
             grad_x = torch.empty_like(x) if needs_x else None
@@ -245,7 +260,7 @@ class RNNFunction(torch.autograd.Function):
             gradients[0] = grad_x
         gradients.append(through if sweep.update == "total" else carried)  # of the first state
         needed = ctx.needs_input_grad[:5]
-        return (*(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), *[None] * 6)
+        return (*(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), *[None] * 7)
 
 
 def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
@@ -264,6 +279,7 @@ def rnn_layer(
     rule: Rule | None,
     checkpoint_every: int | None,
     return_sequence: bool,
+    displacements: str = "auto",
     backend: str,
 ) -> tuple[Tensor | None, Tensor]:
     """All states (``None`` without ``return_sequence``) and the last one, from arguments that have been checked.
@@ -273,7 +289,8 @@ def rnn_layer(
     power = rule.power if isinstance(rule, TargetProp) else None
     sweep = Sweep.of(rule, nonlinearity)
     return RNNFunction.apply(
-        x, projection, bias, weight, h0, feedback, checkpoint_every, return_sequence, power, sweep, backend
+        *(x, projection, bias, weight, h0, feedback, checkpoint_every, return_sequence, displacements, power, sweep),
+        backend,
     )
 
 
@@ -286,6 +303,7 @@ def rnn(
     nonlinearity: str = "tanh",
     rule: Rule | None = None,
     checkpoint_every: int | None = None,
+    displacements: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
     """States of an Elman recurrent layer over a whole sequence, with the rule's gradients.
@@ -305,6 +323,8 @@ def rnn(
         rule: ``TargetProp(...)`` or ``BackProp()``. ``None`` is ``TargetProp()``.
         checkpoint_every: k >= 1: keep u and every k-th state for backward, and compute the other states again, to the
             same bits. ``None`` keeps all states. Saves memory where u is at hand anyway and h is not kept.
+        displacements: of ``inverse="weight"``: "sweep", step by step with the rest of backward; "parallel", all at once
+            by about log₂T large products; or "auto", which measures faster. "parallel" excludes checkpoints.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
@@ -331,6 +351,7 @@ def rnn(
     """
     rule = resolve("rnn", rule)
     _validate.rnn(u, weight, h0, feedback, nonlinearity, rule, checkpoint_every, backend)
+    _validate.displacements("rnn", displacements, rule, checkpoint_every)
     return rnn_layer(
         *(u, None, None, weight, h0),
         feedback=feedback,
@@ -338,5 +359,6 @@ def rnn(
         rule=rule,
         checkpoint_every=checkpoint_every,
         return_sequence=True,
+        displacements=displacements,
         backend=backend,
     )[0]
