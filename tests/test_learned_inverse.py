@@ -19,9 +19,9 @@ INVERSE = ("inverse_ih_l0", "inverse_hh_l0", "inverse_bias_l0")
 RECURRENT = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
 
 
-def layer_of(dtype: torch.dtype = torch.float64, **options: object) -> tp.LearnedInverse:
+def layer_of(dtype: torch.dtype = torch.float64, **options: object) -> tp.nn.LearnedInverse:
     torch.manual_seed(1)
-    return tp.LearnedInverse(M, N, dtype=dtype, **options)
+    return tp.nn.LearnedInverse(M, N, dtype=dtype, **options)
 
 
 def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -32,7 +32,7 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def run(
-    layer: tp.LearnedInverse, dtype: torch.dtype = torch.float64, h0: bool = True, seed: int = 5
+    layer: tp.nn.LearnedInverse, dtype: torch.dtype = torch.float64, h0: bool = True, seed: int = 5
 ) -> dict[str, Tensor]:
     """Outputs and all gradients of one pass, under names."""
     x, hx, grad, grad_last = inputs(dtype)
@@ -43,7 +43,7 @@ def run(
     return {"output": output.detach(), "last": last.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-def expected(layer: tp.LearnedInverse, h0: bool = True, seed: int = 5) -> dict[str, np.ndarray]:
+def expected(layer: tp.nn.LearnedInverse, h0: bool = True, seed: int = 5) -> dict[str, np.ndarray]:
     """The recursion of the targets themselves, word for word, and all that follows from them."""
     x, hx, grad, grad_last = map(extended, inputs())
     w_ih, w_hh, b_ih, b_hh, u_b, v, c = (
@@ -200,7 +200,7 @@ def test_learns_temporal_order(update):
     """One optimizer trains the layer, its inverse and the readout; four classes, chance is a quarter."""
     task = make_task("temporal-order", T=10)
     generator = torch.Generator().manual_seed(0)
-    layer, readout = tp.LearnedInverse(6, 32, update=update), nn.Linear(32, 4)
+    layer, readout = tp.nn.LearnedInverse(6, 32, update=update), nn.Linear(32, 4)
     optimizer = torch.optim.Adam([*layer.parameters(), *readout.parameters()], 3e-3)
     for _ in range(300):
         x, y = task.batch(generator, 20)
@@ -219,7 +219,7 @@ def test_one_seed_gives_the_network_of_torch(bias):
     torch.manual_seed(3)
     theirs = nn.RNN(M, N, bias=bias)
     torch.manual_seed(3)
-    ours = tp.LearnedInverse(M, N, bias=bias)
+    ours = tp.nn.LearnedInverse(M, N, bias=bias)
     assert list(ours.state_dict()) == [*theirs.state_dict(), *INVERSE[: 3 if bias else 2]]
     for name, parameter in theirs.named_parameters():
         assert_identical(ours.get_parameter(name).detach(), parameter.detach(), name)
@@ -329,7 +329,7 @@ BAD = {
 def test_bad_constructor(name):
     changes, kind, text = BAD[name]
     with pytest.raises(kind) as caught:
-        tp.LearnedInverse(**{"input_size": M, "hidden_size": N} | changes)
+        tp.nn.LearnedInverse(**{"input_size": M, "hidden_size": N} | changes)
     assert type(caught.value) is kind
     assert str(caught.value) == text
 

@@ -6,7 +6,6 @@
 
 from tp_kernels import nn
 from tp_kernels._backends import BackendUnavailableError
-from tp_kernels.learned_inverse import LearnedInverse
 from tp_kernels.ops.regularized_inverse import regularized_inverse
 from tp_kernels.ops.rnn import rnn
 from tp_kernels.rules import BackProp, TargetProp
@@ -17,7 +16,6 @@ __version__ = "0.1.0"
 __all__ = [
     "BackProp",
     "BackendUnavailableError",
-    "LearnedInverse",
     "TargetProp",
     "nn",
     "regularized_inverse",

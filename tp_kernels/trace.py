@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tp_kernels.learned_inverse import LearnedInverse
-from tp_kernels.nn import RNN
+from tp_kernels.nn.learned_inverse import LearnedInverse
+from tp_kernels.nn.rnn import RNN
 from tp_kernels.ops.rnn import reference
 from tp_kernels.ops.rnn.op import rnn_layer
 from tp_kernels.regimes.store import finite

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from tp_kernels import _validate
-from tp_kernels.nn import RNN
+from tp_kernels.nn.rnn import RNN
 from tp_kernels.ops.rnn.reference import ACTIVATIONS
 from tp_kernels.rules import BackProp, Rule, Sweep
 
@@ -56,7 +56,7 @@ class LearnedInverse(RNN):
 
     Example:
         >>> import torch, tp_kernels as tp
-        >>> layer = tp.LearnedInverse(4, 8)
+        >>> layer = tp.nn.LearnedInverse(4, 8)
         >>> output, last = layer(torch.randn(10, 2, 4))
         >>> last.sum().backward()
         >>> layer.weight_hh_l0.grad.shape, layer.inverse_hh_l0.grad.shape

@@ -332,7 +332,7 @@ def convert(model: nn.Module, rule: Rule | None = None) -> nn.Module:
         >>> import torch, tp_kernels as tp
         >>> model = torch.nn.ModuleDict({"rnn": torch.nn.RNN(4, 8), "readout": torch.nn.Linear(8, 2)})
         >>> type(tp.nn.convert(model, tp.BackProp())["rnn"])
-        <class 'tp_kernels.nn.RNN'>
+        <class 'tp_kernels.nn.rnn.RNN'>
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"nn.convert: model must be a torch.nn.Module, got {type(model).__name__}")
