@@ -342,6 +342,23 @@ def test_random_feedback_alone_can_take_the_win_from_the_inverse():
     assert text.startswith("That the inverse is what helps is not shown here: a control is as fast.")
 
 
+def test_a_widened_search_leaves_out_the_finals_of_the_point_before():
+    narrow = _race(tp=0.5, bp=1.0, identity=0.8)
+    search = [
+        {**_run("bp", "bp", 100, seconds, phase="search"), "step_sizes": {"all": size}}
+        for size, seconds in ((1e-3, 0.9), (1e-2, 0.2))
+    ]
+    better = [{**_run("bp", "bp", seed, 0.2), "step_sizes": {"all": 1e-2}} for seed in range(3)]
+    finals = summary.finals_of(narrow + search[:1])
+    assert {run["step_sizes"]["all"] for run in finals["bp"]} == {1e-3}
+    finals = summary.finals_of(narrow + search + better)
+    assert finals["bp"] == better
+    assert [len(runs) for runs in finals.values()] == [3, 3, 3]
+    (kind, text), _ = _texts(narrow + search + better)
+    assert kind == "loss"
+    assert "BP in 3 of 3 seeds, after 200 ms" in text
+
+
 @pytest.mark.parametrize("name", train.CONTENDERS)
 def test_every_contender_of_the_race_has_a_label_and_a_colour(name):
     assert summary.race_label(name) != name

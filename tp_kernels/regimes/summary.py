@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tp_kernels.regimes import model
+from tp_kernels.regimes import model, train
 from tp_kernels.regimes.cases import CONTENDERS
 
 MIN_SEEDS = 3
@@ -273,11 +273,21 @@ def races_of(records: Iterable[dict]) -> list[list[dict]]:
 
 
 def finals_of(race: list[dict]) -> dict[str, list[dict]]:
-    """The final runs by contender, in the order they came."""
+    """The final runs by contender, in the order they came: those of the point that the search chose.
+
+    A search that was widened later may have chosen anew; the finals of the point before are then no result.
+    """
     finals: dict[str, list[dict]] = {}
-    for record in race:
-        if record["phase"] == "final":
-            finals.setdefault(record["contender"], []).append(record)
+    for name in dict.fromkeys(record["contender"] for record in race):
+        mine = [record for record in race if record["contender"] == name]
+        runs = [record for record in mine if record["phase"] == "final"]
+        search = [record for record in mine if record["phase"] == "search"]
+        if runs and search:
+            grid = [train.StepSizes(**record["step_sizes"]) for record in search]
+            chosen = train.choose(grid, search).to_dict()
+            runs = [run for run in runs if run["step_sizes"] == chosen]
+        if runs:
+            finals[name] = runs
     return finals
 
 
