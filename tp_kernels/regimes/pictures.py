@@ -30,6 +30,7 @@ CURVE_COLOURS = {
     "tp-paper": "#0072B2",
     "tp-paper-local": "#56B4E9",
     "tp-power1": "#B8A000",
+    "tp-r0.1": "#9B5DE5",
     "tp-identity": "#009E73",
     "tp-random": "#000000",
     "tp-first": "#7A9A01",

@@ -24,6 +24,7 @@ _RACE_LABELS = {
     "tp-paper": "TP, paper's code",
     "tp-paper-local": "TP, paper's formula",
     "tp-power1": "TP, power 1",
+    "tp-r0.1": "TP, r = 0.1",
     "tp-identity": "identity feedback",
     "tp-random": "random feedback",
     "tp-first": "first weights' inverse, fixed",

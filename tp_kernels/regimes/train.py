@@ -90,6 +90,8 @@ CONTENDERS = {
         Contender("tp", "tp", TargetProp()),
         Contender("tp-local", "tp", TargetProp(update="local")),
         Contender("tp-power1", "tp", TargetProp(power=1.0)),
+        # Gain s/√(s² + r) a step: displacements fade over some twenty steps where W is near-orthogonal.
+        Contender("tp-r0.1", "tp", TargetProp(reg=0.1)),
         # The paper's inverse with the update of its formula, and with the update of its released code. The plan
         # gives each task its r.
         Contender("tp-paper-local", "tp", TargetProp(inverse="layer", update="local")),
