@@ -332,14 +332,38 @@ def test_a_race_won_by_the_inverse():
     assert "TP passes 90% in 3 of 3 seeds, after 510 ms and 51 steps in the median" in text
     assert text.endswith("A win for TP: it is there before every BP contender, whatever the seed.")
     assert inverse_text.startswith("Here the win is the inverse's")
-    assert "Identity feedback, which has no inverse at all, passes in 3 of 3 seeds, after 810 ms" in inverse_text
-    assert "Random orthogonal feedback passes in 3 of 3 seeds, after 910 ms" in inverse_text
+    assert "Identity feedback passes in 3 of 3 seeds, after 810 ms" in inverse_text
+    assert "Random feedback passes in 3 of 3 seeds, after 910 ms" in inverse_text
 
 
 def test_random_feedback_alone_can_take_the_win_from_the_inverse():
     _, (kind, text) = _texts(_race(tp=0.5, bp=1.0, identity=0.8, random=0.4))
     assert kind == "level"
-    assert text.startswith("That the inverse is what helps is not shown here: a control is as fast.")
+    assert text.startswith("But that the inverse is what helps is not shown here: a control is as fast.")
+
+
+def test_a_widened_search_leaves_out_the_finals_of_the_point_before():
+    narrow = _race(tp=0.5, bp=1.0, identity=0.8)
+    search = [
+        {**_run("bp", "bp", 100, seconds, phase="search"), "step_sizes": {"all": size}}
+        for size, seconds in ((1e-3, 0.9), (1e-2, 0.2))
+    ]
+    better = [{**_run("bp", "bp", seed, 0.2), "step_sizes": {"all": 1e-2}} for seed in range(3)]
+    finals = summary.finals_of(narrow + search[:1])
+    assert {run["step_sizes"]["all"] for run in finals["bp"]} == {1e-3}
+    finals = summary.finals_of(narrow + search + better)
+    assert finals["bp"] == better
+    assert [len(runs) for runs in finals.values()] == [3, 3, 3]
+    (kind, text), _ = _texts(narrow + search + better)
+    assert kind == "loss"
+    assert "BP in 3 of 3 seeds, after 200 ms" in text
+
+
+def test_a_control_with_two_step_sizes_is_one_as_well():
+    better = [_run("tp-random-two", "control", seed, 0.4) for seed in range(3)]
+    _, (kind, text) = _texts(_race(tp=0.5, bp=1.0, identity=0.8, random=0.9) + better)
+    assert kind == "level"
+    assert "Random feedback, two step sizes passes in 3 of 3 seeds, after 400 ms" in text
 
 
 @pytest.mark.parametrize("name", train.CONTENDERS)
@@ -352,14 +376,14 @@ def test_a_race_won_but_not_by_the_inverse():
     (kind, _), (inverse_kind, text) = _texts(_race(tp=0.5, bp=None, identity=0.4))
     assert kind == "win"
     assert inverse_kind == "level"
-    assert text.startswith("But that the inverse is what helps is not shown here.")
+    assert text.startswith("But that the inverse is what helps is not shown here: a control is as fast.")
 
 
 def test_without_both_controls_nothing_is_claimed_for_the_inverse():
     _, (kind, text) = _texts(_race(tp=0.5, bp=1.0, identity=0.8))
     assert kind == "note"
     assert text.startswith("Nothing is claimed for the inverse itself here.")
-    assert text.endswith("Random orthogonal feedback did not run.")
+    assert text.endswith("Random feedback did not run.")
 
 
 def test_a_lost_race_is_called_one():

@@ -26,12 +26,16 @@ from tp_kernels.regimes.summary import (
 # Okabe and Ito's palette, told apart by every kind of colour vision; line styles tell the roles apart as well.
 CURVE_COLOURS = {
     "tp": "#5b3a8c",
+    "tp-two": "#3A0CA3",
     "tp-local": "#CC79A7",
     "tp-paper": "#0072B2",
     "tp-paper-local": "#56B4E9",
     "tp-power1": "#B8A000",
+    "tp-r0.1": "#9B5DE5",
     "tp-identity": "#009E73",
+    "tp-identity-two": "#66C2A5",
     "tp-random": "#000000",
+    "tp-random-two": "#4B5563",
     "tp-first": "#7A9A01",
     "tp-transpose": "#C4A484",
     "bp": "#D55E00",

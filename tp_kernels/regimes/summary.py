@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tp_kernels.regimes import model
+from tp_kernels.regimes import model, train
 from tp_kernels.regimes.cases import CONTENDERS
 
 MIN_SEEDS = 3
@@ -20,12 +20,16 @@ COMPARED = {"bp": "BP on the same kernels", "nn.RNN": "torch.nn.RNN"}
 
 _RACE_LABELS = {
     "tp": "TP",
+    "tp-two": "TP, two step sizes",
     "tp-local": "TP, local update",
     "tp-paper": "TP, paper's code",
     "tp-paper-local": "TP, paper's formula",
     "tp-power1": "TP, power 1",
+    "tp-r0.1": "TP, r = 0.1",
     "tp-identity": "identity feedback",
+    "tp-identity-two": "identity feedback, two step sizes",
     "tp-random": "random feedback",
+    "tp-random-two": "random feedback, two step sizes",
     "tp-first": "first weights' inverse, fixed",
     "tp-transpose": "transpose as feedback",
     "bp": "BP",
@@ -273,11 +277,21 @@ def races_of(records: Iterable[dict]) -> list[list[dict]]:
 
 
 def finals_of(race: list[dict]) -> dict[str, list[dict]]:
-    """The final runs by contender, in the order they came."""
+    """The final runs by contender, in the order they came: those of the point that the search chose.
+
+    A search that was widened later may have chosen anew; the finals of the point before are then no result.
+    """
     finals: dict[str, list[dict]] = {}
-    for record in race:
-        if record["phase"] == "final":
-            finals.setdefault(record["contender"], []).append(record)
+    for name in dict.fromkeys(record["contender"] for record in race):
+        mine = [record for record in race if record["contender"] == name]
+        runs = [record for record in mine if record["phase"] == "final"]
+        search = [record for record in mine if record["phase"] == "search"]
+        if runs and search:
+            grid = [train.StepSizes(**record["step_sizes"]) for record in search]
+            chosen = train.choose(grid, search).to_dict()
+            runs = [run for run in runs if run["step_sizes"] == chosen]
+        if runs:
+            finals[name] = runs
     return finals
 
 
@@ -357,25 +371,20 @@ def _race_findings(race: list[dict]) -> list[Finding]:
 
 
 def _inverse_finding(finals: dict[str, list[dict]], name: str, kind: str) -> Finding:
-    """Whether it is the inverse that wins: a question of its own."""
-    identity = finals.get("tp-identity")
-    random = next((runs for control, runs in finals.items() if "random" in control), None)
-    lacking = [word for word, runs in (("identity", identity), ("random orthogonal", random)) if not runs]
-    compared = "" if not identity else f" Identity feedback, which has no inverse at all, passes {_reached(identity)}."
-    compared += "" if not random else f" Random orthogonal feedback passes {_reached(random)}."
-    if kind == "win" and not lacking:
-        if beats(finals[name], identity) and beats(finals[name], random):
-            return Finding(
-                RACE,
-                "win",
-                f"Here the win is the inverse's: {race_label(name)} beats both feedback controls.{compared}",
-            )
-        return Finding(
-            RACE, "level", f"That the inverse is what helps is not shown here: a control is as fast.{compared}"
-        )
-    if kind == "win" and identity and not beats(finals[name], identity):
-        return Finding(RACE, "level", f"But that the inverse is what helps is not shown here.{compared}")
-    missing = f" {join([word.capitalize() for word in lacking])} feedback did not run." if lacking else ""
+    """Whether it is the inverse that wins: a question of its own, and its rivals are every identity and random one."""
+    controls = [control for control in finals if "identity" in control or "random" in control]
+    lacking = [word for word in ("identity", "random") if not any(word in control for control in controls)]
+    compared = "".join(
+        f" {race_label(control).capitalize()} passes {_reached(finals[control])}." for control in controls
+    )
+    beaten = all(beats(finals[name], finals[control]) for control in controls)
+    if kind == "win" and beaten and not lacking:
+        text = f"Here the win is the inverse's: {race_label(name)} beats every feedback control.{compared}"
+        return Finding(RACE, "win", text)
+    if kind == "win" and not beaten:
+        text = f"But that the inverse is what helps is not shown here: a control is as fast.{compared}"
+        return Finding(RACE, "level", text)
+    missing = f" {join(lacking).capitalize()} feedback did not run." if lacking else ""
     return Finding(RACE, "note", f"Nothing is claimed for the inverse itself here.{compared}{missing}")
 
 

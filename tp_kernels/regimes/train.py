@@ -88,14 +88,19 @@ CONTENDERS = {
     contender.name: contender
     for contender in (
         Contender("tp", "tp", TargetProp()),
+        Contender("tp-two", "tp", TargetProp(), two_step_sizes=True),
         Contender("tp-local", "tp", TargetProp(update="local")),
         Contender("tp-power1", "tp", TargetProp(power=1.0)),
+        # Gain s/√(s² + r) a step: displacements fade over some twenty steps where W is near-orthogonal.
+        Contender("tp-r0.1", "tp", TargetProp(reg=0.1)),
         # The paper's inverse with the update of its formula, and with the update of its released code. The plan
         # gives each task its r.
         Contender("tp-paper-local", "tp", TargetProp(inverse="layer", update="local")),
         Contender("tp-paper", "tp", TargetProp(inverse="layer", update="total")),
         Contender("tp-identity", "control", TargetProp(inverse="identity")),
+        Contender("tp-identity-two", "control", TargetProp(inverse="identity"), two_step_sizes=True),
         Contender("tp-random", "control", TargetProp(), feedback="random"),
+        Contender("tp-random-two", "control", TargetProp(), feedback="random", two_step_sizes=True),
         Contender("tp-first", "control", TargetProp(), feedback="first"),
         Contender("tp-transpose", "control", TargetProp(), feedback="transpose"),
         Contender("bp", "bp", BackProp()),
@@ -410,7 +415,8 @@ def plan(preset: str | None = None, **overrides: Any) -> RacePlan:
         seeds: a number of seeds, or the seeds themselves. ``search_seeds``: those of the search, which must be others.
         step_sizes: the search grid, one trial a point and search seed; every contender gets as many. ``bp_step_sizes``
             is another grid of that length for "bp" and "nn.RNN", ``two_step_sizes`` pairs (readout, recurrent) for
-            "bp-two"; without pairs it takes the grid with a recurrent step size of 1/10 (Adam) or 1/100 (SGD).
+            "bp-two" and other "-two"; without pairs these take the grid with a recurrent step size of 1/10 (Adam) or
+            1/100 (SGD).
         optimizer: "adam" (gradient clipped to global norm 1) or "sgd" (not clipped). initialization: "default" or
             "orthogonal" (the recurrent weight).
         steps: the most a run takes; evaluate_every: steps between evaluations; floor: steps before a run may stop;
