@@ -132,8 +132,8 @@ def test_contenders_start_alike_and_see_the_same_batches(nets, monkeypatch: pyte
         seen.append([])
         train.run(spec_of(contender))
     for (weights, _), batches in zip(nets, seen, strict=True):
-        for name, weight in weights.items():
-            assert torch.equal(weight, nets[0][0][name])
+        for name, weight in nets[0][0].items():  # a learned inverse has more
+            assert torch.equal(weights[name], weight)
         assert len(batches) == 7, "one to warm up, and six steps"
         assert all(torch.equal(mine, first) for mine, first in zip(batches, seen[0], strict=True))
 
@@ -594,3 +594,16 @@ def test_a_race_for_real() -> None:
     assert Counter((record["contender"], record["phase"]) for record in records.values()) == {
         (contender, phase): 2 for contender in ("tp", "frozen") for phase in ("search", "final")
     }
+
+
+@pytest.mark.parametrize("contender", [name for name in ALL if CONTENDERS[name].learned])
+def test_a_learned_inverse_is_trained_with_the_layer(contender: str) -> None:
+    task = make_task("temporal-order", 10)
+    model = train.build(spec_of(contender), task)
+    assert model["rnn"].update == CONTENDERS[contender].learned
+    optimizer = train.build_optimizer(spec_of(contender), model)
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in model.parameters()}
+
+
+def test_refresh_reaches_the_layer() -> None:
+    assert train.build(spec_of("tp-refresh8"), make_task("temporal-order", 10))["rnn"].refresh == 8

@@ -50,6 +50,8 @@ class Contender:
         frozen: the recurrent layer keeps its first weights and only the readout is trained.
         feedback: what takes the place of the rule's inverse P: "random", an orthogonal matrix, fixed for the run;
             "first", P of the first weights, fixed; "transpose", the transpose of the weights as they are. ``None``: P.
+        refresh: at every how many steps P is computed.
+        learned: the update of a ``LearnedInverse``, which takes the place of the layer; ``None``: no such.
     """
 
     name: str
@@ -58,6 +60,8 @@ class Contender:
     two_step_sizes: bool = False
     frozen: bool = False
     feedback: str | None = None
+    refresh: int = 1
+    learned: str | None = None
 
     def grid(self, step_sizes: Sequence[float], ratio: float) -> tuple["StepSizes", ...]:
         """One point per step size, so that all contenders get the same number of trials.
@@ -97,6 +101,12 @@ CONTENDERS = {
         # gives each task its r.
         Contender("tp-paper-local", "tp", TargetProp(inverse="layer", update="local")),
         Contender("tp-paper", "tp", TargetProp(inverse="layer", update="total")),
+        Contender("tp-refresh8", "tp", TargetProp(), refresh=8),
+        Contender("tp-jacobian", "tp", TargetProp(inverse="jacobian")),
+        Contender("tp-difference", "tp", TargetProp(inverse="layer", mode="difference")),
+        Contender("tp-direct", "tp", TargetProp(inverse="layer", mode="direct")),
+        Contender("tp-learned", "control", None, learned="local"),
+        Contender("tp-learned-total", "control", None, learned="total"),
         Contender("tp-identity", "control", TargetProp(inverse="identity")),
         Contender("tp-identity-two", "control", TargetProp(inverse="identity"), two_step_sizes=True),
         Contender("tp-random", "control", TargetProp(), feedback="random"),
@@ -488,12 +498,26 @@ def build(spec: RaceSpec, task: Task) -> nn.ModuleDict:
         model = nn.ModuleDict({"rnn": rnn, "readout": nn.Linear(spec.N, task.output_size)})
     if spec.rule is not None:
         tp.nn.convert(model, spec.rule)
-    if CONTENDERS[spec.contender].frozen:
+    contender = CONTENDERS[spec.contender]
+    if contender.learned is not None:
+        model["rnn"] = _with_learned_inverse(rnn, spec, contender.learned)
+    if contender.refresh > 1:
+        model["rnn"].refresh = contender.refresh
+    if contender.frozen:
         model["rnn"].requires_grad_(False)
     model.to(spec.device)
-    if CONTENDERS[spec.contender].feedback is not None:
+    if contender.feedback is not None:
         model["rnn"].feedback = _feedback(spec, model["rnn"].weight_hh_l0.detach())
     return model
+
+
+def _with_learned_inverse(rnn: nn.RNN, spec: RaceSpec, update: str) -> tp.nn.LearnedInverse:
+    """The same layer, and an inverse from a random stream of its own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_FEEDBACK_SEED + spec.seed)
+        learned = tp.nn.LearnedInverse(rnn.input_size, rnn.hidden_size, update=update)
+    learned.load_state_dict(rnn.state_dict(), strict=False)
+    return learned
 
 
 def _feedback(spec: RaceSpec, weight: Tensor) -> Tensor:
@@ -630,6 +654,13 @@ def _train(
     return None
 
 
+def _rule_words(spec: RaceSpec) -> str:
+    if spec.rule is not None:
+        return repr(spec.rule)
+    update = CONTENDERS[spec.contender].learned
+    return "torch.nn.RNN" if update is None else f"LearnedInverse(update={update!r})"
+
+
 def run(spec: RaceSpec, on_steps: Callable[[int], None] = lambda step: None) -> dict[str, Any]:
     """Train one net and return its record.
 
@@ -656,7 +687,7 @@ def run(spec: RaceSpec, on_steps: Callable[[int], None] = lambda step: None) -> 
         "B": spec.B,
         "contender": spec.contender,
         "role": CONTENDERS[spec.contender].role,
-        "rule": "torch.nn.RNN" if spec.rule is None else repr(spec.rule),
+        "rule": _rule_words(spec),
         "feedback": CONTENDERS[spec.contender].feedback,
         "phase": spec.phase,
         "optimizer": spec.optimizer,
