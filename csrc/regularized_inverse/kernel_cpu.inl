@@ -223,8 +223,12 @@ void solve_matrix(const RegularizedSolve<T>& f, ptrdiff_t index, T* scratch, int
     const ptrdiff_t x_first = strip(x.columns, member), x_end = strip(x.columns, member + 1);
     if (member == 0) copy(weight, m, n, w);
     wait_for_team(members);
-    multiply<T, Into::store>(w[0], 1, w.stride, n, w.from(0, gram_first), m, gram_end - gram_first,
-                             gram[0] + gram_first, gram.stride);
+    for (ptrdiff_t first = 0; first < n; first += outer_rows) {  // from the diagonal on: the rest is never read
+        const ptrdiff_t start = larger(gram_first, first / lanes<T> * lanes<T>);
+        if (start < gram_end)
+            multiply<T, Into::store>(w[0] + first, 1, w.stride, smaller(outer_rows, n - first), w.from(0, start), m,
+                                     gram_end - start, gram[first] + start, gram.stride);
+    }
     wait_for_team(members);
     if (member == 0) {
         for (ptrdiff_t i = 0; i < n; ++i) gram[i][i] += f.reg;
