@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <new>
 #include <string>
@@ -131,7 +132,13 @@ py::object rnn_bwd(bool is_double, std::uintptr_t grad_h, const Array3& grad_h_s
     return py::make_tuple(unsolved.t, unsolved.b, unsolved.head, unsolved.residual);
 }
 
-void regularized_solve(bool is_double, std::uintptr_t weight, std::uintptr_t rhs, double reg, std::uintptr_t solved,
+// Whether any of a batch's flags is set.
+bool any(std::uintptr_t flags, std::ptrdiff_t count) {
+    const bool* first = at<const bool>(flags);
+    return std::any_of(first, first + count, [](bool flag) { return flag; });
+}
+
+bool regularized_solve(bool is_double, std::uintptr_t weight, std::uintptr_t rhs, double reg, std::uintptr_t solved,
                        std::uintptr_t failed, const Array3& sizes, int threads) {
     for_dtype(is_double, [&](auto zero) {
         using T = decltype(zero);
@@ -139,12 +146,14 @@ void regularized_solve(bool is_double, std::uintptr_t weight, std::uintptr_t rhs
                RegularizedSolve<T>{at<const T>(weight), at<const T>(rhs), static_cast<T>(reg), at<T>(solved),
                                    at<bool>(failed), sizes[0], sizes[1], sizes[2], threads});
     });
+    return any(failed, sizes[0]);
 }
 
-void regularized_polar(std::uintptr_t weight, double reg, std::uintptr_t polar, std::uintptr_t failed,
+bool regularized_polar(std::uintptr_t weight, double reg, std::uintptr_t polar, std::uintptr_t failed,
                        const Array3& sizes, int threads) {
     launch(isa_level().regularized_polar, RegularizedPolar{at<const float>(weight), reg, at<float>(polar),
                                                            at<bool>(failed), sizes[0], sizes[1], sizes[2], threads});
+    return any(failed, sizes[0]);
 }
 
 double multiply_add_loop(bool is_double, long iterations) {

@@ -63,7 +63,7 @@ def regularization(op: str, value: float | torch.Tensor, dtype: torch.dtype | No
         raise ValueError(f"{op}: reg must be positive and finite, got {value!r}")
     elif dtype is not None:
         factored = torch.float64 if dtype == torch.float64 else torch.float32
-        if not 0 < torch.tensor(value, dtype=factored, device="cpu").item() < math.inf:
+        if factored == torch.float32 and not 2.0**-150 < value < 2.0**128 - 2.0**103:  # what rounds to 0 or infinity
             raise ValueError(f"{op}: reg must be positive and finite in {_name(factored)}, got {value!r}")
 
 

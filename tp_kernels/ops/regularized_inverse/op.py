@@ -13,14 +13,14 @@ from tp_kernels._library import register
 from tp_kernels.ops.regularized_inverse import reference
 
 
-def _solve(weight: Tensor, rhs: Tensor | None, r: Tensor) -> tuple[Tensor, Tensor]:
-    """``(WᵀW + rI)⁻¹ rhs`` for m >= n, and which matrices failed; ``rhs=None`` is Wᵀ."""
+def _solve(weight: Tensor, rhs: Tensor | None, r: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``(WᵀW + rI)⁻¹ rhs`` for m >= n, and which matrices failed (``None``: none); ``rhs=None`` is Wᵀ."""
     batch, (m, n) = weight.shape[:-2], weight.shape[-2:]
     weight = weight.contiguous()
     rhs = None if rhs is None else rhs.contiguous()
     solved = weight.new_empty((*batch, n, m))
     failed = torch.empty(batch, dtype=torch.bool, device="cpu")
-    _native.cpu.regularized_solve(
+    any_failed = _native.cpu.regularized_solve(
         double=_native.is_double(weight),
         weight=_native.pointer(weight),
         rhs=_native.pointer(rhs),
@@ -30,16 +30,16 @@ def _solve(weight: Tensor, rhs: Tensor | None, r: Tensor) -> tuple[Tensor, Tenso
         sizes=(math.prod(batch), m, n),
         threads=torch.get_num_threads(),
     )
-    return solved, failed
+    return solved, failed if any_failed else None
 
 
-def _polar(weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """``(WᵀW + rI)^{-1/2} Wᵀ`` for m >= n, float32, and which matrices failed."""
+def _polar(weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``(WᵀW + rI)^{-1/2} Wᵀ`` for m >= n, float32, and which matrices failed (``None``: none)."""
     batch, (m, n) = weight.shape[:-2], weight.shape[-2:]
     weight = weight.contiguous()
     polar = weight.new_empty((*batch, n, m))
     failed = torch.empty(batch, dtype=torch.bool, device="cpu")
-    _native.cpu.regularized_polar(
+    any_failed = _native.cpu.regularized_polar(
         weight=_native.pointer(weight),
         reg=float(r),
         polar=_native.pointer(polar),
@@ -47,12 +47,14 @@ def _polar(weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
         sizes=(math.prod(batch), m, n),
         threads=torch.get_num_threads(),
     )
-    if failed.any():  # too ill-conditioned for the iteration
-        polar[failed], failed[failed.clone()] = reference.forward(weight[failed], r, 0.5)
+    if not any_failed:
+        return polar, None
+    # Too ill-conditioned for the iteration.
+    polar[failed], failed[failed.clone()] = reference.forward(weight[failed], r, 0.5)
     return polar, failed
 
 
-def _cpu_forward(weight: Tensor, reg: Tensor, power: float) -> tuple[Tensor, Tensor]:
+def _cpu_forward(weight: Tensor, reg: Tensor, power: float) -> tuple[Tensor, Tensor | None]:
     if weight.shape[-2] < weight.shape[-1]:
         inverse, failed = _cpu_forward(weight.mT, reg, power)
         return inverse.mT, failed
@@ -85,11 +87,11 @@ BACKENDS = BackendTable(
 )
 
 
-def _forward(weight: Tensor, reg: Tensor, power: float, check_errors: bool, backend: str) -> Tensor:
+def compute(weight: Tensor, reg: Tensor, power: float, check_errors: bool, backend: str) -> Tensor:
     if check_errors or reg.device.type == "cpu":  # elsewhere, reading it waits for the device
         _validate.regularization("regularized_inverse", float(reg), weight.dtype)
     inverse, failed = BACKENDS.resolve(backend, weight).forward(weight, reg, power)
-    if check_errors and failed.any():
+    if check_errors and failed is not None and failed.any():
         index = tuple(failed.nonzero()[0].tolist())
         where = f" of batch entry {index[0] if len(index) == 1 else index}" if index else ""
         raise torch.linalg.LinAlgError(
@@ -108,7 +110,7 @@ def _backward(
 
 register(
     "regularized_inverse_fwd(Tensor weight, Tensor reg, float power, bool check_errors, str backend) -> Tensor",
-    _forward,
+    compute,
     lambda weight, reg, *rest: weight.new_empty(weight.mT.shape),
 )
 register(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tp_kernels._library import register
+from tp_kernels.ops.regularized_inverse import op as regularized_inverse
 from tp_kernels.rules import TargetProp
 
 LARGEST_DRIFT = 0.1
@@ -16,8 +17,9 @@ _last: dict[int, tuple[Tensor, float, float, str, Tensor]] = {}  # by the weight
 
 
 def _inverse(weight: Tensor, reg: float, power: float, backend: str) -> Tensor:
+    # Within an op there is nothing left to dispatch.
     r = torch.tensor(reg, dtype=torch.float64, device="cpu")
-    return torch.ops.tp_kernels.regularized_inverse_fwd(weight, r, power, True, backend)
+    return regularized_inverse.compute(weight, r, power, True, backend)
 
 
 def _feedback(weight: Tensor, reg: float, power: float, backend: str) -> Tensor:
