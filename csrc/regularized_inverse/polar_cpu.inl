@@ -2,10 +2,10 @@
 //
 // P = A^{-1/2} Wᵀ with A = WᵀW + rI. With A scaled to eigenvalues in [l², 1], rational steps G ← f(G)² G,
 // f(G) = (b/c) I + (a - b/c) (I + c G)⁻¹, raise the lower end l fastest when a, b and c are chosen from it (the
-// dynamically weighted Halley iteration); once G is near the identity, a short series of G^{-1/2} ends it. The
-// condition number of A is the square of that of [W; √r I], which double precision can afford and float could not:
-// steps are in double until G is well-conditioned. Everything n × n is a function of A: symmetric, commuting, and
-// computed as an upper triangle.
+// dynamically weighted Halley iteration); once G is near the identity, a short series of G^{-1/2} ends it. All but the
+// series, which is a small correction, is in double precision: the condition number of A is the square of that of [W;
+// √r I], and a P whose gains are biased by a unit in float's last place would show it after a thousand products.
+// Everything n × n is a function of A: symmetric, commuting, and computed as an upper triangle.
 
 #include "../common/matrix.h"
 #include "../common/memory.h"
@@ -14,10 +14,9 @@
 
 namespace tpk::TPK_ISA {
 
-// Lower ends l below which double precision cannot tell A from a singular matrix, from which float will do, and from
-// which the series is exact to 1e-9: a bias of a unit in the last place would show after a thousand products with P.
-// From the first of them, four steps lead to the last.
-constexpr double least_end = 1e-8, well_conditioned = 0.2, near_one = 0.94;
+// Lower ends l below which double precision cannot tell A from a singular matrix, and from which the series is exact to
+// 1e-9. From the first of them, four steps lead to the last.
+constexpr double least_end = 1e-8, near_one = 0.94;
 
 // C = AᵀB, known to be symmetric, for A and B of k rows and n columns. C has whole vectors of rows too.
 // `triangular`: A and B are zero above their diagonals, and so are the first terms of each column's sums.
@@ -83,144 +82,153 @@ struct HalleyStep {
     }
 };
 
-// Functions of one symmetric matrix with eigenvalues in [l², 1]: the matrix, the product of the factors applied to it,
-// and what a step computes in between.
+// n × n matrices in a row of scratch memory.
 template <class T>
+struct Squares {
+    T* memory;
+    ptrdiff_t n;
+
+    static ptrdiff_t size(ptrdiff_t n) { return padded<T>(n) * Rows<T>::stride_of(padded<T>(n)); }
+    Rows<T> operator[](int index) const { return Rows<T>(memory + index * size(n), n); }
+};
+
+// The matrix, the product of the factors applied to it, and what a step computes in between.
 struct PolarChain {
     ptrdiff_t n;
-    Rows<T> gram, factor, inverse, square, spare;
+    Rows<double> gram, factor, inverse, square, spare;
     int steps = 0;  // the factor means nothing before the first
 
-    static ptrdiff_t size(ptrdiff_t n) { return 5 * padded<T>(n) * Rows<T>::stride_of(padded<T>(n)); }
-    PolarChain(T* memory, ptrdiff_t order)
-        : n(order),
-          gram(memory, n),
-          factor(gram[padded<T>(n)], n),
-          inverse(factor[padded<T>(n)], n),
-          square(inverse[padded<T>(n)], n),
-          spare(square[padded<T>(n)], n) {}
+    static constexpr int matrices = 5;
+    explicit PolarChain(const Squares<double>& scratch)
+        : n(scratch.n),
+          gram(scratch[0]),
+          factor(scratch[1]),
+          inverse(scratch[2]),
+          square(scratch[3]),
+          spare(scratch[4]) {}
 
-    // Applies a factor to the product of those before.
-    void append(Rows<T>& next) {
-        if (steps++ > 0) {
-            multiply_symmetric(factor, next, n, n, spare);
-            exchange(factor, spare);
-        } else {
-            exchange(factor, next);
-        }
-    }
-
-    // Steps until l >= enough. False: not numerically positive definite.
-    bool raise(double& l, double enough) {
-        using V = Vec<T>;
-        while (l < enough) {
+    // Steps until l >= near_one. False: not numerically positive definite.
+    bool raise(double& l) {
+        using V = Vec<double>;
+        while (l < near_one) {
             const HalleyStep step(l);
             const double alpha = step.b / step.c, beta = step.a - alpha;
-            for_vectors(gram, n, [&](ptrdiff_t i, ptrdiff_t j) {
-                store(square[i] + j, load<V>(gram[i] + j) * static_cast<T>(step.c));
-            });
+            for_vectors(gram, n,
+                        [&](ptrdiff_t i, ptrdiff_t j) { store(square[i] + j, load<V>(gram[i] + j) * step.c); });
             add_to_diagonal(square, n, 1);
-            T* inverse_diagonal = inverse[0];  // not needed any more once the inverse is written
+            double* inverse_diagonal = inverse[0];  // not needed any more once the inverse is written
             if (!cholesky(square, n, inverse_diagonal)) return false;
             invert_factor(square, n, inverse_diagonal, spare);
             multiply_symmetric(spare, spare, n, n, inverse, true);  // M = (I + cG)⁻¹
             multiply_symmetric(inverse, inverse, n, n, square);
             // f² G from M and M² alone, since M G = (I - M)/c.
             const double linear = 2 * alpha * beta / step.c, quadratic = beta * beta / step.c;
-            const T kept = static_cast<T>(alpha * alpha), once = static_cast<T>(quadratic - linear),
-                    twice = static_cast<T>(quadratic), scale = static_cast<T>(beta);
             for_vectors(gram, n, [&](ptrdiff_t i, ptrdiff_t j) {
                 const V m = load<V>(inverse[i] + j);
-                store(gram[i] + j, kept * load<V>(gram[i] + j) + once * m - twice * load<V>(square[i] + j));
-                store(inverse[i] + j, scale * m);
+                store(gram[i] + j, alpha * alpha * load<V>(gram[i] + j) + (quadratic - linear) * m -
+                                       quadratic * load<V>(square[i] + j));
+                store(inverse[i] + j, beta * m);
             });
             add_to_diagonal(gram, n, linear);
             add_to_diagonal(inverse, n, alpha);
-            append(inverse);
+            if (steps++ > 0) {
+                multiply_symmetric(factor, inverse, n, n, spare);
+                exchange(factor, spare);
+            } else {
+                exchange(factor, inverse);
+            }
             l = step.raised;
         }
         return true;
     }
 
-    // Appends G^{-1/2} by the series of (I + E)^{-1/2} around the middle of [near_one, 1]. False: G is not there, or
-    // NaN.
-    bool finish(double l) {
-        using V = Vec<T>;
-        const double centre = __builtin_round(2048 / (1 + l)) / 1024;  // few bits: nothing is lost in its square
-        const T scale = static_cast<T>(centre * centre), last = static_cast<T>(centre);
-        for_vectors(gram, n, [&](ptrdiff_t i, ptrdiff_t j) { store(gram[i] + j, load<V>(gram[i] + j) * scale); });
-        add_to_diagonal(gram, n, -1);
-        if (!(frobenius_norm(gram, n) < 0.07 * root(static_cast<double>(n)))) return false;
-        // -E/2 + E² (3/8 - 5/16 E + E² (35/128 - 63/256 E + 231/1024 E²))
-        multiply_symmetric(gram, gram, n, n, square);
-        for_vectors(inverse, n, [&](ptrdiff_t i, ptrdiff_t j) {
-            store(inverse[i] + j, load<V>(square[i] + j) * T(231.0 / 1024) - load<V>(gram[i] + j) * T(63.0 / 256));
-        });
-        add_to_diagonal(inverse, n, 35.0 / 128);
-        multiply_symmetric(square, inverse, n, n, spare);
-        for_vectors(inverse, n, [&](ptrdiff_t i, ptrdiff_t j) {
-            store(inverse[i] + j, load<V>(spare[i] + j) - load<V>(gram[i] + j) * T(5.0 / 16));
-        });
-        add_to_diagonal(inverse, n, 3.0 / 8);
-        multiply_symmetric(square, inverse, n, n, spare);
-        for_vectors(inverse, n, [&](ptrdiff_t i, ptrdiff_t j) {
-            store(inverse[i] + j, (load<V>(spare[i] + j) - load<V>(gram[i] + j) * T(0.5)) * last);
-        });
-        add_to_diagonal(inverse, n, centre);
-        append(inverse);
-        return true;
-    }
-
 private:
-    static void exchange(Rows<T>& a, Rows<T>& b) {
-        const Rows<T> c = a;
+    static void exchange(Rows<double>& a, Rows<double>& b) {
+        const Rows<double> c = a;
         a = b;
         b = c;
     }
 };
 
-// The scratch memory of one matrix, in doubles. A small footprint is time: it comes from a far cache at each call.
+// (I + E)^{-1/2} - I = -E/2 + E² (3/8 - 5/16 E + E² (35/128 - 63/256 E + 231/1024 E²))
+inline void inverse_root_series(const Rows<float>& e, ptrdiff_t n, const Rows<float>& square, const Rows<float>& inner,
+                                const Rows<float>& result) {
+    using V = Vec<float>;
+    multiply_symmetric(e, e, n, n, square);
+    for_vectors(inner, n, [&](ptrdiff_t i, ptrdiff_t j) {
+        store(inner[i] + j, load<V>(square[i] + j) * (231.0f / 1024) - load<V>(e[i] + j) * (63.0f / 256));
+    });
+    add_to_diagonal(inner, n, 35.0 / 128);
+    multiply_symmetric(square, inner, n, n, result);
+    for_vectors(inner, n, [&](ptrdiff_t i, ptrdiff_t j) {
+        store(inner[i] + j, load<V>(result[i] + j) - load<V>(e[i] + j) * (5.0f / 16));
+    });
+    add_to_diagonal(inner, n, 3.0 / 8);
+    multiply_symmetric(square, inner, n, n, result);
+    for_vectors(result, n, [&](ptrdiff_t i, ptrdiff_t j) {
+        store(result[i] + j, load<V>(result[i] + j) - load<V>(e[i] + j) * 0.5f);
+    });
+}
+
+// Rows of Pᵀ that are computed before they are transposed into P.
+constexpr ptrdiff_t rows_at_once = 16;
+
+// One matrix's scratch memory, in doubles: W, the chain, and the series in float.
 struct PolarScratch {
-    ptrdiff_t w, chain, start;
+    static constexpr int series = 4;
+    ptrdiff_t w, chain, rest;
 
     PolarScratch(ptrdiff_t m, ptrdiff_t n)
-        : w(m * larger(Rows<double>::stride_of(padded<double>(n)), Rows<float>::stride_of(padded<float>(n)) / 2)),
-          chain(larger(PolarChain<double>::size(n),
-                       PolarChain<double>::size(n) / 5 + PolarChain<float>::size(n) / 2 + 1)),
-          start((m * Rows<float>::stride_of(padded<float>(n)) + 1) / 2) {}
-    ptrdiff_t size() const { return w + chain + start; }
+        : w(m * Rows<double>::stride_of(padded<double>(n))),
+          chain(PolarChain::matrices * Squares<double>::size(n)),
+          rest(series * Squares<float>::size(n) / 2 + 1 + rows_at_once * Rows<double>::stride_of(padded<double>(n))) {}
+    ptrdiff_t size() const { return w + chain + rest; }
 };
 
 // False: too ill-conditioned.
 inline bool polar_matrix(const float* weight, double reg, ptrdiff_t m, ptrdiff_t n, double* scratch, float* polar) {
     const PolarScratch part(m, n);
-    const Rows<double> w(scratch, n);
-    PolarChain<double> wide(scratch + part.w, n);
-    const Rows<float> start(reinterpret_cast<float*>(scratch + part.w + part.chain), n);
+    const Rows<double> w(scratch, n), rows(scratch + part.w + part.chain, n);
+    PolarChain chain(Squares<double>{scratch + part.w, n});
+    const Squares<float> single = {reinterpret_cast<float*>(rows[rows_at_once]), n};
 
     convert(Rows<const float>{weight, n, n}, m, n, w, 1);
-    multiply_symmetric(w, w, m, n, wide.gram);
-    add_to_diagonal(wide.gram, n, reg);
-    const double shrink = 1 / (1.001 * frobenius_norm(wide.gram, n)), root_shrink = root(shrink);
-    convert(wide.gram, n, n, wide.gram, shrink);
+    multiply_symmetric(w, w, m, n, chain.gram);
+    add_to_diagonal(chain.gram, n, reg);
+    const double shrink = 1 / (1.001 * frobenius_norm(chain.gram, n));
+    convert(chain.gram, n, n, chain.gram, shrink);
     double l = root(reg * shrink);
-    if (l < least_end || !wide.raise(l, well_conditioned)) return false;
-    if (wide.steps == 0) convert(w, m, n, start, root_shrink);
-    const ptrdiff_t most_rows = smaller(16, padded<double>(n));  // that a spare matrix has room for
-    for (ptrdiff_t first = 0; first < m && wide.steps > 0; first += most_rows) {
-        const ptrdiff_t rows = smaller(most_rows, m - first);
-        multiply<double, Into::store>(w[first], w.stride, 1, rows, wide.factor.from(0, 0), n, wide.spare.columns,
-                                      wide.spare[0], wide.spare.stride);
-        convert(wide.spare, rows, n, Rows<float>{start[first], start.columns, start.stride}, root_shrink);
-    }
+    if (l < least_end || !chain.raise(l)) return false;
 
-    PolarChain<float> chain(reinterpret_cast<float*>(wide.gram[padded<double>(n)]), n);  // over all but G
-    convert(wide.gram, n, n, chain.gram, 1);
-    if (!chain.raise(l, near_one) || !chain.finish(l)) return false;
-    const Rows<float> result(reinterpret_cast<float*>(w[0]), n);  // over W
-    multiply<float, Into::store>(start[0], start.stride, 1, m, chain.factor.from(0, 0), n, result.columns, result[0],
-                                 result.stride);
-    transpose(result, m, n, Rows<float>{polar, m, m});
+    // Around the middle of what is left, G = centre⁻² (I + E).
+    const double centre = 2 / (1 + l), scale = centre * root(shrink);
+    convert(chain.gram, n, n, chain.gram, centre * centre);
+    add_to_diagonal(chain.gram, n, -1);
+    if (!(frobenius_norm(chain.gram, n) < 0.07 * root(static_cast<double>(n)))) return false;  // not there, or NaN
+    const Rows<float> e = single[0], correction = single[3];
+    convert(chain.gram, n, n, e, 1);
+    inverse_root_series(e, n, single[1], single[2], correction);
+    Rows<float> factor = single[1], change = correction;  // of the factor, by the series
+    if (chain.steps > 0) {
+        convert(chain.factor, n, n, factor, 1);
+        multiply_symmetric(factor, correction, n, n, e);
+        change = e;
+    }
+    for (ptrdiff_t i = 0; i < n; ++i) {
+        for (ptrdiff_t j = 0; j < n; ++j) {
+            const double before = chain.steps > 0 ? chain.factor[i][j] : i == j;
+            chain.factor[i][j] = (before + change[i][j]) * scale;
+        }
+        for (ptrdiff_t j = n; j < chain.factor.columns; ++j) chain.factor[i][j] = 0;
+    }
+    const Rows<float> narrow(single.memory, n);  // over the series, whose four matrices have 16 rows at least
+    for (ptrdiff_t first = 0; first < m; first += rows_at_once) {  // Pᵀ = W A^{-1/2}
+        const ptrdiff_t count = smaller(rows_at_once, m - first);
+        multiply<double, Into::store>(w[first], w.stride, 1, count, chain.factor.from(0, 0), n, rows.columns, rows[0],
+                                      rows.stride);
+        convert(rows, count, n, narrow, 1);
+        transpose(narrow, count, n, Rows<float>{polar + first, count, m});
+    }
     return true;
 }
 
