@@ -441,7 +441,8 @@ def test_polar_converges(shape, size, reg, cpu):
 )
 @given(data=st.data())
 def test_polar_never_gives_up_below_1e6(cpu, data):
-    """Whatever the condition s_max/√r and the singular values: a small residual, and no gain above 1."""
+    """Whatever the condition s_max/√r and the singular values: a small residual, and no gain above 1 but for the rounding
+    errors of a float64 Gram matrix, whose condition is the square."""
     n = data.draw(st.integers(1, 40))
     reg = data.draw(st.sampled_from([1e-4, 1e-8]))
     condition = 10 ** data.draw(st.floats(-2, 6))
@@ -449,7 +450,8 @@ def test_polar_never_gives_up_below_1e6(cpu, data):
     weight = spectrum((1, n + data.draw(st.integers(0, 9)), n), condition * reg**0.5 * gains, torch.float32)
     found, failed = polar(weight, reg)
     assert not failed.any()
-    assert torch.linalg.matrix_norm(found.double(), 2).max() <= 1 + FLOOR[torch.float32]
+    rounding = FLOOR[torch.float32] + torch.finfo(torch.float64).eps * condition**2
+    assert torch.linalg.matrix_norm(found.double(), 2).max() <= 1 + rounding
     assert_small_residual(found, weight, float(torch.tensor(reg, dtype=torch.float32)), 0.5)
 
 
