@@ -18,7 +18,7 @@ constexpr int block_vectors(int rows) {
     return fit < 8 ? fit : 8;
 }
 
-enum class Into { store, subtract };
+enum class Into { store, add, subtract };
 
 // The right-hand matrix: element (k, j) at data[k·row + j/L·vector + j%L], for vectors of L lanes. Columns are padded
 // to whole vectors.
@@ -28,7 +28,7 @@ struct Right {
     ptrdiff_t row, vector;
 };
 
-// C[i][j] (=, -=) Σ_k A[i·a_row + k·a_k] B[k][j] for R rows and V vectors of columns.
+// C[i][j] (=, +=, -=) Σ_k A[i·a_row + k·a_k] B[k][j] for R rows and V vectors of columns.
 template <class T, int R, int V, Into into>
 void multiply_block(const T* a, ptrdiff_t a_row, ptrdiff_t a_k, Right<T> b, ptrdiff_t k_size, T* c, ptrdiff_t c_row) {
     using Lane = Vec<T>;
@@ -47,10 +47,10 @@ void multiply_block(const T* a, ptrdiff_t a_row, ptrdiff_t a_k, Right<T> b, ptrd
             const Lane value = broadcast<Lane>(a[i * a_row + k * a_k]);
 #pragma GCC unroll 16
             for (int v = 0; v < V; ++v) {
-                if (into == Into::store)
-                    sum[i][v] += value * column[v];
-                else
+                if (into == Into::subtract)
                     sum[i][v] -= value * column[v];
+                else
+                    sum[i][v] += value * column[v];
             }
         }
     }
@@ -82,11 +82,11 @@ inline ptrdiff_t padded(ptrdiff_t columns) {
     return divide_up(columns, lanes<T>) * lanes<T>;
 }
 
-// C (=, -=) A B over `columns` columns, a multiple of the vector. Rows and vectors are split evenly, so that no block
-// is a mere remainder; all rows of A pass over some vectors of B while these are in the first-level cache.
+// C (=, +=, -=) A B over `columns` columns, a multiple of the vector. Rows and vectors are split evenly, so that no
+// block is a mere remainder; all rows of A pass over some vectors of B while these are in the first-level cache.
 template <class T, Into into>
-void multiply(const T* a, ptrdiff_t a_row, ptrdiff_t a_k, ptrdiff_t rows, Right<T> b, ptrdiff_t k_size,
-              ptrdiff_t columns, T* c, ptrdiff_t c_row) {
+void multiply_panel(const T* a, ptrdiff_t a_row, ptrdiff_t a_k, ptrdiff_t rows, Right<T> b, ptrdiff_t k_size,
+                    ptrdiff_t columns, T* c, ptrdiff_t c_row) {
     constexpr ptrdiff_t L = lanes<T>;
     const ptrdiff_t row_blocks = divide_up(rows, block_rows), vectors = columns / L;
     const ptrdiff_t groups = divide_up(vectors, block_vectors(static_cast<int>(divide_up(rows, row_blocks))));
@@ -97,6 +97,28 @@ void multiply(const T* a, ptrdiff_t a_row, ptrdiff_t a_k, ptrdiff_t rows, Right<
             const ptrdiff_t first = rows * block / row_blocks, last = rows * (block + 1) / row_blocks;
             block_function<T, into>(static_cast<int>(last - first), static_cast<int>(width))(
                 a + first * a_row, a_row, a_k, part, k_size, c + first * c_row + v * L, c_row);
+        }
+    }
+}
+
+// The same for matrices of any size: what a panel reads of A stays in the second-level cache.
+template <class T, Into into>
+void multiply(const T* a, ptrdiff_t a_row, ptrdiff_t a_k, ptrdiff_t rows, Right<T> b, ptrdiff_t k_size,
+              ptrdiff_t columns, T* c, ptrdiff_t c_row) {
+    constexpr ptrdiff_t most_k = 256, most_rows = 64;
+    if (k_size <= most_k || rows < most_rows)
+        return multiply_panel<T, into>(a, a_row, a_k, rows, b, k_size, columns, c, c_row);
+    for (ptrdiff_t k = 0; k < k_size; k += most_k) {
+        const ptrdiff_t size = k_size - k < most_k ? k_size - k : most_k;
+        const Right<T> part = {b.data + k * b.row, b.row, b.vector};
+        for (ptrdiff_t i = 0; i < rows; i += most_rows) {
+            const ptrdiff_t count = rows - i < most_rows ? rows - i : most_rows;
+            const T* left = a + i * a_row + k * a_k;
+            if (k == 0)
+                multiply_panel<T, into>(left, a_row, a_k, count, part, size, columns, c + i * c_row, c_row);
+            else
+                multiply_panel<T, into == Into::store ? Into::add : into>(left, a_row, a_k, count, part, size, columns,
+                                                                          c + i * c_row, c_row);
         }
     }
 }

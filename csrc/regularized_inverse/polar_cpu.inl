@@ -24,15 +24,19 @@ template <class T>
 void multiply_symmetric(const Rows<T>& a, const Rows<T>& b, ptrdiff_t k, ptrdiff_t n, const Rows<T>& c,
                         bool triangular = false) {
     constexpr ptrdiff_t L = lanes<T>;
-    for (ptrdiff_t first = 0; first < n; first += L) {
+    // Rows at a time, from the diagonal of the first on: few waste little, many read less from afar.
+    const ptrdiff_t strip = n > 256 ? outer_rows : L;
+    for (ptrdiff_t first = 0; first < n; first += strip) {
+        const ptrdiff_t rows = smaller(strip, n - first);
         for (ptrdiff_t column = first, width; column < c.columns; column += width) {
             width = triangular ? smaller(4 * L, c.columns - column) : c.columns - column;
             const ptrdiff_t from = triangular ? smaller(column, k) : 0;
-            multiply<T, Into::store>(a[from] + first, 1, a.stride, smaller(L, n - first), b.from(from, column),
-                                     k - from, width, c[first] + column, c.stride);
+            multiply<T, Into::store>(a[from] + first, 1, a.stride, rows, b.from(from, column), k - from, width,
+                                     c[first] + column, c.stride);
         }
-        for (ptrdiff_t column = first + L; column < c.columns; column += L)  // mirrored square by square
-            transpose_block(c[first] + column, c.stride, c[column] + first, c.stride);
+        for (ptrdiff_t row = first; row < first + rows; row += L)  // mirrored square by square
+            for (ptrdiff_t column = first + strip; column < c.columns; column += L)
+                transpose_block(c[row] + column, c.stride, c[column] + row, c.stride);
     }
 }
 

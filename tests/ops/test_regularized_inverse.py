@@ -26,8 +26,8 @@ SHAPES = (
     (3, 1, 1), (3, 4, 6), (2, 3, 5, 4), (2, 3, 4, 4), (7, 17, 17), (0, 4, 3), (2, 0, 3, 4),
     (16, 1, 1), (33, 2, 2), (19, 7, 5), (3, 7, 4, 9), (18, 16, 16), (17, 33, 32),
 )  # fmt: skip
-# Above order 128 the native back-end hands over to LAPACK.
-LARGE_SHAPES = ((64, 64), (100, 100), (128, 128), (129, 129), (128, 150), (150, 129))
+# Above 64 rows and 256 terms products are blocked.
+LARGE_SHAPES = ((64, 64), (100, 100), (128, 128), (129, 129), (128, 150), (150, 129), (300, 270))
 # The smallest r, relative to the largest s², at which each dtype keeps its error budget whatever W is.
 SMALLEST_REG = {torch.float32: 1e-5, torch.float64: 1e-13}
 ops = torch.ops.tp_kernels
@@ -466,7 +466,7 @@ def test_polar_gives_up(cpu):
     assert_near(found, extended(expected), "P")
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (100, 100), (128, 128), (129, 129), (150, 120), (257, 257)], ids=str)
+@pytest.mark.parametrize("shape", [(64, 64), (100, 100), (128, 128), (129, 129), (150, 120), (257, 257), (330, 300)], ids=str)
 @pytest.mark.parametrize("reg", [1e-4, 0.25])
 def test_large_polar(shape, reg, dtype, cpu):
     """Up to the order at which the decomposition takes over, and beyond. The exact answer in float64 is near enough."""
