@@ -40,7 +40,7 @@ public:
 
 private:
     static constexpr unsigned count = 8;
-    static constexpr size_t largest = 4 << 20;
+    static constexpr size_t largest = 32 << 20;
     Block blocks_[count];
     unsigned next_ = 0;
 };

@@ -441,8 +441,8 @@ def test_polar_converges(shape, size, reg, cpu):
 )
 @given(data=st.data())
 def test_polar_never_gives_up_below_1e6(cpu, data):
-    """Whatever the condition s_max/√r and the singular values: a small residual, and no gain above 1 but for the rounding
-    errors of a float64 Gram matrix, whose condition is the square."""
+    """Whatever the condition s_max/√r and the singular values: a small residual, and no gain above 1 but for the
+    rounding errors of a float64 Gram matrix, whose condition is the square."""
     n = data.draw(st.integers(1, 40))
     reg = data.draw(st.sampled_from([1e-4, 1e-8]))
     condition = 10 ** data.draw(st.floats(-2, 6))
@@ -466,7 +466,9 @@ def test_polar_gives_up(cpu):
     assert_near(found, extended(expected), "P")
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (100, 100), (128, 128), (129, 129), (150, 120), (257, 257), (330, 300)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(64, 64), (100, 100), (128, 128), (129, 129), (150, 120), (257, 257), (330, 300)], ids=str
+)
 @pytest.mark.parametrize("reg", [1e-4, 0.25])
 def test_large_polar(shape, reg, dtype, cpu):
     """Up to the order at which the decomposition takes over, and beyond. The exact answer in float64 is near enough."""
