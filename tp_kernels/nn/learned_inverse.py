@@ -52,7 +52,7 @@ class LearnedInverse(RNN):
 
     Source: Manchev and Spratling, "Target Propagation in Recurrent Neural Networks", JMLR 21, 2020; targets by
     differences and the noisy reconstruction from Lee, Zhang, Fischer and Bengio, "Difference Target Propagation",
-    ECML PKDD 2015. A gradient source at every step and ``"total"`` are this library's.
+    ECML PKDD 2015. A gradient source at every step, the default of ``noise`` and ``"total"`` are this library's.
 
     Example:
         >>> import torch, tp_kernels as tp
@@ -237,7 +237,7 @@ def _reconstruction_gradients(
     with torch.enable_grad():
         leaves = [None if parameter is None else parameter.detach().requires_grad_() for parameter in inverse]
         miss = activation(_before_activation(after, x, leaves)) - noisy
-        loss = miss.square().sum() / max(1, miss[..., 0].numel())
+        loss = miss.square().sum(-1).mean()
         wanted = [leaf for leaf, need in zip(leaves, trained, strict=True) if need]
         gradients = iter(torch.autograd.grad(loss, wanted))
     return [next(gradients) if need else None for need in trained]
