@@ -372,12 +372,10 @@ def write(records: list[dict], folder: Path) -> list[Finding]:
         sections[2:2] = [_model_section(cells, fitted)] if fitted else []
     sections = [section for section in sections if section.pictures or section.tables]
     folder.mkdir(parents=True, exist_ok=True)
-    results = {
-        "summary": [asdict(finding) for finding in findings],
-        "model": asdict(fitted) if fitted else None,
-        "records": records,
-    }
-    (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    head = {"summary": [asdict(finding) for finding in findings], "model": asdict(fitted) if fitted else None}
+    lines = ",\n".join(map(json.dumps, records))  # a record a line: curves are long
+    results = f'{json.dumps(head)[:-1]}, "records": [\n{lines}\n]}}\n'
+    (folder / "results.json").write_text(results, encoding="utf-8")
     _write_csv(records, folder / "results.csv")
     if cells:
         (folder / "ratios.md").write_text(_ratios(cells, _environments(records)), encoding="utf-8")
