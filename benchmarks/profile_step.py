@@ -1,7 +1,7 @@
 """Where the time of a training step goes: ``python benchmarks/profile_step.py --T 60 --N 100 --B 20``.
 
-Median microseconds of the native calls in one step of the default rule, of the weight gradient's product, and of what
-is left: Python, autograd, allocation, the gradients of bias and projection. Beside each, what its operations would take
+Median microseconds of the native calls in one step of the default rule, of the weight gradients' products, and of what
+is left: Python, autograd, allocation, the gradient of the bias. Beside each, what its operations would take
 at the measured ceiling.
 """
 
@@ -26,7 +26,7 @@ NATIVE = {
     "regularized_polar": "P",
     "regularized_solve": "P",
 }
-PRODUCT = "weight gradient, a product of torch"
+PRODUCT = "weight gradients, products of torch"
 
 
 def _timed(function: Callable, name: str, seconds: dict[str, float]) -> Callable:
@@ -65,9 +65,12 @@ def profile(case: Case, rounds: int) -> dict[str, float]:
             samples["whole"].append(time.perf_counter() - start)
             seconds: dict[str, float] = defaultdict(float)
             other()
-            product = _timed(op._weight_gradient, PRODUCT, seconds)
-            native = mock.patch.object(_native, "cpu", _Timed(module, seconds))
-            with native, mock.patch.object(op, "_weight_gradient", product):
+            with (
+                mock.patch.object(_native, "cpu", _Timed(module, seconds)),
+                mock.patch.object(op, "_weight_gradient", _timed(op._weight_gradient, PRODUCT, seconds)),
+                # What the portions of a long sequence after the first are added by, and the projection's.
+                mock.patch.object(torch.Tensor, "addmm_", _timed(torch.Tensor.addmm_, PRODUCT, seconds)),
+            ):
                 step()
             for name, value in seconds.items():
                 samples[name].append(value)

@@ -1,10 +1,14 @@
-"""A Markdown table from pytest-benchmark's JSON: ``python benchmarks/table.py results.json [another.json …]``.
+"""Markdown tables of kept results.
 
-One row a group; the median time of its first contender, and those of the others as multiples of it.
+``python benchmarks/table.py results.json [another.json …]``, of pytest-benchmark's JSON: one row a group; the median
+time of its first contender, and those of the others as multiples of it.
+
+``python benchmarks/table.py --ratio tp nn.RNN results.json``, of the regime map's: the median time of one contender
+over that of another, one row for each T and B, one column for each N.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 
@@ -66,5 +70,30 @@ def _where(results: dict) -> str:
     return f"{' · '.join(parts)} · revision {extra['revision']} · {results['datetime'][:10]}"
 
 
+def ratios(results: dict, name: str, other: str) -> str:
+    """Of the regime map's records; a cell where one of the two has no time is left out."""
+    mine, theirs = (
+        {(r["T"], r["B"], r["N"]): r["median_s"] for r in results["records"] if r["contender"] == word}
+        for word in (name, other)
+    )
+    cells = {where: mine[where] / theirs[where] for where in mine if mine[where] and theirs.get(where)}
+    sizes = sorted({N for _, _, N in cells})
+    lines = [f"| {name} / {other} | {' | '.join(f'N = {N}' for N in sizes)} |", "|---" + "|---:" * len(sizes) + "|"]
+    for T, B in sorted({(T, B) for T, B, _ in cells}):
+        row = (f"{cells[T, B, N]:.2f}" if (T, B, N) in cells else "–" for N in sizes)
+        lines.append(f"| T = {T}, B = {B} | {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Markdown tables of kept results.")
+    parser.add_argument("--ratio", nargs=2, metavar=("NAME", "OTHER"), help="two contenders of the regime map")
+    parser.add_argument("results", nargs="+", type=Path, help="files of JSON")
+    args = parser.parse_args()
+    for i, path in enumerate(args.results):
+        results = json.loads(path.read_text())
+        print("\n" * (i > 0) + (ratios(results, *args.ratio) if args.ratio else table(results)))
+
+
 if __name__ == "__main__":
-    print("\n\n".join(table(json.loads(Path(path).read_text())) for path in sys.argv[1:]))
+    main()
