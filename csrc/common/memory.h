@@ -3,6 +3,9 @@
 
 #include <stddef.h>
 #include <stdlib.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace tpk::TPK_ISA {
 
@@ -28,7 +31,7 @@ public:
                 return taken;
             }
         }
-        return {aligned_alloc(64, bytes), bytes};
+        return {allocate(bytes), bytes};
     }
 
     void keep(const Block& block) {
@@ -40,7 +43,19 @@ public:
 
 private:
     static constexpr unsigned count = 8;
-    static constexpr size_t largest = 32 << 20;
+    static constexpr size_t largest = 32 << 20, huge_page = 2 << 20;
+
+    // Large blocks lie in huge pages where the system has them: each row of a large matrix is in another small page,
+    // and a product down its columns would wait for the addresses of all of them.
+    static void* allocate(size_t bytes) {
+        if (bytes < 2 * huge_page) return aligned_alloc(64, bytes);
+        void* memory = aligned_alloc(huge_page, (bytes + huge_page - 1) / huge_page * huge_page);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+        if (memory) madvise(memory, bytes, MADV_HUGEPAGE);  // advice: without it all still works
+#endif
+        return memory;
+    }
+
     Block blocks_[count];
     unsigned next_ = 0;
 };
