@@ -5,26 +5,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tp_kernels import _native
+from tp_kernels import _native, _triton
 from tp_kernels._backends import Backend, BackendTable, missing
 from tp_kernels._library import register
-from tp_kernels.ops.rnn import reference
+from tp_kernels.ops.rnn import reference, triton_blocks
 from tp_kernels.rules import Sweep
 
 
-def _unit_stride(tensor: Tensor | None) -> Tensor | None:
+def unit_stride(tensor: Tensor | None) -> Tensor | None:
     """The native kernels take any strides but for the last axis."""
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _strides(tensor: Tensor | None) -> tuple[int, int, int]:
+def strides(tensor: Tensor | None) -> tuple[int, int, int]:
     """Strides over time, batch and heads."""
     if tensor is None:
         return 0, 0, 0
     return tensor.stride(0), tensor.stride(1), tensor.stride(2) if tensor.dim() == 4 else 0
 
 
-def _sizes(h: Tensor) -> tuple[int, int, int, int]:
+def sizes(h: Tensor) -> tuple[int, int, int, int]:
     return h.shape[0], h.shape[1], h.shape[2] if h.dim() == 4 else 1, h.shape[-1]
 
 
@@ -43,7 +43,7 @@ def _cpu_layer_forward(
 ) -> Tensor:
     """The states, of ``u = x`` or, with a projection, of ``u = x Uᵀ + b``, which then is nowhere in memory."""
     _native.check_same_kind("rnn", x, projection, bias, weight, h0)
-    x, weight = _unit_stride(x), weight.contiguous()
+    x, weight = unit_stride(x), weight.contiguous()
     projection, bias = (None if tensor is None else tensor.contiguous() for tensor in (projection, bias))
     shape = (*x.shape[:-1], weight.shape[-1])
     h0 = x.new_zeros(shape[1:]) if h0 is None else h0.contiguous()
@@ -51,14 +51,14 @@ def _cpu_layer_forward(
     _native.cpu.rnn_fwd(
         double=_native.is_double(x),
         input=_native.pointer(x),
-        input_strides=_strides(x),
+        input_strides=strides(x),
         projection=_native.pointer(projection),
         bias=_native.pointer(bias),
         projected=0 if projection is None else projection.shape[1],
         weight=_native.pointer(weight),
         h0=_native.pointer(h0),
         h=_native.pointer(h),
-        sizes=_sizes(h),
+        sizes=sizes(h),
         nonlinearity=nonlinearity,
         threads=torch.get_num_threads(),
     )
@@ -82,16 +82,16 @@ def _cpu_backward(
     for argument, tensor, needed in (("feedback", feedback, sweep.uses_inverse), ("u", u, sweep.inverse == "direct")):
         if needed and tensor is None:
             raise TypeError(f"rnn: {argument} must be a torch.Tensor with inverse={sweep.inverse!r}, got None")
-    grad_h, u = _unit_stride(grad_h), _unit_stride(u)
+    grad_h, u = unit_stride(grad_h), unit_stride(u)
     h, weight = h.contiguous(), weight.contiguous()
     grad_last, feedback, carried, through, h0 = (
         None if tensor is None else tensor.contiguous() for tensor in (grad_last, feedback, carried, through, h0)
     )
-    grad_u, carried_out, through_out = _backward_outputs(h, sweep)
+    grad_u, carried_out, through_out = backward_outputs(h, sweep)
     unsolved = _native.cpu.rnn_bwd(
         double=_native.is_double(h),
         grad_h=_native.pointer(grad_h),
-        grad_h_strides=_strides(grad_h),
+        grad_h_strides=strides(grad_h),
         grad_last=_native.pointer(grad_last),
         h=_native.pointer(h),
         weight=_native.pointer(weight),
@@ -101,11 +101,11 @@ def _cpu_backward(
         carried_out=_native.pointer(carried_out),
         through_out=_native.pointer(through_out),
         u=_native.pointer(u),
-        u_strides=_strides(u),
+        u_strides=strides(u),
         h0=_native.pointer(h0),
         grad_u=_native.pointer(grad_u),
         iterations=_native.pointer(iterations),
-        sizes=_sizes(h),
+        sizes=sizes(h),
         **sweep._asdict(),
         threads=torch.get_num_threads(),
     )
@@ -115,7 +115,7 @@ def _cpu_backward(
     return grad_u, carried_out, through_out
 
 
-def _backward_outputs(h: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor, Tensor]:
+def backward_outputs(h: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor, Tensor]:
     """What backward fills: δ, and what it sends on to an earlier call."""
     return h.new_empty(h.shape), *sent_outputs(h, sweep)
 
@@ -127,6 +127,18 @@ def sent_outputs(h: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor]:
     return carried, through
 
 
+def _triton_forward(*arguments: Any, **options: Any) -> Tensor:
+    from tp_kernels.ops.rnn import triton_kernel  # imports triton, which need not be there
+
+    return triton_kernel.forward(*arguments, **options)
+
+
+def _triton_backward(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from tp_kernels.ops.rnn import triton_kernel
+
+    return triton_kernel.backward(*arguments, **options)
+
+
 BACKENDS = BackendTable(
     "rnn",
     {
@@ -134,14 +146,16 @@ BACKENDS = BackendTable(
         "cpu": Backend(
             _cpu_forward, _cpu_backward, _native.cpu_available, _native.cpu_supports, layer_forward=_cpu_layer_forward
         ),
-        "triton": missing("this version has no Triton kernel for it"),
+        "triton": Backend(_triton_forward, _triton_backward, _triton.available, triton_blocks.supports),
         "cuda": missing("this version has no CUDA kernel for it"),
     },
+    {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")},
 )
+"""``resolve`` is told what support depends on: ``size``, N, and in backward ``sweep``."""
 
 
 def _forward(u: Tensor, weight: Tensor, h0: Tensor | None, nonlinearity: str, backend: str) -> Tensor:
-    return BACKENDS.resolve(backend, u).forward(u, weight, h0, nonlinearity)
+    return BACKENDS.resolve(backend, u, size=u.shape[-1]).forward(u, weight, h0, nonlinearity)
 
 
 def _backward(
@@ -157,8 +171,9 @@ def _backward(
     *words: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     *sweep, backend = words
-    return BACKENDS.resolve(backend, h).backward(
-        grad_h, grad_last, h, weight, feedback, carried, through, u, h0, Sweep(*sweep)
+    sweep = Sweep(*sweep)
+    return BACKENDS.resolve(backend, h, size=h.shape[-1], sweep=sweep).backward(
+        grad_h, grad_last, h, weight, feedback, carried, through, u, h0, sweep
     )
 
 
@@ -167,15 +182,16 @@ def _iterations(grad_h: Tensor | None, grad_last: Tensor | None, h: Tensor, *arg
     *tensors, backend = arguments
     count = len(Sweep._fields)
     iterations = h.new_zeros(h.shape[:-1], dtype=torch.int32)
-    BACKENDS.resolve(backend, h).backward(
-        grad_h, grad_last, h, *tensors[:-count], Sweep(*tensors[-count:]), iterations=iterations
+    sweep = Sweep(*tensors[-count:])
+    BACKENDS.resolve(backend, h, size=h.shape[-1], sweep=sweep).backward(
+        grad_h, grad_last, h, *tensors[:-count], sweep, iterations=iterations
     )
     return iterations
 
 
 def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     _, _, h, _, _, _, _, _, _, *sweep, _ = arguments
-    return _backward_outputs(h, Sweep(*sweep))
+    return backward_outputs(h, Sweep(*sweep))
 
 
 # The fields of a Sweep, in a schema.
