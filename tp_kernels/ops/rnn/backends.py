@@ -6,25 +6,25 @@ import torch
 from torch import Tensor
 
 from tp_kernels import _native
-from tp_kernels._backends import Backend, BackendTable, missing
+from tp_kernels._backends import Backend, BackendTable, Support, missing
 from tp_kernels._library import register
 from tp_kernels.ops.rnn import reference
 from tp_kernels.rules import Sweep
 
 
-def _unit_stride(tensor: Tensor | None) -> Tensor | None:
+def unit_stride(tensor: Tensor | None) -> Tensor | None:
     """The native kernels take any strides but for the last axis."""
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _strides(tensor: Tensor | None) -> tuple[int, int, int]:
+def strides(tensor: Tensor | None) -> tuple[int, int, int]:
     """Strides over time, batch and heads."""
     if tensor is None:
         return 0, 0, 0
     return tensor.stride(0), tensor.stride(1), tensor.stride(2) if tensor.dim() == 4 else 0
 
 
-def _sizes(h: Tensor) -> tuple[int, int, int, int]:
+def sizes(h: Tensor) -> tuple[int, int, int, int]:
     return h.shape[0], h.shape[1], h.shape[2] if h.dim() == 4 else 1, h.shape[-1]
 
 
@@ -43,7 +43,7 @@ def _cpu_layer_forward(
 ) -> Tensor:
     """The states, of ``u = x`` or, with a projection, of ``u = x Uᵀ + b``, which then is nowhere in memory."""
     _native.check_same_kind("rnn", x, projection, bias, weight, h0)
-    x, weight = _unit_stride(x), weight.contiguous()
+    x, weight = unit_stride(x), weight.contiguous()
     projection, bias = (None if tensor is None else tensor.contiguous() for tensor in (projection, bias))
     shape = (*x.shape[:-1], weight.shape[-1])
     h0 = x.new_zeros(shape[1:]) if h0 is None else h0.contiguous()
@@ -51,14 +51,14 @@ def _cpu_layer_forward(
     _native.cpu.rnn_fwd(
         double=_native.is_double(x),
         input=_native.pointer(x),
-        input_strides=_strides(x),
+        input_strides=strides(x),
         projection=_native.pointer(projection),
         bias=_native.pointer(bias),
         projected=0 if projection is None else projection.shape[1],
         weight=_native.pointer(weight),
         h0=_native.pointer(h0),
         h=_native.pointer(h),
-        sizes=_sizes(h),
+        sizes=sizes(h),
         nonlinearity=nonlinearity,
         threads=torch.get_num_threads(),
     )
@@ -82,16 +82,16 @@ def _cpu_backward(
     for argument, tensor, needed in (("feedback", feedback, sweep.uses_inverse), ("u", u, sweep.inverse == "direct")):
         if needed and tensor is None:
             raise TypeError(f"rnn: {argument} must be a torch.Tensor with inverse={sweep.inverse!r}, got None")
-    grad_h, u = _unit_stride(grad_h), _unit_stride(u)
+    grad_h, u = unit_stride(grad_h), unit_stride(u)
     h, weight = h.contiguous(), weight.contiguous()
     grad_last, feedback, carried, through, h0 = (
         None if tensor is None else tensor.contiguous() for tensor in (grad_last, feedback, carried, through, h0)
     )
-    grad_u, carried_out, through_out = _backward_outputs(h, sweep)
+    grad_u, carried_out, through_out = backward_outputs(h, sweep)
     unsolved = _native.cpu.rnn_bwd(
         double=_native.is_double(h),
         grad_h=_native.pointer(grad_h),
-        grad_h_strides=_strides(grad_h),
+        grad_h_strides=strides(grad_h),
         grad_last=_native.pointer(grad_last),
         h=_native.pointer(h),
         weight=_native.pointer(weight),
@@ -101,11 +101,11 @@ def _cpu_backward(
         carried_out=_native.pointer(carried_out),
         through_out=_native.pointer(through_out),
         u=_native.pointer(u),
-        u_strides=_strides(u),
+        u_strides=strides(u),
         h0=_native.pointer(h0),
         grad_u=_native.pointer(grad_u),
         iterations=_native.pointer(iterations),
-        sizes=_sizes(h),
+        sizes=sizes(h),
         **sweep._asdict(),
         threads=torch.get_num_threads(),
     )
@@ -115,7 +115,7 @@ def _cpu_backward(
     return grad_u, carried_out, through_out
 
 
-def _backward_outputs(h: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor, Tensor]:
+def backward_outputs(h: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor, Tensor]:
     """What backward fills: δ, and what it sends on to an earlier call."""
     return h.new_empty(h.shape), *sent_outputs(h, sweep)
 
@@ -127,6 +127,86 @@ def sent_outputs(h: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor]:
     return carried, through
 
 
+_CUDA_INVERSES = ("none", "identity", "weight", "layer")
+
+
+def _cuda_supports(tensor: Tensor, *, size: int, sweep: Sweep | None = None, **options: object) -> Support:
+    """``size``: N; ``sweep``: of a backward pass."""
+    ok, reason = _native.cuda_supports(tensor)
+    if not ok:
+        return ok, reason
+    largest = _native.cuda.rnn_largest
+    if size > largest:
+        return False, f"it keeps the weight of up to {largest} units on one multiprocessor, and there are {size}"
+    if sweep is not None and sweep.inverse not in _CUDA_INVERSES:
+        return False, f"this version has no CUDA kernel for the inverse {sweep.inverse!r}"
+    return True, ""
+
+
+def _cuda_forward(u: Tensor, weight: Tensor, h0: Tensor | None, nonlinearity: str, out: Tensor | None = None) -> Tensor:
+    _native.check_same_kind("rnn", u, weight, h0)
+    u, weight = unit_stride(u), weight.contiguous()
+    h0 = None if h0 is None else h0.contiguous()
+    h = u.new_empty(u.shape) if out is None else out
+    _native.cuda.rnn_fwd(
+        input=_native.pointer(u),
+        input_strides=strides(u),
+        weight=_native.pointer(weight),
+        h0=_native.pointer(h0),
+        h=_native.pointer(h),
+        sizes=sizes(h),
+        nonlinearity=nonlinearity,
+        **_native.device_and_stream(h),
+    )
+    return h
+
+
+def _cuda_backward(
+    grad_h: Tensor | None,
+    grad_last: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    feedback: Tensor | None,
+    carried: Tensor | None,
+    through: Tensor | None,
+    u: Tensor | None,
+    h0: Tensor | None,
+    sweep: Sweep,
+    iterations: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """None of its inverses takes iterations, u or h_0."""
+    _native.check_same_kind("rnn", h, grad_h, grad_last, weight, feedback, carried, through)
+    if sweep.uses_inverse and feedback is None:
+        raise TypeError(f"rnn: feedback must be a torch.Tensor with inverse={sweep.inverse!r}, got None")
+    grad_h = unit_stride(grad_h)
+    h, weight = h.contiguous(), weight.contiguous()
+    grad_last, feedback, carried, through = (
+        None if tensor is None else tensor.contiguous() for tensor in (grad_last, feedback, carried, through)
+    )
+    grad_u, carried_out, through_out = backward_outputs(h, sweep)
+    _native.cuda.rnn_bwd(
+        grad_h=_native.pointer(grad_h),
+        grad_h_strides=strides(grad_h),
+        grad_last=_native.pointer(grad_last),
+        h=_native.pointer(h),
+        weight=_native.pointer(weight),
+        feedback=_native.pointer(feedback),
+        carried_in=_native.pointer(carried),
+        through_in=_native.pointer(through),
+        carried_out=_native.pointer(carried_out),
+        through_out=_native.pointer(through_out),
+        grad_u=_native.pointer(grad_u),
+        sizes=sizes(h),
+        nonlinearity=sweep.nonlinearity,
+        inverse=sweep.inverse,
+        update=sweep.update,
+        step=sweep.step,
+        clip=sweep.clip,
+        **_native.device_and_stream(h),
+    )
+    return grad_u, carried_out, through_out
+
+
 BACKENDS = BackendTable(
     "rnn",
     {
@@ -135,13 +215,14 @@ BACKENDS = BackendTable(
             _cpu_forward, _cpu_backward, _native.cpu_available, _native.cpu_supports, layer_forward=_cpu_layer_forward
         ),
         "triton": missing("this version has no Triton kernel for it"),
-        "cuda": missing("this version has no CUDA kernel for it"),
+        # By name only, until it has run on a GPU.
+        "cuda": Backend(_cuda_forward, _cuda_backward, _native.cuda_available, _cuda_supports),
     },
 )
 
 
 def _forward(u: Tensor, weight: Tensor, h0: Tensor | None, nonlinearity: str, backend: str) -> Tensor:
-    return BACKENDS.resolve(backend, u).forward(u, weight, h0, nonlinearity)
+    return BACKENDS.resolve(backend, u, size=u.shape[-1]).forward(u, weight, h0, nonlinearity)
 
 
 def _backward(
@@ -157,8 +238,9 @@ def _backward(
     *words: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     *sweep, backend = words
-    return BACKENDS.resolve(backend, h).backward(
-        grad_h, grad_last, h, weight, feedback, carried, through, u, h0, Sweep(*sweep)
+    sweep = Sweep(*sweep)
+    return BACKENDS.resolve(backend, h, size=h.shape[-1], sweep=sweep).backward(
+        grad_h, grad_last, h, weight, feedback, carried, through, u, h0, sweep
     )
 
 
@@ -167,15 +249,16 @@ def _iterations(grad_h: Tensor | None, grad_last: Tensor | None, h: Tensor, *arg
     *tensors, backend = arguments
     count = len(Sweep._fields)
     iterations = h.new_zeros(h.shape[:-1], dtype=torch.int32)
-    BACKENDS.resolve(backend, h).backward(
-        grad_h, grad_last, h, *tensors[:-count], Sweep(*tensors[-count:]), iterations=iterations
+    sweep = Sweep(*tensors[-count:])
+    BACKENDS.resolve(backend, h, size=h.shape[-1], sweep=sweep).backward(
+        grad_h, grad_last, h, *tensors[:-count], sweep, iterations=iterations
     )
     return iterations
 
 
 def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     _, _, h, _, _, _, _, _, _, *sweep, _ = arguments
-    return _backward_outputs(h, Sweep(*sweep))
+    return backward_outputs(h, Sweep(*sweep))
 
 
 # The fields of a Sweep, in a schema.

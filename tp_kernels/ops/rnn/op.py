@@ -35,8 +35,8 @@ def _layer_forward(
     nonlinearity: str,
     backend: str,
 ) -> Tensor:
-    chosen = BACKENDS.resolve(backend, x)
     T, B, N = x.shape[0], x.shape[1], weight.shape[-1]
+    chosen = BACKENDS.resolve(backend, x, size=N)
     # In the sweep the projection of few sequences would be products of a few rows; as one product it has T·B of them.
     if chosen.layer_forward is not None and (B >= 4 or 4 * x.shape[2] <= N):
         return chosen.layer_forward(x, projection, bias, weight, h0, nonlinearity)
@@ -63,7 +63,7 @@ def _layer_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     *sweep, needs_x, needs_projection, needs_weight, backend = words
     sweep = Sweep(*sweep)
-    backward = BACKENDS.resolve(backend, h).backward
+    backward = BACKENDS.resolve(backend, h, size=h.shape[-1], sweep=sweep).backward
     grad_x, grad_projection, grad_bias, grad_weight = _gradient_outputs(
         x, projection, h, needs_x, needs_projection, needs_weight
     )

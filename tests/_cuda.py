@@ -1,0 +1,103 @@
+"""Builds of the CUDA kernels where there is no GPU: emulated, and compiled for every architecture."""
+
+import functools
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).parent.parent
+RESOURCES = Path(__file__).parent / "cuda_resources.json"
+
+
+class NotBuilt(Exception):
+    """What is missing on this machine."""
+
+
+def _configured(*options: str) -> Path:
+    """A build folder of these options and these tools, kept from run to run."""
+    try:
+        import pybind11
+    except ImportError as error:
+        raise NotBuilt(f"it is built with pybind11 ({error}); pip install -e '.[test]'") from error
+    tools = {name: shutil.which(name) for name in ("cmake", "ninja", "c++")}
+    for name, path in tools.items():
+        if path is None:
+            raise NotBuilt(f"it is built with {name}, which is not there")
+    settings = [
+        f"-DCMAKE_MAKE_PROGRAM={tools['ninja']}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        *options,
+    ]
+    folder = ROOT / "build" / f"tests-{sha256(repr((tools, settings)).encode()).hexdigest()[:12]}"
+    run(tools["cmake"], "-S", ROOT, "-B", folder, "-G", "Ninja", *settings)
+    return folder
+
+
+def run(*command: str | Path) -> str:
+    """What it prints; an error shows it."""
+    ran = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if ran.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{ran.stdout[-8000:]}")
+    return ran.stdout
+
+
+@functools.cache
+def emulated() -> ModuleType:
+    """``tp_kernels._cuda``, its kernels run by csrc/common/cuda_emulation.h on CPU tensors."""
+    folder = _configured("-DTPK_EMULATE=1")
+    run("cmake", "--build", folder, "--target", "_cuda_emulated")
+    (path,) = folder.glob("_cuda_emulated*.so")
+    spec = importlib.util.spec_from_file_location("_cuda_emulated", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compiled() -> dict[str, object]:
+    """What ptxas says of every kernel on every architecture: registers, bytes of shared memory, and spills."""
+    if shutil.which("nvcc") is None:
+        raise NotBuilt("nvcc is not there")
+    folder = _configured("-DTPK_CUDA=1")
+    shutil.rmtree(folder / "CMakeFiles" / "kernels_cuda.dir", ignore_errors=True)  # a report is made by compiling
+    report = run("cmake", "--build", folder, "--target", "kernels_cuda")
+    release = re.search(r"release ([\d.]+)", run("nvcc", "--version"))[1]
+    return {"nvcc": release, "kernels": parse(report)}
+
+
+_ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
+
+
+def parse(report: str) -> dict[str, dict[str, dict[str, int]]]:
+    """ptxas -v, by architecture and kernel."""
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for entry in _ENTRY.finditer(report):
+        of_rest = {kind: int(size) for size, kind in re.findall(r"(\d+) bytes (smem|lmem)", entry["rest"])}
+        found.setdefault(f"sm_{entry['arch']}", {})[readable(entry["name"])] = {
+            "registers": int(entry["registers"]),
+            "shared": of_rest.get("smem", 0),
+            "local": int(entry["stack"]) + int(entry["stores"]) + int(entry["loads"]) + of_rest.get("lmem", 0),
+        }
+    return {arch: dict(sorted(kernels.items())) for arch, kernels in sorted(found.items())}
+
+
+def readable(mangled: str) -> str:
+    """``rnn_forward_kernel<128, 1>`` of the symbol's name."""
+    name = re.search(r"\d+([a-z_]+_kernel)I?", mangled)
+    values = re.findall(r"L[ib](\d+)E", mangled[name.end() - 1 :])
+    return f"{name[1]}<{', '.join(values)}>"
+
+
+if __name__ == "__main__":  # renews the table
+    RESOURCES.write_text(json.dumps(compiled(), indent=1) + "\n")
