@@ -13,7 +13,13 @@ from _oracle import extended, residual
 from torch import Tensor
 
 # What a correct evaluation may differ by where the reference happens to be exact.
-FLOOR = {torch.float64: 16 * torch.finfo(torch.float64).eps, torch.float32: 16 * torch.finfo(torch.float32).eps}
+# A kernel that sums in float32 and stores half precision rounds the result, and the states that lead to it.
+FLOOR = {
+    torch.float64: 16 * torch.finfo(torch.float64).eps,
+    torch.float32: 16 * torch.finfo(torch.float32).eps,
+    torch.bfloat16: torch.finfo(torch.bfloat16).eps,
+    torch.float16: torch.finfo(torch.float16).eps,
+}
 # What the reference itself may err by in a well-conditioned problem; ``condition`` scales it in others.
 REFERENCE = {
     torch.float64: 512 * torch.finfo(torch.float64).eps,

@@ -10,15 +10,16 @@ import torch
 from _cases import RNNCase, matrices
 
 import tp_kernels as tp
-from tp_kernels import _native, info
+from tp_kernels import _native, _triton, info
 from tp_kernels._backends import NAMES, Backend, BackendTable, BackendUnavailableError, missing
 from tp_kernels.ops.regularized_inverse import op as inverse_op
 from tp_kernels.ops.rnn import backends as rnn_backends
 
 OPS = {"rnn": rnn_backends, "regularized_inverse": inverse_op}
 WHY_NOT = {
-    "triton": "this version has no Triton kernel for it",
-    "cuda": "this version has no CUDA kernel for it",
+    ("rnn", "cuda"): "this version has no CUDA kernel for it",
+    ("regularized_inverse", "triton"): "this version has no Triton kernel for it",
+    ("regularized_inverse", "cuda"): "this version has no CUDA kernel for it",
 }
 
 
@@ -37,14 +38,40 @@ def test_every_backend_is_in_the_table(op):
     assert tp.BackendUnavailableError is BackendUnavailableError
 
 
-@pytest.mark.parametrize("name", WHY_NOT)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("op", "name"), WHY_NOT)
 def test_absent_backends_say_why(op, name):
     with pytest.raises(BackendUnavailableError) as caught:
         call(op, name)
     assert str(caught.value) == (
-        f"{op}: backend {name!r} cannot run this call: {WHY_NOT[name]}. Use backend='auto' or 'reference'."
+        f"{op}: backend {name!r} cannot run this call: {WHY_NOT[op, name]}. Use backend='auto' or 'reference'."
     )
+
+
+@pytest.mark.parametrize("case", ["no package", "no device", "CPU tensors"])
+def test_triton_says_why_not(case, monkeypatch):
+    """On any machine: whether the package is there, a device is, and the tensors are on it."""
+    monkeypatch.setattr(_triton, "interpreted", lambda: False)
+    monkeypatch.setattr(_triton, "import_error", lambda: "No module named 'triton'" if case == "no package" else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: case == "CPU tensors")
+    reason = {
+        "no package": (
+            "triton could not be imported (No module named 'triton'); python -m pip install 'tp_kernels[triton]'"
+        ),
+        "no device": "it computes on a CUDA device, and this torch can use none",
+        "CPU tensors": "it computes on a CUDA device, and the tensors are on cpu",
+    }[case]
+    with pytest.raises(BackendUnavailableError) as caught:
+        call("rnn", "triton")
+    assert str(caught.value) == (
+        f"rnn: backend 'triton' cannot run this call: {reason}. Use backend='auto' or 'reference'."
+    )
+    assert torch.equal(call("rnn", "auto"), call("rnn", "cpu" if _native.cpu_available()[0] else "reference"))
+
+
+def test_importing_imports_no_triton():
+    program = "import sys, tp_kernels, tp_kernels.info; assert 'triton' not in sys.modules, 'triton'"
+    program += "; import torch; assert not torch.cuda.is_initialized()"
+    subprocess.run([sys.executable, "-c", program], check=True, env=os.environ)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
@@ -186,11 +213,11 @@ def test_meta_tensors_get_shapes_and_dtypes(dtype):
 def test_info_names_every_op_and_backend():
     found = info.backends()
     assert list(found) == [(op, name) for op in OPS for name in NAMES]
-    for (_, name), answer in found.items():
-        ok, reason = rnn_backends.BACKENDS.backends[name].available()
+    for (op, name), answer in found.items():
+        ok, reason = OPS[op].BACKENDS.backends[name].available()
         assert answer == ("yes" if ok else f"no: {reason}")
     assert found["rnn", "reference"] == "yes"
-    assert found["rnn", "cuda"] == f"no: {WHY_NOT['cuda']}"
+    assert found["rnn", "cuda"] == f"no: {WHY_NOT['rnn', 'cuda']}"
 
 
 def test_info_says_which_instruction_set(isa_level):

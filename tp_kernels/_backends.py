@@ -51,18 +51,19 @@ class BackendTable:
         """The back-end for this call. ``auto`` never fails: the reference runs everywhere."""
         if name == "auto":
             for candidate in self.preference.get(tensor.device.type, ("reference",)):
-                ok, _ = self._supports(candidate, tensor, options)
+                ok, _ = self.supports(candidate, tensor, **options)
                 if ok:
                     return self.backends[candidate]
             name = "reference"
-        ok, reason = self._supports(name, tensor, options)
+        ok, reason = self.supports(name, tensor, **options)
         if not ok:
             raise BackendUnavailableError(
                 f"{self.op}: backend {name!r} cannot run this call: {reason}. Use backend='auto' or 'reference'."
             )
         return self.backends[name]
 
-    def _supports(self, name: str, tensor: torch.Tensor, options: Mapping[str, object]) -> Support:
+    def supports(self, name: str, tensor: torch.Tensor, **options: object) -> Support:
+        """Whether that back-end can run this call, and the reason where it cannot."""
         backend = self.backends[name]
         ok, reason = backend.available()
         return backend.supports(tensor, **options) if ok else (ok, reason)

@@ -4,17 +4,21 @@ oracles and budgets are those of every back-end, the cases few and small.
 
 import pytest
 import torch
-from _cases import RULES, RNNCase
-from _checks import rnn_backward_check, rnn_forward_check, tanh_check
-from _compare import assert_identical
+from _cases import LAYOUTS, NONLINEARITIES, RULES, RNNCase
+from _checks import backward_op, rnn_backward_check, rnn_forward_check, tanh_check
+from _compare import assert_identical, assert_near, assert_same_pattern
 from _cuda import NotBuilt, emulated
+from _oracle import extended
 
-from conftest import absent
+import tp_kernels as tp
+from conftest import absent, assert_within_fences
 from tp_kernels import _native
+from tp_kernels.ops.rnn.backends import BACKENDS
 from tp_kernels.rules import Sweep
 
 ops = torch.ops.tp_kernels
 SMALL = RNNCase(T=4, B=3, N=5)
+HEADS = SMALL.with_(H=2)
 # Every padded width, full and not; full and partial tiles; no rows; heads; every activation.
 CASES = (
     RNNCase(T=1, B=1, N=1),
@@ -113,3 +117,128 @@ def test_tiles_do_not_change_results(case):
 
 def test_tanh_accuracy():
     tanh_check(FLOAT, "cuda")
+
+
+# --- memory
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, rows):
+    for case in (SMALL, HEADS):
+        rows(case)
+        rnn_forward_check(case, FLOAT, "cuda", layout)
+        rnn_backward_check(case, RULES["layer-total"], FLOAT, "cuda", layout)
+
+
+@pytest.mark.parametrize("case", [SMALL, HEADS, RNNCase(T=2, B=5, N=33)], ids=str)
+def test_nothing_is_written_outside_of_the_outputs(case, rows, fences):
+    rows(case)
+    everything(case)
+    assert len(fences) == 1 + 3 * len(SWEPT)
+    assert_within_fences(fences)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+def test_not_finite(nonlinearity, value, rows):
+    """It stays in its unit until the next step, and in its sequence for ever, as in the reference."""
+    case = RNNCase(T=3, B=5, N=17, nonlinearity=nonlinearity)
+    rows(case)
+    u, weight, h0 = case.tensors(FLOAT)
+    u[1, 2, 16] = value
+    h, expected = (ops.rnn_fwd(u, weight, h0, nonlinearity, name) for name in ("cuda", "reference"))
+    assert_same_pattern(h[:2], expected[:2], "h")
+    assert h.isnan().any(-1).nonzero().tolist() == expected.isnan().any(-1).nonzero().tolist()
+    for rule in SWEPT.values():
+        sweep = Sweep.of(rule, nonlinearity)
+        arguments = case.gradient(FLOAT), None, expected, weight, weight, None, None, None, None, *sweep
+        delta, wanted = (ops.rnn_bwd(*arguments, name)[0] for name in ("cuda", "reference"))
+        assert_same_pattern(delta.sum(-1), wanted.sum(-1), "delta")
+
+
+# --- the op and the layer around the kernels
+
+
+@pytest.mark.parametrize("sources", ["states", "last", "neither"])
+@pytest.mark.parametrize("rule", SWEPT)
+def test_sources(rule, sources):
+    """A gradient that does not arrive is the same as one of zeros."""
+    u, weight, h0 = SMALL.tensors(FLOAT)
+    h = ops.rnn_fwd(u, weight, h0, "tanh", "cuda")
+    sweep = Sweep.of(SWEPT[rule], "tanh")
+    grad = SMALL.gradient(FLOAT) if sources == "states" else None
+    last = SMALL.gradient(FLOAT)[-1] if sources == "last" else None
+    zeros = (torch.zeros_like(h) if grad is None else grad, torch.zeros_like(h[-1]) if last is None else last)
+    found = backward_op(grad, last, h, weight, weight, sweep, "cuda")
+    expected = backward_op(*zeros, h, weight, weight, sweep, "cuda")
+    for what, *pair in zip(("grad_u", "grad_h0"), found, expected, strict=True):
+        assert_identical(*pair, what)
+
+
+@pytest.mark.parametrize("rule", SWEPT)
+def test_a_sequence_in_two_parts(rule):
+    """The same bits, state and what goes back handed on."""
+    case = RNNCase(T=5, B=3, N=20)
+    u, weight, h0 = case.tensors(FLOAT)
+    sweep, grad = Sweep.of(SWEPT[rule], "tanh"), case.gradient(FLOAT)
+    h = ops.rnn_fwd(u, weight, h0, "tanh", "cuda")
+    assert_identical(ops.rnn_fwd(u[2:], weight, h[1].clone(), "tanh", "cuda"), h[2:], "h")
+    whole = ops.rnn_bwd(grad, None, h, weight, weight, None, None, None, None, *sweep, "cuda")
+    later, carried, through = ops.rnn_bwd(grad[2:], None, h[2:], weight, weight, None, None, None, None, *sweep, "cuda")
+    sent = (tensor if tensor.numel() else None for tensor in (carried, through))
+    first = ops.rnn_bwd(grad[:2], None, h[:2], weight, weight, *sent, None, None, *sweep, "cuda")
+    assert_identical(torch.cat([first[0], later]), whole[0], "grad_u")
+    for what, *pair in zip(("carried", "through"), first[1:], whole[1:], strict=True):
+        assert_identical(*pair, what)
+
+
+@pytest.mark.parametrize("checkpoint_every", [None, 2])
+@pytest.mark.parametrize("rule", SWEPT)
+def test_layer(rule, checkpoint_every):
+    """A whole layer, P and input projection included, has the gradients of the reference."""
+    results = []
+    for name in ("cuda", "reference"):
+        torch.manual_seed(0)
+        layer = tp.nn.RNN(4, 20, rule=SWEPT[rule], checkpoint_every=checkpoint_every, backend=name)
+        x = torch.randn(5, 3, 4, requires_grad=True)
+        output, last = layer(x)
+        (output.square().sum() + last.sum()).backward()
+        results.append([output.detach(), x.grad, *(parameter.grad for parameter in layer.parameters())])
+    for actual, expected in zip(*results, strict=True):
+        assert_near(actual, extended(expected), "a result", condition=10)
+
+
+@pytest.mark.parametrize("rule", REFUSED)
+def test_other_inverses_are_refused(rule):
+    u, weight, h0 = SMALL.tensors(FLOAT)
+    sweep = Sweep.of(RULES[rule], "tanh")
+    with pytest.raises(tp.BackendUnavailableError) as caught:
+        ops.rnn_bwd(u, None, u, weight, weight, None, None, u, h0, *sweep, "cuda")
+    assert str(caught.value) == (
+        f"rnn: backend 'cuda' cannot run this call: this version has no CUDA kernel for the inverse "
+        f"{sweep.inverse!r}. Use backend='auto' or 'reference'."
+    )
+
+
+def test_what_else_is_refused():
+    for case, dtype, reason in (
+        (RNNCase(N=129), FLOAT, "it keeps the weight of up to 128 units on one multiprocessor, and there are 129"),
+        (SMALL, torch.float64, "it computes float32, and the tensors are float64"),
+        (SMALL, torch.bfloat16, "it computes float32, and the tensors are bfloat16"),
+    ):
+        with pytest.raises(tp.BackendUnavailableError) as caught:
+            tp.rnn(*case.tensors(dtype), backend="cuda")
+        assert str(caught.value) == (
+            f"rnn: backend 'cuda' cannot run this call: {reason}. Use backend='auto' or 'reference'."
+        )
+
+
+def test_auto_does_not_take_it():
+    """Until it has run on a GPU."""
+    assert all("cuda" not in names for names in BACKENDS.preference.values())
+
+
+def test_launchers_check_for_themselves():
+    pointers = dict.fromkeys(("input", "weight", "h0", "h", "device", "stream"), 0)
+    with pytest.raises(ValueError, match="rnn_fwd: N must be at most 128, got 129"):
+        _native.cuda.rnn_fwd(**pointers, input_strides=(0, 0, 0), sizes=(1, 1, 1, 129), nonlinearity="tanh")

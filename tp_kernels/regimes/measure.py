@@ -176,7 +176,7 @@ class Cell:
         """The back-end that runs the recurrence."""
         if not contender.fused:
             return "torch"
-        chosen = BACKENDS.resolve(self.backend, self.x)
+        chosen = BACKENDS.resolve(self.backend, self.x, size=self.case.N)
         return next(name for name, backend in BACKENDS.backends.items() if backend is chosen)
 
 

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tp_kernels import _native
-from tp_kernels._backends import Backend, BackendTable, Support, missing
+from tp_kernels import _native, _triton
+from tp_kernels._backends import Backend, BackendTable, Support
 from tp_kernels._library import register
-from tp_kernels.ops.rnn import reference
+from tp_kernels.ops.rnn import reference, triton_blocks
 from tp_kernels.rules import Sweep
 
 
@@ -207,6 +207,18 @@ def _cuda_backward(
     return grad_u, carried_out, through_out
 
 
+def _triton_forward(*arguments: Any, **options: Any) -> Tensor:
+    from tp_kernels.ops.rnn import triton_kernel  # imports triton, which need not be there
+
+    return triton_kernel.forward(*arguments, **options)
+
+
+def _triton_backward(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from tp_kernels.ops.rnn import triton_kernel
+
+    return triton_kernel.backward(*arguments, **options)
+
+
 BACKENDS = BackendTable(
     "rnn",
     {
@@ -214,11 +226,13 @@ BACKENDS = BackendTable(
         "cpu": Backend(
             _cpu_forward, _cpu_backward, _native.cpu_available, _native.cpu_supports, layer_forward=_cpu_layer_forward
         ),
-        "triton": missing("this version has no Triton kernel for it"),
+        "triton": Backend(_triton_forward, _triton_backward, _triton.available, triton_blocks.supports),
         # By name only, until it has run on a GPU.
         "cuda": Backend(_cuda_forward, _cuda_backward, _native.cuda_available, _cuda_supports),
     },
+    {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")},
 )
+"""``resolve`` is told what support depends on: ``size``, N, and in backward ``sweep``."""
 
 
 def _forward(u: Tensor, weight: Tensor, h0: Tensor | None, nonlinearity: str, backend: str) -> Tensor:

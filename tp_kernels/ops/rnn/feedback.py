@@ -17,6 +17,8 @@ _last: dict[int, tuple[Tensor, float, float, str, Tensor]] = {}  # by the weight
 
 
 def _inverse(weight: Tensor, reg: float, power: float, backend: str) -> Tensor:
+    if backend != "auto" and not regularized_inverse.BACKENDS.supports(backend, weight)[0]:
+        backend = "auto"  # the name is that of the recurrence's back-end, which need not have an inverse
     # Within an op there is nothing left to dispatch.
     r = torch.tensor(reg, dtype=torch.float64, device="cpu")
     return regularized_inverse.compute(weight, r, power, True, backend)

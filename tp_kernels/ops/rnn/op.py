@@ -26,6 +26,11 @@ def _chunks(T: int, B: int, N: int) -> list[slice]:
     return [slice(first, min(first + steps, T)) for first in range(0, T, steps)]
 
 
+def _chunks_on(device: torch.device, T: int, B: int, N: int) -> list[slice]:
+    """A GPU takes the whole sequence: each launch reads the matrices anew, and waits for the one before."""
+    return _chunks(T, B, N) if device.type == "cpu" else [slice(0, T)]
+
+
 def _layer_forward(
     x: Tensor,
     projection: Tensor,
@@ -41,7 +46,7 @@ def _layer_forward(
     if chosen.layer_forward is not None and (B >= 4 or 4 * x.shape[2] <= N):
         return chosen.layer_forward(x, projection, bias, weight, h0, nonlinearity)
     h, start = x.new_empty((T, B, N)), h0
-    for steps in _chunks(T, B, N):
+    for steps in _chunks_on(x.device, T, B, N):
         u = functional.linear(x[steps], projection, bias)
         start = chosen.forward(u, weight, start, nonlinearity, out=h[steps])[-1]
     return h
@@ -69,7 +74,7 @@ def _layer_backward(
     )
     for gradient in (grad_projection, grad_bias, grad_weight):
         gradient.zero_()
-    chunks = _chunks(*h.shape)
+    chunks = _chunks_on(h.device, *h.shape)
     for steps in reversed(chunks):
         start = h[steps.start - 1] if steps.start else h0
         u = functional.linear(x[steps], projection, bias) if sweep.inverse == "direct" else None
@@ -325,7 +330,8 @@ def rnn(
             same bits. ``None`` keeps all states. Saves memory where u is at hand anyway and h is not kept.
         displacements: of ``inverse="weight"``: "sweep", step by step with the rest of backward; "parallel", all at once
             by about log₂T large products; or "auto", which measures faster. "parallel" excludes checkpoints.
-        backend: "auto", "reference", "cpu", "triton" or "cuda".
+        backend: "auto", "reference", "cpu", "triton" or "cuda": what runs the recurrence. P comes from the same one
+            where that has a ``regularized_inverse``, else from its "auto".
 
     Returns:
         h: all states h_1 … h_T, of the shape, dtype and device of ``u``.

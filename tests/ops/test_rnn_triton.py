@@ -1,0 +1,361 @@
+"""``rnn`` in Triton: on a GPU where there is one, else in Triton's interpreter (``TRITON_INTERPRET=1``).
+
+The checks, oracles and budgets are those of every back-end; the cases are few and small where they are interpreted, at
+about two milliseconds a step.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from _cases import HEAD_CASES, LAYOUTS, RULES, TILE_CASES, TIME_CASES, RNNCase
+from _checks import rnn_backward_check, rnn_forward_check, tanh_check
+from _compare import assert_identical, assert_near, assert_same_pattern
+from _oracle import extended
+
+import tp_kernels as tp
+from conftest import absent
+from tp_kernels import _triton
+from tp_kernels.ops.rnn import triton_blocks
+from tp_kernels.ops.rnn.backends import BACKENDS
+from tp_kernels.rules import Sweep
+
+ops = torch.ops.tp_kernels
+ON_GPU = torch.cuda.is_available() and not _triton.interpreted()
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SMALL = RNNCase(T=4, B=3, N=5)
+HEADS = SMALL.with_(H=3)
+# Every padded width and one that is full; one, several and partial tiles; no rows; heads; every activation.
+CASES = (
+    RNNCase(T=1, B=1, N=1),
+    RNNCase(T=16, B=5, N=16),
+    RNNCase(T=4, B=17, N=33, nonlinearity="relu", h0=False),
+    RNNCase(T=3, B=0, N=5),
+    RNNCase(T=3, B=18, H=3, N=5),
+    RNNCase(T=4, B=2, H=2, N=20, nonlinearity="identity"),
+    RNNCase(T=3, B=33, N=64, nonlinearity="identity"),
+    RNNCase(T=2, B=3, N=100),
+    RNNCase(T=2, B=3, N=128, nonlinearity="relu"),
+)
+if ON_GPU:
+    CASES += tuple(case for case in TILE_CASES + TIME_CASES + HEAD_CASES if case.N <= 128)
+SWEPT = {name: rule for name, rule in RULES.items() if Sweep.of(rule, "tanh").inverse in triton_blocks.INVERSES}
+REFUSED = sorted(set(RULES) - set(SWEPT))
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in cast")  # the interpreter's, of NaN
+
+
+@pytest.fixture(autouse=True)
+def device() -> str:
+    ok, reason = BACKENDS.backends["triton"].available()
+    if not ok:
+        absent("triton", reason)
+    return "cuda" if ON_GPU else "cpu"
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return DTYPES[request.param]
+
+
+# --- forward and backward
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward(case, dtype, device):
+    rnn_forward_check(case, dtype, "triton", device=device)
+
+
+def test_tanh_accuracy(device):
+    tanh_check(torch.float32, "triton", device)
+
+
+@pytest.mark.parametrize("rule", SWEPT)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_backward(case, rule, dtype, device):
+    rule = SWEPT[rule]
+    if Sweep.of(rule, "tanh").inverse == "layer" and case.nonlinearity == "tanh":
+        if case.T > 100 or (case.T > 10 and dtype == torch.float16):
+            pytest.skip("1/(1 - h²) at every step overflows")
+        if dtype != torch.float32:
+            rule = replace(rule, clip=0.1)  # below the dtype's eps it is refused, and near it no digit would be left
+    rnn_backward_check(case, rule, dtype, "triton", device=device)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_widest_in_half_precision(name, device):
+    case = RNNCase(T=2, B=3, N=200)
+    rnn_forward_check(case, DTYPES[name], "triton", device=device)
+    for rule in ("bp", "weight-total"):
+        rnn_backward_check(case, SWEPT[rule], DTYPES[name], "triton", device=device)
+
+
+# --- through the public function
+
+
+def gradients(
+    case: RNNCase, rule: tp.BackProp | tp.TargetProp, dtype: torch.dtype, device: str, backend: str = "triton", **words
+) -> tuple[torch.Tensor, ...]:
+    """h and the gradients in u, W and h_0, on the CPU."""
+    leaves = [tensor.to(device).requires_grad_() for tensor in case.tensors(dtype)]
+    h = tp.rnn(*leaves, nonlinearity=case.nonlinearity, rule=rule, backend=backend, **words)
+    found = h.detach(), *torch.autograd.grad(h, leaves, case.gradient(dtype).to(device))
+    return tuple(tensor.cpu() for tensor in found)
+
+
+NAMES = ("h", "grad_u", "grad_weight", "grad_h0")
+
+
+@pytest.mark.parametrize("rule", SWEPT)
+@pytest.mark.parametrize("case", [SMALL, HEADS.with_(N=20)], ids=str)
+def test_gradients(case, rule, device):
+    """With the P it computes itself, against float64."""
+    found = gradients(case, SWEPT[rule], torch.float32, device)
+    exact = gradients(case, SWEPT[rule], torch.float64, "cpu", "reference")
+    condition = 100 if Sweep.of(SWEPT[rule], "tanh").uses_inverse else 20  # P's own errors count here
+    for what, *pair in zip(NAMES, found, exact, strict=True):
+        assert_near(pair[0], extended(pair[1]), what, condition)
+
+
+@pytest.mark.parametrize("rule", ["bp", "weight-total", "layer-local", "identity-local"])
+def test_half_precision_gradients(rule, dtype, device):
+    rule = replace(SWEPT[rule], clip=0.1) if rule != "bp" else SWEPT[rule]
+    found = gradients(SMALL, rule, dtype, device)
+    assert all(tensor.dtype == dtype and tensor.isfinite().all() for tensor in found)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("rule", SWEPT)
+def test_checkpoints(rule, every, device):
+    """The same bits in float32, where what is sent from portion to portion is not rounded."""
+    case = SMALL.with_(T=5)
+    plain = gradients(case, SWEPT[rule], torch.float32, device)
+    found = gradients(case, SWEPT[rule], torch.float32, device, checkpoint_every=every)
+    for what, *pair in zip(NAMES, found, plain, strict=True):
+        if what == "grad_weight":
+            assert_near(pair[0], extended(pair[1]), what)
+        else:
+            assert_identical(*pair, what)
+
+
+@pytest.mark.parametrize("rule", ["bp", "weight-total", "layer-local"])
+def test_layer(rule, device):
+    """``nn.RNN``, with its input projection."""
+    torch.manual_seed(1)
+    layers = {name: tp.nn.RNN(4, 20, rule=SWEPT[rule], backend=name) for name in ("triton", "reference")}
+    layers["reference"].load_state_dict(layers["triton"].state_dict())
+    x, results = torch.randn(5, 3, 4), []
+    for name, layer in layers.items():
+        layer, place = (layer.to(device), device) if name == "triton" else (layer.double(), "cpu")
+        output, _ = layer(x.to(place, layer.weight_hh_l0.dtype))
+        output.square().sum().backward()
+        results.append([output.detach().cpu(), *(p.grad.cpu() for p in layer.parameters())])
+    for k, pair in enumerate(zip(*results, strict=True)):
+        assert_near(pair[0], extended(pair[1]), f"number {k}", condition=100)
+
+
+# --- opcheck and compile
+
+
+OPCHECK = {
+    "heads": (HEADS, "contiguous"),
+    "permuted": (SMALL, "permuted"),
+    "sliced": (SMALL, "sliced"),
+    "B0": (SMALL.with_(B=0), "contiguous"),
+    "T1": (SMALL.with_(T=1), "contiguous"),
+}
+
+
+@pytest.mark.parametrize("name", OPCHECK)
+def test_opcheck(name, device):
+    case, layout = OPCHECK[name]
+    u, weight, h0, grad = (
+        LAYOUTS[layout](tensor.to(device)) for tensor in (*case.tensors(torch.float32), case.gradient(torch.float32))
+    )
+    torch.library.opcheck(ops.rnn_fwd, (u, weight, h0, "tanh", "triton"))
+    for sources in ((grad, None, None, None), (None, h0, grad[0], grad[0])):
+        arguments = (*sources[:2], u.tanh(), weight, weight, *sources[2:], None, None)
+        torch.library.opcheck(ops.rnn_bwd, (*arguments, *Sweep("tanh", "layer"), "triton"))
+
+
+def test_compile(device):
+    def function(u: torch.Tensor, weight: torch.Tensor, h0: torch.Tensor) -> torch.Tensor:
+        return tp.rnn(2 * u, weight, h0, backend="triton") + 1
+
+    leaves = [tensor.to(device).requires_grad_() for tensor in SMALL.tensors(torch.float32)]
+    results = []
+    for called in (torch.compile(function, fullgraph=True), function):
+        h = called(*leaves)
+        grads = torch.autograd.grad(h, leaves, SMALL.gradient(torch.float32).to(device))
+        results.append([tensor.detach().cpu() for tensor in (h, *grads)])
+    for what, *pair in zip(NAMES, *results, strict=True):
+        assert_near(pair[0], extended(pair[1]), what)
+
+
+# --- layouts
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", [RNNCase(T=3, B=4, N=17), RNNCase(T=2, B=3, H=3, N=16)], ids=str)
+def test_layouts(case, layout, device):
+    rnn_forward_check(case, torch.float32, "triton", layout, device)
+    for rule in ("bp", "weight-total", "layer-local"):
+        rnn_backward_check(case, SWEPT[rule], torch.float32, "triton", layout, device)
+
+
+@pytest.mark.parametrize("loss", [torch.sum, lambda h: h[-1].sum(), lambda h: h[:, 1].mean()], ids=["sum", "last", "b"])
+def test_expanded_gradients(loss, device):
+    leaves = [tensor.to(device).requires_grad_() for tensor in HEADS.tensors(torch.float32)]
+    h = tp.rnn(*leaves, backend="triton")
+    found = torch.autograd.grad(loss(h), leaves, retain_graph=True)
+    arrives = torch.autograd.grad(loss(h), h, retain_graph=True)[0].contiguous()
+    for what, *pair in zip(NAMES[1:], found, torch.autograd.grad(h, leaves, arrives), strict=True):
+        assert_identical(*pair, what)
+
+
+# --- contract
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu", "identity"])
+def test_nan_and_infinity_flow_through(nonlinearity, value, dtype, device):
+    """As in the reference; N = 5 leaves units of the block that are not there, which must not send them on."""
+    u, weight, h0 = SMALL.tensors(dtype)
+    u[1, 1, 2] = value
+    expected = ops.rnn_fwd(u, weight, h0, nonlinearity, "reference")
+    found = ops.rnn_fwd(u.to(device), weight.to(device), h0.to(device), nonlinearity, "triton").cpu()
+    assert_same_pattern(found, expected, "h")
+    grad = SMALL.gradient(dtype)
+    grad[2, 1, 2] = value
+    h, sweep = ops.rnn_fwd(*SMALL.tensors(dtype), nonlinearity, "reference"), Sweep(nonlinearity, "weight")
+    results = []
+    for name, place in (("triton", device), ("reference", "cpu")):
+        tensors = (tensor.to(place) for tensor in (grad, grad[0], h, weight, weight))
+        results.append([result.cpu() for result in ops.rnn_bwd(*tensors, None, None, None, None, *sweep, name)])
+    for what, *pair in zip(("grad_u", "carried", "through"), *results, strict=True):
+        assert_same_pattern(*pair, what)
+
+
+def test_samples_are_independent_and_runs_agree(dtype, device):
+    case = RNNCase(T=3, B=18, N=17)
+    together = gradients(case, tp.TargetProp(), dtype, device)
+    for what, *pair in zip(NAMES, gradients(case, tp.TargetProp(), dtype, device), together, strict=True):
+        assert_identical(*pair, what)
+    u, weight, h0 = (tensor.to(device) for tensor in case.tensors(dtype))
+    for b in (0, 17):
+        alone = tp.rnn(u[:, b : b + 1], weight, h0[b : b + 1], backend="triton")
+        assert_identical(alone.cpu(), together[0][:, b : b + 1], f"sample {b}")
+
+
+@pytest.mark.parametrize("rule", ["weight-total", "layer-total"])
+@pytest.mark.parametrize("case", [SMALL, HEADS], ids=str)
+def test_two_sweeps_where_one_does_not_fit(case, rule, dtype, device, monkeypatch):
+    """Displacements, then their back-propagation: the same numbers as both at once."""
+    asked = []
+    monkeypatch.setattr(
+        triton_blocks, "fits", lambda tensor, matrices, size=None: matrices < 2 or bool(asked.append(matrices))
+    )
+    rnn_backward_check(case, replace(SWEPT[rule], clip=0.1), dtype, "triton", device=device)
+    assert asked == [2]
+
+
+def test_what_it_refuses(device):
+    """With the reason, and ``auto`` goes on."""
+    place = "cuda:0" if ON_GPU else "cpu"
+
+    def refused(size: int = 5, dtype: torch.dtype = torch.float32, inverse: str = "none", on: str = device) -> str:
+        tensor = torch.ones(1, 1, size, dtype=dtype, device=on)
+        ok, reason = triton_blocks.supports(tensor, size=size, sweep=Sweep("tanh", inverse))
+        assert not ok
+        assert not BACKENDS.supports("triton", tensor, size=size, sweep=Sweep("tanh", inverse))[0]
+        return reason
+
+    if not ON_GPU or torch.cuda.get_device_properties(0).shared_memory_per_block_optin >= 163 * 1024:
+        assert refused(129) == f"the weight has to fit on chip, N <= 128 in float32 on {place}, and N = 129"
+        assert refused(300, torch.bfloat16) == (
+            f"the weight has to fit on chip, N <= 256 in bfloat16 on {place}, and N = 300"
+        )
+    assert refused(dtype=torch.float64) == "it computes float32, bfloat16 and float16, and the tensors are float64"
+    assert refused(on="meta").endswith("and the tensors are on meta")
+    for inverse in ("jacobian", "difference", "direct"):
+        assert refused(inverse=inverse) == f"it has no inverse={inverse!r} yet"
+    u, weight, _ = (tensor.to(device) for tensor in SMALL.tensors(torch.float32))
+    with pytest.raises(tp.BackendUnavailableError, match="it has no inverse='jacobian' yet"):
+        ops.rnn_bwd(u, None, u, weight, *[None] * 5, *Sweep("tanh", "jacobian"), "triton")
+    with pytest.raises(TypeError, match=r"rnn: feedback must be a torch.Tensor with inverse='layer', got None"):
+        ops.rnn_bwd(u, None, u, weight, *[None] * 5, *Sweep("tanh", "layer"), "triton")
+    with pytest.raises(TypeError, match=r"rnn: all tensors must be torch.float32 on"):
+        ops.rnn_fwd(u, weight.half(), None, "tanh", "triton")
+
+
+def test_auto(device):
+    """On CPU tensors it never is Triton, not even interpreted; on a GPU it is wherever that can run."""
+    chosen = BACKENDS.resolve("auto", torch.ones(1, 1, 5, device=device), size=5)
+    assert chosen is BACKENDS.backends["triton"] if ON_GPU else chosen is not BACKENDS.backends["triton"]
+    wide = BACKENDS.resolve("auto", torch.ones(1, device=device, dtype=torch.float64), size=5)
+    assert wide is not BACKENDS.backends["triton"]
+
+
+# --- on a GPU only
+
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="there is no GPU that this torch can use")
+
+
+@needs_gpu
+def test_graph_capture_and_replay(device):
+    """A training step, captured once, gives the gradients of other numbers when it is replayed on them."""
+    u, weight, h0 = (tensor.to(device).requires_grad_() for tensor in SMALL.tensors(torch.float32))
+    feedback, grad = weight.detach().mT.contiguous(), SMALL.gradient(torch.float32).to(device)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        h = tp.rnn(u, weight, h0, feedback=feedback, backend="triton")
+        return h.detach(), *torch.autograd.grad(h, (u, weight, h0), grad)
+
+    torch.use_deterministic_algorithms(False)  # filling memory with NaN would be captured as well
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        u.mul_(-0.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    for what, *pair in zip(NAMES, captured, step(), strict=True):
+        assert_identical(*pair, what)
+
+
+@needs_gpu
+def test_on_another_stream(device):
+    """It computes on the current stream: behind what comes before it there, and nowhere else."""
+    tensors = [tensor.to(device) for tensor in SMALL.tensors(torch.float32)]
+    expected = tp.rnn(*tensors, backend="triton")
+    late = torch.full_like(tensors[0], torch.nan)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(20_000_000)
+        late.copy_(tensors[0])
+        found = tp.rnn(late, *tensors[1:], backend="triton")
+    torch.cuda.synchronize()
+    assert_identical(found, expected, "h")
+
+
+@pytest.mark.skipif(not ON_GPU or torch.cuda.device_count() < 2, reason="there is no second GPU")
+def test_on_the_second_gpu():
+    results = [gradients(SMALL, tp.TargetProp(), torch.float32, f"cuda:{index}") for index in (0, 1)]
+    for what, *pair in zip(NAMES, *results, strict=True):
+        assert_identical(*pair, what)
+
+
+@needs_gpu
+def test_tf32_only_where_torch_was_told(device, monkeypatch):
+    """``allow_tf32`` is off in the other tests, which hold float32 to its own budget."""
+    assert not torch.backends.cuda.matmul.allow_tf32
+    case = RNNCase(T=2, B=16, N=64)
+    tensors = [tensor.to(device) for tensor in case.tensors(torch.float32)]
+    exact = tp.rnn(*tensors, backend="triton")
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    assert not torch.equal(tp.rnn(*tensors, backend="triton"), exact)

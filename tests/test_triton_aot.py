@@ -1,0 +1,110 @@
+"""Every Triton kernel, compiled ahead of time for GPUs that need not be there: no spills, shared memory within limits.
+
+What each uses is written down in ``benchmarks/results/triton_resources.json``; a change that needs more registers or
+more shared memory fails. This writes it anew, for a commit that says why:
+
+    TPK_REWRITE_RESOURCES=1 python -m pytest tests/test_triton_aot.py
+"""
+
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+from _aot import SHARED_MEMORY, Shape, resources
+
+from conftest import absent
+from tp_kernels import _triton
+from tp_kernels.ops.rnn import triton_blocks
+from tp_kernels.ops.rnn.triton_blocks import Block
+
+REPORT = Path(__file__).parent.parent / "benchmarks" / "results" / "triton_resources.json"
+REWRITE = os.environ.get("TPK_REWRITE_RESOURCES") == "1"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What differs between nonlinearities and rules, at one width: tanh and "layer" are the most work of each kind.
+WORDS = (
+    *(("forward", word, "none", "total") for word in ("relu", "identity")),
+    *(("backward", word, "layer", "total") for word in ("relu", "identity")),
+    *(("backward", "tanh", inverse, update) for inverse in ("identity", "weight") for update in ("total", "local")),
+    ("backward", "tanh", "layer", "local"),
+)
+
+
+def shapes() -> list[tuple[Shape, int]]:
+    """Every dtype and block, on every GPU, in the heaviest kernels; every other kernel in one block and on one GPU."""
+    listed = []
+    for name, dtype in DTYPES.items():
+        for padded, entries in triton_blocks.table()[triton_blocks.name(dtype)].items():
+            n = int(padded)
+            for _, *numbers in entries:
+                block = Block(*numbers)
+                if name == "float16" and (n < 64 or block.rows > 16):
+                    continue  # instruction for instruction those of bfloat16
+                for capability, limit in SHARED_MEMORY.items():
+                    listed += [(shape, capability) for shape in _heaviest(name, dtype, n, block, capability, limit)]
+            if n == 64:
+                listed += [(Shape(kind, name, n, Block(16, 4), *words), 90) for kind, *words in WORDS]
+    block = Block(*triton_blocks.table()["float32"]["128"][0][1:])
+    listed += [(Shape("forward", "float32", 128, block, precision="tf32"), 90)]
+    return listed
+
+
+def _heaviest(name: str, dtype: torch.dtype, n: int, block: Block, capability: int, limit: int) -> list[Shape]:
+    if triton_blocks.shared_memory(n, dtype, 1) > limit:
+        return []
+    chosen = [Shape("forward", name, n, block)]
+    if triton_blocks.shared_memory(n, dtype, 2) <= limit:
+        chosen.append(Shape("backward", name, n, block, "tanh", "layer", "total"))
+    else:
+        chosen.append(Shape("backward", name, n, block, "tanh", "layer", "displacement"))
+    if capability == 90:
+        chosen.append(Shape("backward", name, n, block))
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, dict[str, int]]:
+    """What every shape uses, on every GPU."""
+    if _triton.interpreted():
+        pytest.skip("TRITON_INTERPRET is set, and the interpreter compiles nothing")
+    if _triton.import_error() is not None:
+        absent("triton", f"triton could not be imported: {_triton.import_error()}")
+    listed = shapes()
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        results = list(pool.map(resources, *zip(*listed, strict=True), chunksize=4))
+    return {f"{shape} sm_{capability}": result for (shape, capability), result in zip(listed, results, strict=True)}
+
+
+def test_nothing_spills(found):
+    assert len(found) == len(shapes())
+    assert {name: use["stack"] for name, use in found.items() if use["stack"]} == {}
+
+
+def test_shared_memory_is_there(found):
+    """Within the GPU's limit, and within what ``triton_blocks`` says when it decides."""
+    for (shape, capability), use in zip(shapes(), found.values(), strict=True):
+        two = shape.inverse in ("layer", "weight") and shape.update == "total"
+        said = triton_blocks.shared_memory(shape.padded, DTYPES[shape.dtype], 2 if two else 1)
+        assert use["shared"] <= min(said, SHARED_MEMORY[capability]), f"{shape} on sm_{capability}"
+
+
+def test_nothing_grew(found):
+    """Against the report, where it was made with this version of Triton."""
+    import triton
+
+    if REWRITE:
+        lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(use)}" for name, use in found.items())
+        REPORT.write_text(f'{{\n  "triton": "{triton.__version__}",\n  "kernels": {{\n{lines}\n  }}\n}}\n')
+    report = json.loads(REPORT.read_text())
+    assert set(report["kernels"]) == set(found), "the report is of other shapes: rewrite it"
+    if report["triton"] != triton.__version__:
+        pytest.skip(f"the report is of triton {report['triton']}, and this is {triton.__version__}")
+    grown = {
+        name: (report["kernels"][name], use)
+        for name, use in found.items()
+        if any(use[what] > report["kernels"][name][what] for what in use)
+    }
+    assert grown == {}

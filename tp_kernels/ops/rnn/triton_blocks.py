@@ -1,0 +1,91 @@
+"""What fits on chip, and how the batch is cut: the numbers of ``triton_kernel.py``, in reach without triton.
+
+``triton_blocks.json`` is the table; ``benchmarks/autotune_triton.py`` writes it on a GPU.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from tp_kernels import _triton
+from tp_kernels._backends import Support
+from tp_kernels.rules import Sweep
+
+TABLE = Path(__file__).with_suffix(".json")
+SIZES = {
+    torch.float32: (16, 32, 64, 128),
+    torch.bfloat16: (16, 32, 64, 128, 256),
+    torch.float16: (16, 32, 64, 128, 256),
+}
+"""The padded N that are compiled, and tested for registers."""
+
+INVERSES = ("none", "identity", "weight", "layer")
+_INTERPRETER_SHARED = 227 * 1024  # as if on an H100
+
+
+class Block(NamedTuple):
+    """Rows of the batch that one program takes, and its warps."""
+
+    rows: int
+    warps: int
+
+    @property
+    def registers(self) -> int:
+        """What a thread may use: all there are. Left to itself, the assembler spills some for the sake of occupancy."""
+        return min(255, 2**16 // (32 * self.warps))
+
+
+def padded(N: int) -> int:
+    """The next power of two, of 16 at least: what a product on tensor cores takes."""
+    return max(16, 1 << (N - 1).bit_length())
+
+
+@functools.cache
+def table() -> dict[str, dict[str, list[list[int]]]]:
+    """By dtype and padded N: from which number of rows (B · H) on, then the block's rows and warps."""
+    return json.loads(TABLE.read_text())["blocks"]
+
+
+def choose(N: int, rows: int, dtype: torch.dtype) -> Block:
+    entries = table()[name(dtype)][str(padded(N))]
+    return next(Block(*block) for smallest, *block in reversed(entries) if rows >= smallest)
+
+
+def name(dtype: torch.dtype) -> str:
+    """bfloat16 and float16 share their blocks."""
+    return "float32" if dtype == torch.float32 else "half"
+
+
+def shared_memory(N: int, dtype: torch.dtype, matrices: int) -> int:
+    """Bytes of shared memory that a program needs at most: the matrices, both halves of each float32, and tiles."""
+    n = padded(N)
+    return n * n * matrices * (8 if dtype == torch.float32 else 2) + 24 * 1024
+
+
+def _limit(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _INTERPRETER_SHARED
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def fits(tensor: torch.Tensor, matrices: int, size: int | None = None) -> bool:
+    """Whether so many matrices of that size (of the last axis by default) stay on chip together."""
+    size = tensor.shape[-1] if size is None else size
+    return shared_memory(size, tensor.dtype, matrices) <= _limit(tensor.device)
+
+
+def supports(tensor: torch.Tensor, size: int = 1, sweep: Sweep | None = None) -> Support:
+    """``size``: N; ``sweep``: of a backward pass."""
+    ok, reason = _triton.supports(tensor)
+    if not ok:
+        return ok, reason
+    largest = max(n for n in SIZES[tensor.dtype] if fits(tensor, 1, n))
+    if size > largest:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return False, f"the weight has to fit on chip, N <= {largest} in {dtype} on {tensor.device}, and N = {size}"
+    if sweep is not None and sweep.inverse not in INVERSES:
+        return False, f"it has no inverse={sweep.inverse!r} yet"
+    return True, ""
