@@ -10,8 +10,10 @@ import sys
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
 RESOURCES = Path(__file__).parent / "cuda_resources.json"
 
 
@@ -60,15 +62,27 @@ def emulated() -> ModuleType:
     return module
 
 
-def compiled() -> dict[str, object]:
-    """What ptxas says of every kernel on every architecture: registers, bytes of shared memory, and spills."""
+def check_emulation() -> str:
+    """What tests/emulation.cpp prints."""
+    folder = _configured("-DTPK_EMULATE=1")
+    run("cmake", "--build", folder, "--target", "emulation")
+    return run(folder / "emulation")
+
+
+class Build(NamedTuple):
+    folder: Path  # with the module
+    resources: dict[str, object]  # what ptxas says: registers, bytes of shared and of local memory
+
+
+def build() -> Build:
+    """The module, for every architecture."""
     if shutil.which("nvcc") is None:
         raise NotBuilt("nvcc is not there")
     folder = _configured("-DTPK_CUDA=1")
     shutil.rmtree(folder / "CMakeFiles" / "kernels_cuda.dir", ignore_errors=True)  # a report is made by compiling
-    report = run("cmake", "--build", folder, "--target", "kernels_cuda")
+    report = run("cmake", "--build", folder, "--target", "_cuda")
     release = re.search(r"release ([\d.]+)", run("nvcc", "--version"))[1]
-    return {"nvcc": release, "kernels": parse(report)}
+    return Build(folder, {"nvcc": release, "kernels": parse(report)})
 
 
 _ENTRY = re.compile(
@@ -89,15 +103,17 @@ def parse(report: str) -> dict[str, dict[str, dict[str, int]]]:
             "shared": of_rest.get("smem", 0),
             "local": int(entry["stack"]) + int(entry["stores"]) + int(entry["loads"]) + of_rest.get("lmem", 0),
         }
-    return {arch: dict(sorted(kernels.items())) for arch, kernels in sorted(found.items())}
+    return {
+        arch: dict(sorted(found[arch].items())) for arch in sorted(found, key=lambda arch: int(arch[3:].rstrip("a")))
+    }
 
 
 def readable(mangled: str) -> str:
     """``rnn_forward_kernel<128, 1>`` of the symbol's name."""
-    name = re.search(r"\d+([a-z_]+_kernel)I?", mangled)
-    values = re.findall(r"L[ib](\d+)E", mangled[name.end() - 1 :])
+    name = re.search(r"([a-z_]+_kernel)", mangled)
+    values = re.findall(r"L[ib](\d+)E", mangled[name.end() :])
     return f"{name[1]}<{', '.join(values)}>"
 
 
 if __name__ == "__main__":  # renews the table
-    RESOURCES.write_text(json.dumps(compiled(), indent=1) + "\n")
+    RESOURCES.write_text(json.dumps(build().resources, indent=1) + "\n")

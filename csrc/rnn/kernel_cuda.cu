@@ -134,7 +134,7 @@ __device__ inline float through_inverse(Nonlinearity a, float lambda, float h, f
 }
 
 template <int K, int rows>
-__global__ void __launch_bounds__(threads_of<K>) rnn_forward_kernel(const RnnForward<float> f) {
+__global__ void __launch_bounds__(threads_of<K>, 1) rnn_forward_kernel(const RnnForward<float> f) {
     using Shared = Vectors<K, rows>;
     using P = Place<K, rows>;
     TPK_SHARED(Shared, state);
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(threads_of<K>) rnn_forward_kernel(const RnnFor
 // Both products of a step are computed together: `carries` that with P, of the inverses "weight" and "layer",
 // `adjoins` that with Wᵀ, of the update "total".
 template <int K, int rows, bool carries, bool adjoins>
-__global__ void __launch_bounds__(threads_of<K>) rnn_backward_kernel(const RnnBackward<float> f) {
+__global__ void __launch_bounds__(threads_of<K>, 1) rnn_backward_kernel(const RnnBackward<float> f) {
     using P = Place<K, rows>;
     struct Shared {
         Vectors<K, rows> vectors[carries && adjoins ? 2 : 1];  // what P takes of λ, and δ
@@ -194,39 +194,34 @@ __global__ void __launch_bounds__(threads_of<K>) rnn_backward_kernel(const RnnBa
     const int N = static_cast<int>(f.N);
     if constexpr (carries) feedback.load(f.feedback + matrix, N, false, place.group, place.lane);
     if constexpr (adjoins) weight.load(f.weight + matrix, N, true, place.group, place.lane);
-    ptrdiff_t offset[P::kept];
-    const float *g[P::kept], *h[P::kept];
-    float* grad_u[P::kept];
+    ptrdiff_t at[P::kept], first[P::kept], g[P::kept];  // of step t and the first step in h and δ, of step t in grad_h
     float term[P::kept], through[P::kept], gradient[P::kept], state[P::kept];
 #pragma unroll
     for (int e = 0; e < P::kept; ++e) {
         const bool inside = place.inside[e];
-        offset[e] = (place.sequence[e] * f.H + place.head) * f.N + place.column[e];
-        g[e] = f.grad_h ? f.grad_h + (f.T_ - 1) * f.grad_h_strides.time + place.sequence[e] * f.grad_h_strides.batch +
-                              place.head * f.grad_h_strides.head + place.column[e]
-                        : nullptr;
-        h[e] = f.h + (f.T_ - 1) * time + offset[e];
-        grad_u[e] = f.grad_u + (f.T_ - 1) * time + offset[e];
-        term[e] = inside && f.carried_in && f.inverse != Inverse::none ? f.carried_in[offset[e]] : 0;
-        through[e] = inside && adjoins && f.through_in ? f.through_in[offset[e]] : 0;
-        gradient[e] = inside && f.grad_h ? f.step * *g[e] : 0;
-        if (inside && f.grad_last) gradient[e] = fmaf(f.step, f.grad_last[offset[e]], gradient[e]);
-        state[e] = inside ? *h[e] : 0;
+        first[e] = (place.sequence[e] * f.H + place.head) * f.N + place.column[e];
+        at[e] = (f.T_ - 1) * time + first[e];
+        g[e] = (f.T_ - 1) * f.grad_h_strides.time + place.sequence[e] * f.grad_h_strides.batch +
+               place.head * f.grad_h_strides.head + place.column[e];
+        term[e] = inside && f.carried_in && f.inverse != Inverse::none ? f.carried_in[first[e]] : 0;
+        through[e] = inside && adjoins && f.through_in ? f.through_in[first[e]] : 0;
+        gradient[e] = inside && f.grad_h ? f.step * f.grad_h[g[e]] : 0;
+        if (inside && f.grad_last) gradient[e] = fmaf(f.step, f.grad_last[first[e]], gradient[e]);
+        state[e] = inside ? f.h[at[e]] : 0;
     }
     for (ptrdiff_t t = f.T_ - 1; t >= 0; --t) {
         float next_gradient[P::kept] = {}, next_state[P::kept] = {};
 #pragma unroll
         for (int e = 0; e < P::kept; ++e) {
             const bool more = t > 0 && place.inside[e];
-            h[e] -= time;
             g[e] -= f.grad_h_strides.time;
-            if (more) next_state[e] = *h[e];
-            if (more && f.grad_h) next_gradient[e] = *g[e];
+            if (more) next_state[e] = f.h[at[e] - time];
+            if (more && f.grad_h) next_gradient[e] = f.grad_h[g[e]];
             const float lambda = term[e] + gradient[e];
             const float mu = lambda + through[e];
             const float mine = place.inside[e] ? through_activation(f.nonlinearity, mu, state[e]) : 0;
-            if (place.writes && place.inside[e]) *grad_u[e] = mine;
-            grad_u[e] -= time;
+            if (place.writes && place.inside[e]) f.grad_u[at[e]] = mine;
+            at[e] -= time;
             if constexpr (carries) {
                 const float sent =
                     f.inverse == Inverse::layer ? through_inverse(f.nonlinearity, lambda, state[e], f.clip) : lambda;
@@ -254,8 +249,8 @@ __global__ void __launch_bounds__(threads_of<K>) rnn_backward_kernel(const RnnBa
 #pragma unroll
     for (int e = 0; e < P::kept; ++e) {
         if (!place.writes || !place.inside[e]) continue;
-        if (f.carried_out) f.carried_out[offset[e]] = term[e];
-        if (f.through_out) f.through_out[offset[e]] = through[e];
+        if (f.carried_out) f.carried_out[first[e]] = term[e];
+        if (f.through_out) f.through_out[first[e]] = through[e];
     }
 }
 
