@@ -248,14 +248,15 @@ def options(block: triton_blocks.Block) -> dict[str, Any]:
     return {"num_warps": block.warps, "num_stages": 1, "maxnreg": block.registers, "enable_fp_fusion": True}
 
 
-def _launch(kernel: Any, h: Tensor, *arguments: Any, **words: str) -> None:
+def launch(kernel: Any, h: Tensor, *arguments: Any, **words: str) -> Any:
+    """For each tile of the batch and each head of h. Returns the compiled kernel, or None where there is no tile."""
     _, B, H, N = sizes(h)
     if B == 0:
-        return
+        return None
     block = triton_blocks.choose(N, B * H, h.dtype)
     on_device = contextlib.nullcontext() if _triton.interpreted() else torch.cuda.device(h.device)
     with on_device:
-        kernel[(triton.cdiv(B, block.rows), H)](
+        return kernel[(triton.cdiv(B, block.rows), H)](
             *arguments,
             **words,
             BLOCK_B=block.rows,
@@ -273,7 +274,7 @@ def forward(u: Tensor, weight: Tensor, h0: Tensor | None, nonlinearity: str, out
     h0 = None if h0 is None else h0.contiguous()
     h = u.new_empty(u.shape) if out is None else out
     T, B, _, N = sizes(h)
-    _launch(forward_kernel, h, u, weight, h0, h, T, B, N, *strides(u), NONLINEARITY=nonlinearity)
+    launch(forward_kernel, h, u, weight, h0, h, T, B, N, *strides(u), NONLINEARITY=nonlinearity)
     return h
 
 
@@ -337,7 +338,7 @@ def _sweep_back(
     sweep: Sweep,
 ) -> None:
     T, B, _, N = sizes(h)
-    _launch(
+    launch(
         *(backward_kernel, h, grad_h, grad_last, h, weight, feedback, carried, through),
         *(grad_u, carried_out, through_out, T, B, N, *strides(grad_h), sweep.step, sweep.clip),
         NONLINEARITY=sweep.nonlinearity,

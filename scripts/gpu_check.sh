@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Does this library work on your GPU, and how fast? Builds it, runs every test that needs a GPU, the sanitizer and the
+# benchmarks, in one call of under nine minutes:
+#
+#     scripts/gpu_check.sh                  # with the Python that is active: a CUDA build of torch, triton, pytest
+#     PYTHON=.venv/bin/python OUT=/tmp/out scripts/gpu_check.sh
+#
+# Everything is written under $OUT (./gpu_out if it is not set): a log for each stage, JSON results, and summary.txt, the
+# table that is printed last. The exit status is 0 if every stage passed; one that cannot run here says why.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
+out=${OUT:-./gpu_out}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+summary=$out/summary.txt
+printf '%-14s %-8s %6s  %s\n' stage result time "last line" >"$summary"
+failures=0
+
+line() { printf '%-14s %-8s %5ss  %.90s\n' "$@" >>"$summary"; }
+
+# stage NAME SECONDS COMMAND...: runs it for so many seconds at most, and writes NAME.log and a line of the table.
+stage() {
+    local name=$1 limit=$2 start=$SECONDS status result=passed
+    shift 2
+    echo "== $name"
+    timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1
+    status=$?
+    if ((status == 124 || status == 137)); then
+        result=TIMEOUT
+    elif ((status != 0)); then
+        result=FAILED
+    fi
+    if [[ $result != passed ]]; then
+        failures=$((failures + 1))
+        tail -n 15 "$out/$name.log"
+    fi
+    line "$name" "$result" $((SECONDS - start)) "$(grep -v '^[[:space:]]*$' "$out/$name.log" | tail -n 1)"
+}
+
+skip() { line "$1" skipped 0 "$2"; }
+
+stage build 200 "$python" setup.py build_ext --inplace
+stage info 60 "$python" -m tp_kernels.info
+
+if "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
+    stage nvidia-smi 20 nvidia-smi
+    export TPK_REQUIRE_BACKENDS=reference,triton
+    stage tests 200 "$python" -m pytest tests/ops/test_rnn_triton.py -q --junit-xml="$out/tests.xml"
+    if command -v compute-sanitizer >/dev/null; then
+        stage sanitizer 60 compute-sanitizer --error-exitcode 1 "$python" -m pytest -q tests/ops/test_rnn_triton.py \
+            -k "(test_forward or test_backward) and (T4-B17 or T3-B18) and not layer"
+    else
+        skip sanitizer "compute-sanitizer is not installed; it comes with the CUDA toolkit"
+    fi
+    # In float32 all contenders are held to float32, cuDNN as well.
+    export NVIDIA_TF32_OVERRIDE=0
+    map=("$python" -m tp_kernels.regimes map --device cuda --seconds 3 --no-memory --step-limit 3)
+    stage bench 90 "${map[@]}" --T 784 --N 64,128 --B 16,512 --contenders tp,tp-local,bp,nn.RNN,eager --out "$out/float32"
+    stage bench-bf16 50 "${map[@]}" --T 784 --N 128,256 --B 16,512 --dtype bfloat16 --contenders tp,bp,nn.RNN --out "$out/bf16"
+    stage bench-compile 60 "${map[@]}" --T 64 --N 64 --B 16 --contenders tp,bp,nn.RNN,eager,compile --out "$out/compile"
+else
+    for name in nvidia-smi tests sanitizer bench bench-bf16 bench-compile; do
+        skip "$name" "no CUDA device that this torch can use"
+    done
+fi
+
+echo
+for folder in float32 bf16 compile; do
+    if [[ -f $out/$folder/ratios.md ]]; then
+        printf '%s\n' "$folder: time of TP over that of each" && cat "$out/$folder/ratios.md" && echo
+    fi
+done
+cat "$summary"
+exit $((failures > 0))
