@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -21,24 +22,29 @@ class NotBuilt(Exception):
     """What is missing on this machine."""
 
 
+def _tool(name: str) -> str:
+    """The tool's path: beside this Python, else of the system."""
+    path = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if path is None:
+        raise NotBuilt(f"it is built with {name}, which is not there")
+    return path
+
+
 def _configured(*options: str) -> Path:
     """A build folder of these options and these tools, kept from run to run."""
     try:
         import pybind11
     except ImportError as error:
         raise NotBuilt(f"it is built with pybind11 ({error}); pip install -e '.[test]'") from error
-    tools = {name: shutil.which(name) for name in ("cmake", "ninja", "c++")}
-    for name, path in tools.items():
-        if path is None:
-            raise NotBuilt(f"it is built with {name}, which is not there")
+    tools = [_tool(name) for name in ("cmake", "ninja", "c++")]
     settings = [
-        f"-DCMAKE_MAKE_PROGRAM={tools['ninja']}",
+        f"-DCMAKE_MAKE_PROGRAM={tools[1]}",
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         *options,
     ]
     folder = ROOT / "build" / f"tests-{sha256(repr((tools, settings)).encode()).hexdigest()[:12]}"
-    run(tools["cmake"], "-S", ROOT, "-B", folder, "-G", "Ninja", *settings)
+    run(tools[0], "-S", ROOT, "-B", folder, "-G", "Ninja", *settings)
     return folder
 
 
@@ -54,7 +60,7 @@ def run(*command: str | Path) -> str:
 def emulated() -> ModuleType:
     """``tp_kernels._cuda``, its kernels run by csrc/common/cuda_emulation.h on CPU tensors."""
     folder = _configured("-DTPK_EMULATE=1")
-    run("cmake", "--build", folder, "--target", "_cuda_emulated")
+    run(_tool("cmake"), "--build", folder, "--target", "_cuda_emulated")
     (path,) = folder.glob("_cuda_emulated*.so")
     spec = importlib.util.spec_from_file_location("_cuda_emulated", path)
     module = importlib.util.module_from_spec(spec)
@@ -65,7 +71,7 @@ def emulated() -> ModuleType:
 def check_emulation() -> str:
     """What tests/emulation.cpp prints."""
     folder = _configured("-DTPK_EMULATE=1")
-    run("cmake", "--build", folder, "--target", "emulation")
+    run(_tool("cmake"), "--build", folder, "--target", "emulation")
     return run(folder / "emulation")
 
 
@@ -76,12 +82,12 @@ class Build(NamedTuple):
 
 def build() -> Build:
     """The module, for every architecture."""
-    if shutil.which("nvcc") is None:
-        raise NotBuilt("nvcc is not there")
+    release = re.search(r"release ([\d.]+)", run(_tool("nvcc"), "--version"))[1]
+    if tuple(map(int, release.split("."))) < (12, 8):
+        raise NotBuilt(f"it is built with nvcc 12.8 or newer, and this is {release}")
     folder = _configured("-DTPK_CUDA=1")
     shutil.rmtree(folder / "CMakeFiles" / "kernels_cuda.dir", ignore_errors=True)  # a report is made by compiling
-    report = run("cmake", "--build", folder, "--target", "_cuda")
-    release = re.search(r"release ([\d.]+)", run("nvcc", "--version"))[1]
+    report = run(_tool("cmake"), "--build", folder, "--target", "_cuda")
     return Build(folder, {"nvcc": release, "kernels": parse(report)})
 
 

@@ -86,7 +86,7 @@ def fences(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     memories: list[torch.Tensor] = []
 
     def new_empty(self: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        memory = torch.full((math.prod(shape) + 2 * GUARD,), 12345.0, dtype=self.dtype)
+        memory = torch.full((math.prod(shape) + 2 * GUARD,), 12345.0, dtype=self.dtype, device=self.device)
         memories.append(memory)
         return memory[GUARD:-GUARD].fill_(torch.nan).view(shape)
 

@@ -1,17 +1,18 @@
-"""``rnn`` in CUDA C++. Without a GPU the very same kernels run emulated, one thread block after the other; the checks,
-oracles and budgets are those of every back-end, the cases few and small.
+"""``rnn`` in CUDA C++: on a GPU where there is one and the module was built, else the very same kernels emulated, one
+thread block after the other. The checks, oracles and budgets are those of every back-end, the cases few and small where
+they are emulated.
 """
 
 import pytest
 import torch
-from _cases import LAYOUTS, NONLINEARITIES, RULES, RNNCase
+from _cases import HEAD_CASES, LAYOUTS, NONLINEARITIES, RULES, TILE_CASES, TIME_CASES, RNNCase
 from _checks import backward_op, rnn_backward_check, rnn_forward_check, tanh_check
 from _compare import assert_identical, assert_near, assert_same_pattern
 from _cuda import NotBuilt, emulated
 from _oracle import extended
 
 import tp_kernels as tp
-from conftest import absent, assert_within_fences
+from conftest import REQUIRED, absent, assert_within_fences
 from tp_kernels import _native
 from tp_kernels.ops.rnn.backends import BACKENDS
 from tp_kernels.rules import Sweep
@@ -31,6 +32,11 @@ CASES = (
     RNNCase(T=3, B=5, N=100),
     RNNCase(T=2, B=4, N=128, nonlinearity="relu"),
 )
+ON_GPU = _native.cuda_available()[0] and torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+if ON_GPU:  # the last two are too many for tiles of 1 or 2 rows
+    CASES += tuple(case for case in TILE_CASES + TIME_CASES + HEAD_CASES if case.N <= 128)
+    CASES += (RNNCase(T=3, B=1001, N=100), RNNCase(T=3, B=301, N=33), RNNCase(T=2, B=701, H=2, N=17))
 SWEPT = {
     name: rule
     for name, rule in RULES.items()
@@ -42,24 +48,39 @@ FLOAT = torch.float32
 
 @pytest.fixture(autouse=True)
 def module(monkeypatch: pytest.MonkeyPatch) -> None:
+    if ON_GPU:
+        return
+    if "cuda" in REQUIRED:
+        absent("cuda", _native.cuda_available()[1] or "this torch can use no CUDA device")
     try:
         found = emulated()
     except NotBuilt as reason:
         absent("cuda-emulated", str(reason))
     monkeypatch.setattr(_native, "cuda", found)
-    found.emulate(multiprocessors=4, reversed=False)
+    emulate(multiprocessors=4)
 
 
-@pytest.fixture(params=(1, 2, 4), ids="rows{}".format)
+def emulate(multiprocessors: int, reversed: bool = False) -> None:
+    """A device of that many multiprocessors, and the order of the threads; a GPU is as it is."""
+    if not ON_GPU:
+        _native.cuda.emulate(multiprocessors=multiprocessors, reversed=reversed)
+
+
+@pytest.fixture(params=(4,) if ON_GPU else (1, 2, 4), ids="rows{}".format)
 def rows(request: pytest.FixtureRequest):
     """Emulates a device for which the launcher takes tiles of that many rows."""
 
-    def emulate(case: RNNCase, reversed: bool = False) -> None:
+    def emulate_for(case: RNNCase, reversed: bool = False) -> None:
         heads = case.H or 1
         blocks = {1: case.B * heads, 2: -(-case.B // 2) * heads, 4: 0}[request.param]
-        _native.cuda.emulate(multiprocessors=blocks, reversed=reversed)
+        emulate(blocks, reversed)
 
-    return emulate
+    return emulate_for
+
+
+def tensors_of(case: RNNCase) -> list[torch.Tensor]:
+    """u, W, h_0 and what arrives from the loss."""
+    return [tensor.to(DEVICE) for tensor in (*case.tensors(FLOAT), case.gradient(FLOAT))]
 
 
 # --- forward and backward
@@ -68,24 +89,24 @@ def rows(request: pytest.FixtureRequest):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward(case, rows):
     rows(case)
-    rnn_forward_check(case, FLOAT, "cuda")
+    rnn_forward_check(case, FLOAT, "cuda", device=DEVICE)
 
 
 @pytest.mark.parametrize("rule", SWEPT)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_backward(case, rule, rows):
     rows(case)
-    rnn_backward_check(case, SWEPT[rule], FLOAT, "cuda")
+    rnn_backward_check(case, SWEPT[rule], FLOAT, "cuda", device=DEVICE)
 
 
 def everything(case: RNNCase) -> list[torch.Tensor]:
     """What every kernel computes for a case, handed in in parts, too."""
-    u, weight, h0 = case.tensors(FLOAT)
+    u, weight, h0, grad = tensors_of(case)
     h = ops.rnn_fwd(u, weight, h0, case.nonlinearity, "cuda")
     results = [h]
     for rule in SWEPT.values():
         sweep = Sweep.of(rule, case.nonlinearity)
-        arguments = case.gradient(FLOAT), None, h, weight, 0.6 * weight.mT, h0, h0, None, None
+        arguments = grad, None, h, weight, 0.6 * weight.mT, h0, h0, None, None
         results += ops.rnn_bwd(*arguments, *sweep, "cuda")
     return results
 
@@ -108,7 +129,7 @@ def test_tiles_do_not_change_results(case):
     """Not a bit: the sums are the same, in the same order."""
     found = []
     for multiprocessors in (1000, -(-case.B // 2) * (case.H or 1), 0):
-        _native.cuda.emulate(multiprocessors=multiprocessors, reversed=False)
+        emulate(multiprocessors)
         found.append(everything(case))
     for others in found[1:]:
         for actual, expected in zip(others, found[0], strict=True):
@@ -116,7 +137,7 @@ def test_tiles_do_not_change_results(case):
 
 
 def test_tanh_accuracy():
-    tanh_check(FLOAT, "cuda")
+    tanh_check(FLOAT, "cuda", DEVICE)
 
 
 # --- memory
@@ -126,8 +147,8 @@ def test_tanh_accuracy():
 def test_layouts(layout, rows):
     for case in (SMALL, HEADS):
         rows(case)
-        rnn_forward_check(case, FLOAT, "cuda", layout)
-        rnn_backward_check(case, RULES["layer-total"], FLOAT, "cuda", layout)
+        rnn_forward_check(case, FLOAT, "cuda", layout, DEVICE)
+        rnn_backward_check(case, RULES["layer-total"], FLOAT, "cuda", layout, DEVICE)
 
 
 @pytest.mark.parametrize("case", [SMALL, HEADS, RNNCase(T=2, B=5, N=33)], ids=str)
@@ -144,14 +165,14 @@ def test_not_finite(nonlinearity, value, rows):
     """It stays in its unit until the next step, and in its sequence for ever, as in the reference."""
     case = RNNCase(T=3, B=5, N=17, nonlinearity=nonlinearity)
     rows(case)
-    u, weight, h0 = case.tensors(FLOAT)
+    u, weight, h0, grad = tensors_of(case)
     u[1, 2, 16] = value
     h, expected = (ops.rnn_fwd(u, weight, h0, nonlinearity, name) for name in ("cuda", "reference"))
     assert_same_pattern(h[:2], expected[:2], "h")
     assert h.isnan().any(-1).nonzero().tolist() == expected.isnan().any(-1).nonzero().tolist()
     for rule in SWEPT.values():
         sweep = Sweep.of(rule, nonlinearity)
-        arguments = case.gradient(FLOAT), None, expected, weight, weight, None, None, None, None, *sweep
+        arguments = grad, None, expected, weight, weight, None, None, None, None, *sweep
         delta, wanted = (ops.rnn_bwd(*arguments, name)[0] for name in ("cuda", "reference"))
         assert_same_pattern(delta.sum(-1), wanted.sum(-1), "delta")
 
@@ -163,11 +184,11 @@ def test_not_finite(nonlinearity, value, rows):
 @pytest.mark.parametrize("rule", SWEPT)
 def test_sources(rule, sources):
     """A gradient that does not arrive is the same as one of zeros."""
-    u, weight, h0 = SMALL.tensors(FLOAT)
+    u, weight, h0, gradient = tensors_of(SMALL)
     h = ops.rnn_fwd(u, weight, h0, "tanh", "cuda")
     sweep = Sweep.of(SWEPT[rule], "tanh")
-    grad = SMALL.gradient(FLOAT) if sources == "states" else None
-    last = SMALL.gradient(FLOAT)[-1] if sources == "last" else None
+    grad = gradient if sources == "states" else None
+    last = gradient[-1] if sources == "last" else None
     zeros = (torch.zeros_like(h) if grad is None else grad, torch.zeros_like(h[-1]) if last is None else last)
     found = backward_op(grad, last, h, weight, weight, sweep, "cuda")
     expected = backward_op(*zeros, h, weight, weight, sweep, "cuda")
@@ -179,8 +200,8 @@ def test_sources(rule, sources):
 def test_a_sequence_in_two_parts(rule):
     """The same bits, state and what goes back handed on."""
     case = RNNCase(T=5, B=3, N=20)
-    u, weight, h0 = case.tensors(FLOAT)
-    sweep, grad = Sweep.of(SWEPT[rule], "tanh"), case.gradient(FLOAT)
+    u, weight, h0, grad = tensors_of(case)
+    sweep = Sweep.of(SWEPT[rule], "tanh")
     h = ops.rnn_fwd(u, weight, h0, "tanh", "cuda")
     assert_identical(ops.rnn_fwd(u[2:], weight, h[1].clone(), "tanh", "cuda"), h[2:], "h")
     whole = ops.rnn_bwd(grad, None, h, weight, weight, None, None, None, None, *sweep, "cuda")
@@ -199,18 +220,18 @@ def test_layer(rule, checkpoint_every):
     results = []
     for name in ("cuda", "reference"):
         torch.manual_seed(0)
-        layer = tp.nn.RNN(4, 20, rule=SWEPT[rule], checkpoint_every=checkpoint_every, backend=name)
-        x = torch.randn(5, 3, 4, requires_grad=True)
+        layer = tp.nn.RNN(4, 20, rule=SWEPT[rule], checkpoint_every=checkpoint_every, backend=name).to(DEVICE)
+        x = torch.randn(5, 3, 4).to(DEVICE).requires_grad_()
         output, last = layer(x)
         (output.square().sum() + last.sum()).backward()
         results.append([output.detach(), x.grad, *(parameter.grad for parameter in layer.parameters())])
     for actual, expected in zip(*results, strict=True):
-        assert_near(actual, extended(expected), "a result", condition=10)
+        assert_near(actual.cpu(), extended(expected.cpu()), "a result", condition=10)
 
 
 @pytest.mark.parametrize("rule", REFUSED)
 def test_other_inverses_are_refused(rule):
-    u, weight, h0 = SMALL.tensors(FLOAT)
+    u, weight, h0, _ = tensors_of(SMALL)
     sweep = Sweep.of(RULES[rule], "tanh")
     with pytest.raises(tp.BackendUnavailableError) as caught:
         ops.rnn_bwd(u, None, u, weight, weight, None, None, u, h0, *sweep, "cuda")
@@ -227,7 +248,7 @@ def test_what_else_is_refused():
         (SMALL, torch.bfloat16, "it computes float32, and the tensors are bfloat16"),
     ):
         with pytest.raises(tp.BackendUnavailableError) as caught:
-            tp.rnn(*case.tensors(dtype), backend="cuda")
+            tp.rnn(*(tensor.to(DEVICE) for tensor in case.tensors(dtype)), backend="cuda")
         assert str(caught.value) == (
             f"rnn: backend 'cuda' cannot run this call: {reason}. Use backend='auto' or 'reference'."
         )
