@@ -12,8 +12,8 @@ struct TanhConstants;
 template <>
 struct TanhConstants<float> {
     typedef int32_t bits;
-    static constexpr float saturation = 9.1f;                                    // tanh rounds to 1 from here
-    static constexpr float round_magic = 12582912.0f;                            // 1.5 · 2^23
+    static constexpr float saturation = 9.1f;                             // tanh rounds to 1 from here
+    static constexpr float round_magic = 12582912.0f;                     // 1.5 · 2^23
     static constexpr float half_ln2[] = {0x1.62e4p-2f, 0x1.7f7d1cp-21f};  // n times the first is exact
     static constexpr int mantissa_bits = 23;
     static constexpr int exponent_bias = 127;

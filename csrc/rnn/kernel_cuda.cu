@@ -5,9 +5,7 @@
 // sum then add up by shuffles, in an order that is the same for every tile, so that a result does not depend on the
 // batch beside it. Four outputs for each number read: with one, shared memory could not feed the multipliers.
 //
-// Predicted, not measured, at K = 128 on one multiprocessor: 2 warps on each of its 4 schedulers issue 64 multiply-adds
-// a row and product, 128 cycles; reading, shuffling, tanh, writing and the barrier wait for one another for some 270.
-// benchmarks/gpu_log.md has the sums.
+// What a step should cost, cycle by cycle, is in benchmarks/gpu_log.md: predicted, it has not run on a GPU yet.
 #include "../common/cuda.h"
 #include "../common/tanh_cuda.h"
 #include "kernel.h"
