@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tp_kernels import _native, _validate
-from tp_kernels._backends import Backend, BackendTable, missing
+from tp_kernels import _native, _triton, _validate
+from tp_kernels._backends import Backend, BackendTable, Support, missing
 from tp_kernels._library import register
 from tp_kernels.ops.regularized_inverse import reference
 
@@ -76,14 +76,33 @@ def _cpu_backward(grad: Tensor, weight: Tensor, inverse: Tensor, reg: Tensor, po
     return grad_weight, grad_reg.sum().to(reg)
 
 
+LARGEST_ORDER = 128
+"""What Triton takes: one program iterates on one matrix, and more programs than one would need to wait for each other."""
+
+
+def _triton_forward(weight: Tensor, reg: Tensor, power: float) -> tuple[Tensor, Tensor | None]:
+    from tp_kernels.ops.regularized_inverse import triton_kernel  # imports triton, which need not be there
+
+    return triton_kernel.forward(weight, reg, power)
+
+
+def _triton_supports(weight: Tensor) -> Support:
+    ok, reason = _triton.supports(weight)
+    if ok and weight.dim() >= 2 and max(weight.shape[-2:]) > LARGEST_ORDER:
+        m, n = weight.shape[-2:]
+        return False, f"it takes matrices of up to {LARGEST_ORDER} rows and columns, and these are {m} x {n}"
+    return ok, reason
+
+
 BACKENDS = BackendTable(
     "regularized_inverse",
     {
         "reference": Backend(reference.forward, reference.backward),
         "cpu": Backend(_cpu_forward, _cpu_backward, _native.cpu_available, _native.cpu_supports),
-        "triton": missing("this version has no Triton kernel for it"),
+        "triton": Backend(_triton_forward, reference.backward, _triton.available, _triton_supports),
         "cuda": missing("this version has no CUDA kernel for it"),
     },
+    {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")},
 )
 
 
