@@ -19,7 +19,7 @@ failures=0
 
 line() { printf '%-14s %-8s %5ss  %.90s\n' "$@" >>"$summary"; }
 
-# stage NAME SECONDS COMMAND...: runs it for so many seconds at most, and writes NAME.log and a line of the table.
+# stage NAME SECONDS COMMAND...: runs it for so many seconds at most (530 in all), and writes NAME.log and a line of the table.
 stage() {
     local name=$1 limit=$2 start=$SECONDS status result=passed
     shift 2
@@ -40,25 +40,26 @@ stage() {
 
 skip() { line "$1" skipped 0 "$2"; }
 
-stage build 200 "$python" setup.py build_ext --inplace
-stage info 60 "$python" -m tp_kernels.info
+stage build 90 "$python" setup.py build_ext --inplace
+stage info 20 "$python" -m tp_kernels.info
 
 if "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
-    stage nvidia-smi 20 nvidia-smi
+    stage nvidia-smi 5 nvidia-smi
     export TPK_REQUIRE_BACKENDS=reference,triton
-    stage tests 200 "$python" -m pytest tests/ops/test_rnn_triton.py -q --junit-xml="$out/tests.xml"
+    stage tests 240 "$python" -m pytest tests/ops/test_*_triton.py -q --junit-xml="$out/tests.xml"
     if command -v compute-sanitizer >/dev/null; then
-        stage sanitizer 60 compute-sanitizer --error-exitcode 1 "$python" -m pytest -q tests/ops/test_rnn_triton.py \
-            -k "(test_forward or test_backward) and (T4-B17 or T3-B18) and not layer"
+        stage sanitizer 45 compute-sanitizer --error-exitcode 1 "$python" -m pytest -q tests/ops/test_*_triton.py \
+            -k "(test_forward or test_backward) and (T4-B17 or T3-B18 or 33 and 0.25) and not layer"
     else
         skip sanitizer "compute-sanitizer is not installed; it comes with the CUDA toolkit"
     fi
     # In float32 all contenders are held to float32, cuDNN as well.
     export NVIDIA_TF32_OVERRIDE=0
     map=("$python" -m tp_kernels.regimes map --device cuda --seconds 3 --no-memory --step-limit 3)
-    stage bench 90 "${map[@]}" --T 784 --N 64,128 --B 16,512 --contenders tp,tp-local,bp,nn.RNN,eager --out "$out/float32"
-    stage bench-bf16 50 "${map[@]}" --T 784 --N 128,256 --B 16,512 --dtype bfloat16 --contenders tp,bp,nn.RNN --out "$out/bf16"
-    stage bench-compile 60 "${map[@]}" --T 64 --N 64 --B 16 --contenders tp,bp,nn.RNN,eager,compile --out "$out/compile"
+    stage bench 50 "${map[@]}" --T 784 --N 64,128 --B 16,512 --contenders tp,tp-local,bp,nn.RNN,eager --out "$out/float32"
+    stage bench-bf16 30 "${map[@]}" --T 784 --N 128,256 --B 16,512 --dtype bfloat16 --contenders tp,bp,nn.RNN --out "$out/bf16"
+    stage bench-inverse 20 "$python" benchmarks/gpu_inverse.py "$out/inverse.json"
+    stage bench-compile 30 "${map[@]}" --T 64 --N 64 --B 16 --contenders tp,bp,nn.RNN,eager,compile --out "$out/compile"
     # Last, so that a CUDA module that does not build stands in nobody's way.
     if command -v nvcc >/dev/null; then
         stage cuda-build 200 env TPK_CUDA=1 "$python" setup.py build_ext --inplace
@@ -76,7 +77,7 @@ if "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())';
         skip cuda-tests "there is no module tp_kernels._cuda"
     fi
 else
-    for name in nvidia-smi tests sanitizer bench bench-bf16 bench-compile cuda-build cuda-tests; do
+    for name in nvidia-smi tests sanitizer bench bench-bf16 bench-inverse bench-compile cuda-build cuda-tests; do
         skip "$name" "no CUDA device that this torch can use"
     done
 fi

@@ -4,7 +4,7 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tp_kernels.ops.rnn.triton_blocks import Block
 
@@ -32,56 +32,75 @@ class Shape(NamedTuple):
             [self.kernel, self.dtype, f"N{self.padded}", f"{self.block.rows}x{self.block.warps}", *words, *precision]
         )
 
+    def source(self) -> tuple[Any, dict[str, str], dict[str, object], dict[str, Any]]:
+        """The kernel, types of its runtime arguments, values of the others, options. Everything arrives that can."""
+        import triton.language as tl
 
-def _types(shape: Shape) -> tuple[dict[str, str], dict[str, object]]:
-    """Of the runtime arguments, and the values of the others. Everything arrives that can."""
-    import triton.language as tl
+        from tp_kernels.ops.rnn import triton_kernel
 
-    pointer = POINTERS[shape.dtype]
-    words = {
-        "BLOCK_B": shape.block.rows,
-        "BLOCK_N": shape.padded,
-        "OPERAND": getattr(tl, shape.dtype),
-        "PRECISION": shape.precision,
-        "NONLINEARITY": shape.nonlinearity,
-    }
-    sizes = dict.fromkeys(("T", "B", "N"), "i32")
-    if shape.kernel == "forward":
-        strides = dict.fromkeys(("u_time", "u_batch", "u_head"), "i32")
-        return dict.fromkeys(("u", "weight", "h0", "h"), pointer) | sizes | strides, words
-    names = ["grad_h", "grad_last", "h", "weight", "feedback", "carried_in", "through_in"]
-    types = dict.fromkeys([*names, "delta_out", "carried_out", "through_out"], pointer)
-    if shape.update == "displacement":
-        types["delta_out"] = "*fp32"
-    strides = dict.fromkeys(("grad_time", "grad_batch", "grad_head"), "i32")
-    return types | sizes | strides | {"step": "fp32", "clip": "fp32"}, words | {
-        "INVERSE": shape.inverse,
-        "UPDATE": shape.update,
-    }
+        pointer = POINTERS[self.dtype]
+        words = {
+            "BLOCK_B": self.block.rows,
+            "BLOCK_N": self.padded,
+            "OPERAND": getattr(tl, self.dtype),
+            "PRECISION": self.precision,
+            "NONLINEARITY": self.nonlinearity,
+        }
+        options = triton_kernel.options(self.block)
+        if self.kernel == "forward":
+            names = ("u", "weight", "h0", "h")
+            sizes = ("T", "B", "N", "u_time", "u_batch", "u_head")
+            return triton_kernel.forward_kernel, dict.fromkeys(names, pointer) | _integers(sizes), words, options
+        names = ("grad_h", "grad_last", "h", "weight", "feedback", "carried_in", "through_in")
+        types = dict.fromkeys((*names, "delta_out", "carried_out", "through_out"), pointer)
+        if self.update == "displacement":
+            types["delta_out"] = "*fp32"
+        types |= _integers(("T", "B", "N", "grad_time", "grad_batch", "grad_head")) | {"step": "fp32", "clip": "fp32"}
+        words |= {"INVERSE": self.inverse, "UPDATE": self.update}
+        return triton_kernel.backward_kernel, types, words, options
 
 
-def resources(shape: Shape, capability: int) -> dict[str, int]:
+class Polar(NamedTuple):
+    """The kernel of ``regularized_inverse``."""
+
+    dtype: str
+    block: tuple[int, int]
+    power: float
+
+    def __str__(self) -> str:
+        return f"polar-{self.dtype}-{self.block[0]}x{self.block[1]}-power{self.power}"
+
+    def source(self) -> tuple[Any, dict[str, str], dict[str, object], dict[str, Any]]:
+        from tp_kernels.ops.regularized_inverse import triton_kernel
+
+        pointer = POINTERS[self.dtype]
+        types = {"weight": pointer, "reg": "*fp32", "inverse": pointer, "failed": "*i8", "scratch": "*fp32"}
+        types |= _integers(("M", "N", "SIZE", "matrix_stride", "row_stride", "column_stride", "largest_count"))
+        words = {"ROOT": self.power == 0.5, "TILE": self.block[0], "PRECISION": "tf32x3"}
+        options = triton_kernel.options(triton_kernel.Block(*self.block))
+        return triton_kernel.polar_kernel, types | {"tolerance": "fp32"}, words, options
+
+
+def _integers(names: tuple[str, ...]) -> dict[str, str]:
+    return dict.fromkeys(names, "i32")
+
+
+def resources(shape: Shape | Polar, capability: int) -> dict[str, int]:
     """Registers and stack bytes of a thread (a stack is where spilled registers go), shared memory of a program."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from tp_kernels.ops.rnn import triton_kernel
-
-    kernel = getattr(triton_kernel, f"{shape.kernel}_kernel")
-    types, words = _types(shape)
+    kernel, types, words, options = shape.source()
     place = {name: (kernel.arg_names.index(name),) for name in (*types, *words)}
     # As at run time with aligned memory and an N that is a multiple of 16: the widest loads, the most registers.
-    aligned = [
-        name for name, kind in types.items() if kind.startswith("*") or (kind == "i32" and name not in ("T", "B"))
-    ]
+    odd = ("T", "B", "step", "clip", "column_stride", "largest_count", "tolerance")
     source = ASTSource(
         kernel,
         {name: types.get(name, "constexpr") for name in kernel.arg_names},
         {place[name]: value for name, value in words.items()},
-        {place[name]: [["tt.divisibility", 16]] for name in aligned},
+        {place[name]: [["tt.divisibility", 16]] for name in types if name not in odd},
     )
-    options = triton_kernel.options(shape.block)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:

@@ -113,7 +113,13 @@ def atanh_check(dtype: torch.dtype, backend: str) -> None:
 
 
 def inverse_check(
-    weight: Tensor, reg: float, power: float, backend: str, layout: str = "contiguous", on_average: bool = False
+    weight: Tensor,
+    reg: float,
+    power: float,
+    backend: str,
+    layout: str = "contiguous",
+    on_average: bool = False,
+    device: str = "cpu",
 ) -> None:
     """Forward, backward and the residual of the defining equation, all within the error budget."""
     r = torch.tensor(reg, dtype=weight.dtype)
@@ -123,11 +129,14 @@ def inverse_check(
     exact = regularized_inverse(extended(weight), reg, power)
     grad = matrices(weight.mT.shape, weight.dtype, seed=5)
     inverse = torch.from_numpy(exact.astype(np.float64)).to(weight.dtype)
-    given = LAYOUTS[layout](weight), LAYOUTS[layout](grad), LAYOUTS[layout](inverse)
+    plain = weight, grad, inverse
+    given = [LAYOUTS[layout](tensor.to(device)) for tensor in plain]
     results = []
-    for (w, g, p), name in ((given, backend), ((weight, grad, inverse), "reference")):
+    for (w, g, p), name in ((given, backend), (plain, "reference")):
         forward = ops.regularized_inverse_fwd(w, r, power, True, name)
-        results.append((forward, *ops.regularized_inverse_bwd(g, w, p, r, power, name)))
+        outputs = forward, *ops.regularized_inverse_bwd(g, w, p, r, power, name)
+        assert all(output.is_contiguous() for output in outputs)
+        results.append([output.cpu() for output in outputs])
     *exact_grads, size = regularized_inverse_gradients(extended(grad), extended(weight), reg, power)
     found, reference = results
     for what, *parts in zip(("P", "grad_weight"), found, reference, (exact, exact_grads[0]), strict=False):
@@ -135,7 +144,6 @@ def inverse_check(
             assert_average_budget(*parts, what, condition)
         else:
             assert_budget(*parts, what, condition)
-        assert parts[0].is_contiguous()
     if on_average:  # grad_reg is one number for the whole batch, and its error luck
         assert_near(found[2], exact_grads[1], "grad_reg", condition, size)
     else:

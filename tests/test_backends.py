@@ -18,7 +18,6 @@ from tp_kernels.ops.rnn import backends as rnn_backends
 
 OPS = {"rnn": rnn_backends, "regularized_inverse": inverse_op}
 WHY_NOT = {
-    ("regularized_inverse", "triton"): "this version has no Triton kernel for it",
     ("regularized_inverse", "cuda"): "this version has no CUDA kernel for it",
 }
 
@@ -47,8 +46,9 @@ def test_absent_backends_say_why(op, name):
     )
 
 
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("case", ["no package", "no device", "CPU tensors"])
-def test_triton_says_why_not(case, monkeypatch):
+def test_triton_says_why_not(case, op, monkeypatch):
     """On any machine: whether the package is there, a device is, and the tensors are on it."""
     monkeypatch.setattr(_triton, "interpreted", lambda: False)
     monkeypatch.setattr(_triton, "import_error", lambda: "No module named 'triton'" if case == "no package" else None)
@@ -61,11 +61,11 @@ def test_triton_says_why_not(case, monkeypatch):
         "CPU tensors": "it computes on a CUDA device, and the tensors are on cpu",
     }[case]
     with pytest.raises(BackendUnavailableError) as caught:
-        call("rnn", "triton")
+        call(op, "triton")
     assert str(caught.value) == (
-        f"rnn: backend 'triton' cannot run this call: {reason}. Use backend='auto' or 'reference'."
+        f"{op}: backend 'triton' cannot run this call: {reason}. Use backend='auto' or 'reference'."
     )
-    assert torch.equal(call("rnn", "auto"), call("rnn", "cpu" if _native.cpu_available()[0] else "reference"))
+    assert torch.equal(call(op, "auto"), call(op, "cpu" if _native.cpu_available()[0] else "reference"))
 
 
 @pytest.mark.parametrize(

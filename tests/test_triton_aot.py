@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _aot import SHARED_MEMORY, Shape, resources
+from _aot import SHARED_MEMORY, Polar, Shape, resources
 
 from conftest import absent
 from tp_kernels import _triton
@@ -33,7 +33,7 @@ WORDS = (
 )
 
 
-def shapes() -> list[tuple[Shape, int]]:
+def shapes() -> list[tuple[Shape | Polar, int]]:
     """Every dtype and block, on every GPU, in the heaviest kernels; every other kernel in one block and on one GPU."""
     listed = []
     for name, dtype in DTYPES.items():
@@ -49,7 +49,9 @@ def shapes() -> list[tuple[Shape, int]]:
                 listed += [(Shape(kind, name, n, Block(16, 4), *words), 90) for kind, *words in WORDS]
     block = Block(*triton_blocks.table()["float32"]["128"][0][1:])
     listed += [(Shape("forward", "float32", 128, block, precision="tf32"), 90)]
-    return listed
+    polar = [Polar("float32", block, power) for block in ((16, 1), (32, 4)) for power in (1.0, 0.5)]
+    listed += [(shape, capability) for shape in polar for capability in SHARED_MEMORY]
+    return listed + [(Polar(name, (32, 4), 1.0), 90) for name in ("bfloat16", "float16")]
 
 
 def _heaviest(name: str, dtype: torch.dtype, n: int, block: Block, capability: int, limit: int) -> list[Shape]:
@@ -86,6 +88,9 @@ def test_nothing_spills(found):
 def test_shared_memory_is_there(found):
     """Within the GPU's limit, and within what ``triton_blocks`` says when it decides."""
     for (shape, capability), use in zip(shapes(), found.values(), strict=True):
+        if isinstance(shape, Polar):
+            assert use["shared"] <= SHARED_MEMORY[capability], f"{shape} on sm_{capability}"
+            continue
         two = shape.inverse in ("layer", "weight") and shape.update == "total"
         said = triton_blocks.shared_memory(shape.padded, DTYPES[shape.dtype], 2 if two else 1)
         assert use["shared"] <= min(said, SHARED_MEMORY[capability]), f"{shape} on sm_{capability}"

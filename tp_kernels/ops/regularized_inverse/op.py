@@ -77,7 +77,7 @@ def _cpu_backward(grad: Tensor, weight: Tensor, inverse: Tensor, reg: Tensor, po
 
 
 LARGEST_ORDER = 128
-"""What Triton takes: one program iterates on one matrix, and more programs than one would need to wait for each other."""
+"""What Triton takes: one program iterates on one matrix, by itself."""
 
 
 def _triton_forward(weight: Tensor, reg: Tensor, power: float) -> tuple[Tensor, Tensor | None]:

@@ -1,7 +1,7 @@
 """``regularized_inverse`` in Triton: one program for each matrix, matrix products only.
 
 With ``s = √r`` the matrix ``[W; sI]`` has the Gram matrix ``A = WᵀW + rI``, so its polar factor is ``[X; Y]`` with
-``X = W A^{-1/2}`` and ``Y = s A^{-1/2}``. Hence ``Xᵀ`` is P at power 1/2 and ``Y Xᵀ / s`` is P at power 1, and A itself,
+``X = W A^{-1/2}`` and ``Y = s A^{-1/2}``. Hence ``Xᵀ`` is P at power 1/2 and ``Y Xᵀ / s`` is P at power 1. A itself,
 whose condition number is the square of that of ``[W; sI]``, is never formed.
 
 This is the only file of the op that imports triton. ``reference.py`` is the specification.
@@ -76,8 +76,8 @@ def polar_kernel(
 
     Z is in global memory, which for these sizes means in the caches: squares of it are what fits in registers.
 
-    weight: [M, N] each, M >= N, any strides; reg: one float32; inverse: [N, M] each, contiguous; failed: one int8 each, 1
-    where the iteration does not converge; scratch: [5, SIZE, SIZE] float32 each, SIZE a multiple of TILE, M at least.
+    weight: [M, N] each, M >= N, any strides; reg: one float32; inverse: [N, M] each, contiguous; failed: one int8 each,
+    1 where the iteration does not converge; scratch: [5, SIZE, SIZE] float32 each, SIZE a multiple of TILE, M at least.
     ROOT: power 1/2, else 1.
     """
     matrix = tl.program_id(0).to(tl.int64)
@@ -198,4 +198,3 @@ def forward(weight: Tensor, reg: Tensor, power: float) -> tuple[Tensor, Tensor]:
         )
     inverse.masked_fill_(failed[..., None, None], torch.nan)
     return inverse, failed
-

@@ -95,7 +95,7 @@ def _matrix(pointer, N, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr, OPERAND
     return tl.load(pointers, mask=mask, other=0.0).to(tl.float32).to(OPERAND)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B"])
 def forward_kernel(
     u,
     weight,
@@ -140,7 +140,7 @@ def forward_kernel(
         h_pointers += h_time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B"])
 def backward_kernel(
     grad_h,
     grad_last,

@@ -1,0 +1,44 @@
+"""``regularized_inverse`` on the GPU at hand, Triton against the reference: ``benchmarks/gpu_inverse.py out.json``.
+
+Times one forward pass for a layer (one matrix) and for many heads. The result is checked on the same matrices first.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import triton
+
+import tp_kernels as tp
+
+
+def row(batch: int, N: int, power: float) -> dict[str, object]:
+    reg = 1e-4 if power == 0.5 else 0.25
+    weight = torch.randn(batch, N, N, device="cuda", generator=torch.Generator("cuda").manual_seed(0)) / N**0.5
+
+    def inverse(backend: str, matrices: torch.Tensor = weight) -> torch.Tensor:
+        return tp.regularized_inverse(matrices, reg, power=power, backend=backend)
+
+    exact = inverse("reference", weight.double())
+    errors = {name: float((inverse(name) - exact).norm() / exact.norm()) for name in ("triton", "reference")}
+    passed = errors["triton"] <= 2 * errors["reference"] + 1e-5
+    times = {
+        f"{name}_ms": triton.testing.do_bench(lambda name=name: inverse(name)) if passed else None for name in errors
+    }
+    return {"batch": batch, "N": N, "power": power, "errors": errors, "passed": passed, **times}
+
+
+def main() -> None:
+    rows = [row(batch, N, power) for power in (0.5, 1.0) for N in (32, 64, 128) for batch in (1, 16)]
+    Path(sys.argv[1]).write_text(json.dumps({"device": torch.cuda.get_device_name(), "rows": rows}, indent=1) + "\n")
+    for found in rows:
+        print(found)
+    if not all(found["passed"] for found in rows):
+        raise SystemExit("no time without a passed check")
+    ratios = sorted(found["triton_ms"] / found["reference_ms"] for found in rows)
+    print(f"triton / reference, time: {ratios[0]:.2f} to {ratios[-1]:.2f}")
+
+
+if __name__ == "__main__":
+    main()
