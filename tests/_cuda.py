@@ -1,6 +1,5 @@
 """Builds of the CUDA kernels where there is no GPU: emulated, and compiled for every architecture."""
 
-import functools
 import importlib.util
 import json
 import os
@@ -32,6 +31,8 @@ def _tool(name: str) -> str:
 
 def _configured(*options: str) -> Path:
     """A build folder of these options and these tools, kept from run to run."""
+    if sys.platform != "linux":
+        raise NotBuilt(f"it is built on Linux only, and this is {sys.platform}")
     try:
         import pybind11
     except ImportError as error:
@@ -56,7 +57,6 @@ def run(*command: str | Path) -> str:
     return ran.stdout
 
 
-@functools.cache
 def emulated() -> ModuleType:
     """``tp_kernels._cuda``, its kernels run by csrc/common/cuda_emulation.h on CPU tensors."""
     folder = _configured("-DTPK_EMULATE=1")

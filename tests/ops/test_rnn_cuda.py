@@ -3,6 +3,8 @@ thread block after the other. The checks, oracles and budgets are those of every
 they are emulated.
 """
 
+from types import ModuleType
+
 import pytest
 import torch
 from _cases import HEAD_CASES, LAYOUTS, NONLINEARITIES, RULES, TILE_CASES, TIME_CASES, RNNCase
@@ -46,17 +48,23 @@ REFUSED = sorted(set(RULES) - set(SWEPT))
 FLOAT = torch.float32
 
 
-@pytest.fixture(autouse=True)
-def module(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def emulated_module() -> ModuleType | None:
+    """Built once, or not at all; ``None`` on a GPU."""
     if ON_GPU:
-        return
+        return None
     if "cuda" in REQUIRED:
         absent("cuda", _native.cuda_available()[1] or "this torch can use no CUDA device")
     try:
-        found = emulated()
+        return emulated()
     except NotBuilt as reason:
         absent("cuda-emulated", str(reason))
-    monkeypatch.setattr(_native, "cuda", found)
+
+
+@pytest.fixture(autouse=True)
+def module(emulated_module: ModuleType | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if emulated_module is not None:
+        monkeypatch.setattr(_native, "cuda", emulated_module)
     emulate(multiprocessors=4)
 
 
