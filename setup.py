@@ -31,7 +31,7 @@ class CMakeBuild(build_ext):
         target = ROOT if self.editable_mode or self.inplace else Path(self.build_lib).resolve()
         # Isolated builds use tools in a temporary folder: a cache that names another one's is of no use.
         stamp = {"python": sys.executable, "cmake": _tool("cmake"), "ninja": _tool("ninja")}
-        stamp |= {"pybind11": pybind11.get_cmake_dir(), "cuda": os.environ.get("TPK_CUDA", "auto")}
+        stamp |= {"pybind11": pybind11.get_cmake_dir(), "cuda": os.environ.get("TPK_CUDA") or "0"}
         stamp_file = build / "tools.json"
         if build.exists() and (not stamp_file.exists() or json.loads(stamp_file.read_text()) != stamp):
             shutil.rmtree(build)
@@ -49,6 +49,9 @@ class CMakeBuild(build_ext):
         subprocess.run(configure, check=True)
         subprocess.run([stamp["cmake"], "--build", str(build)], check=True)
         subprocess.run([stamp["cmake"], "--install", str(build)], check=True)
+        if stamp["cuda"] == "0":  # one of an earlier build would not fit the rest
+            for stale in (target / "tp_kernels").glob("_cuda.*.so"):
+                stale.unlink()
 
 
 setup(ext_modules=[Extension("tp_kernels._cpu", sources=[])], cmdclass={"build_ext": CMakeBuild})

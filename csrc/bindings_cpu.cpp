@@ -3,55 +3,16 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <array>
 #include <new>
 #include <string>
 #include <vector>
 
+#include "bindings.h"
 #include "common/isa.h"
 
-namespace py = pybind11;
 using namespace tpk;
 
 namespace {
-
-template <class T>
-T* at(std::uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-using Array3 = std::array<std::ptrdiff_t, 3>;
-using Array4 = std::array<std::ptrdiff_t, 4>;
-
-Strides strides(const Array3& s) { return {s[0], s[1], s[2]}; }
-
-template <class Word>
-Word word(const char* argument, const std::string& value, std::initializer_list<std::pair<const char*, Word>> words) {
-    for (const auto& [name, result] : words)
-        if (value == name) return result;
-    throw py::value_error(std::string("unknown ") + argument + " '" + value + "'");
-}
-
-Nonlinearity nonlinearity_of(const std::string& value) {
-    return word<Nonlinearity>(
-        "nonlinearity", value,
-        {{"tanh", Nonlinearity::tanh}, {"relu", Nonlinearity::relu}, {"identity", Nonlinearity::identity}});
-}
-
-Inverse inverse_of(const std::string& value) {
-    return word<Inverse>("inverse", value,
-                         {{"none", Inverse::none},
-                          {"identity", Inverse::identity},
-                          {"weight", Inverse::weight},
-                          {"layer", Inverse::layer},
-                          {"jacobian", Inverse::jacobian},
-                          {"difference", Inverse::difference},
-                          {"direct", Inverse::direct}});
-}
-
-Update update_of(const std::string& value) {
-    return word<Update>("update", value, {{"total", Update::total}, {"local", Update::local}});
-}
 
 template <class T>
 const Launchers<T>& launchers() {

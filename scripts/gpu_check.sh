@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Does this library work on your GPU, and how fast? Builds it, runs every test that needs a GPU, the sanitizer and the
-# benchmarks, in one call of under nine minutes:
+# benchmarks, in one call of under nine minutes, and some more for the CUDA kernels where there is nvcc:
 #
 #     scripts/gpu_check.sh                  # with the Python that is active: a CUDA build of torch, triton, pytest
 #     PYTHON=.venv/bin/python OUT=/tmp/out scripts/gpu_check.sh
@@ -60,8 +60,24 @@ if "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())';
     stage bench-bf16 30 "${map[@]}" --T 784 --N 128,256 --B 16,512 --dtype bfloat16 --contenders tp,bp,nn.RNN --out "$out/bf16"
     stage bench-inverse 20 "$python" benchmarks/gpu_inverse.py "$out/inverse.json"
     stage bench-compile 30 "${map[@]}" --T 64 --N 64 --B 16 --contenders tp,bp,nn.RNN,eager,compile --out "$out/compile"
+    # Last, so that a CUDA module that does not build stands in nobody's way.
+    if command -v nvcc >/dev/null; then
+        stage cuda-build 200 env TPK_CUDA=1 "$python" setup.py build_ext --inplace
+    else
+        skip cuda-build "there is no nvcc"
+    fi
+    if "$python" -c 'import torch, tp_kernels._cuda' 2>/dev/null; then
+        export TPK_REQUIRE_BACKENDS=reference,cuda
+        stage cuda-tests 150 "$python" -m pytest tests/ops/test_rnn_cuda.py -q --junit-xml="$out/cuda-tests.xml"
+        if command -v compute-sanitizer >/dev/null; then
+            stage cuda-sanitizer 60 compute-sanitizer --error-exitcode 1 "$python" -m pytest -q tests/ops/test_rnn_cuda.py \
+                -k "(test_forward or test_backward) and (T5-B7 or T3-B5-H3) and not layer"
+        fi
+    else
+        skip cuda-tests "there is no module tp_kernels._cuda"
+    fi
 else
-    for name in nvidia-smi tests sanitizer bench bench-bf16 bench-inverse bench-compile; do
+    for name in nvidia-smi tests sanitizer bench bench-bf16 bench-inverse bench-compile cuda-build cuda-tests; do
         skip "$name" "no CUDA device that this torch can use"
     done
 fi

@@ -1,5 +1,6 @@
 """Fixtures of every test: poisoned memory, a fixed seed, one thread, and back-ends that may be absent."""
 
+import math
 import os
 from collections.abc import Iterator
 
@@ -74,3 +75,27 @@ def isa_level(request: pytest.FixtureRequest, cpu: None) -> Iterator[str]:
     _native.cpu.set_isa_level(request.param)
     yield request.param
     _native.cpu.set_isa_level(before)
+
+
+GUARD = 64
+
+
+@pytest.fixture
+def fences(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Outputs lie between fences; the list collects the whole memory of each."""
+    memories: list[torch.Tensor] = []
+
+    def new_empty(self: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        memory = torch.full((math.prod(shape) + 2 * GUARD,), 12345.0, dtype=self.dtype, device=self.device)
+        memories.append(memory)
+        return memory[GUARD:-GUARD].fill_(torch.nan).view(shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    return memories
+
+
+def assert_within_fences(memories: list[torch.Tensor]) -> None:
+    for memory in memories:
+        assert memory[:GUARD].eq(12345).all(), "written before an output"
+        assert memory[-GUARD:].eq(12345).all(), "written after an output"
+        assert memory[GUARD:-GUARD].isfinite().all(), "not all of an output was written"

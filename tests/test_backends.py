@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from tp_kernels.ops.rnn import backends as rnn_backends
 
 OPS = {"rnn": rnn_backends, "regularized_inverse": inverse_op}
 WHY_NOT = {
-    ("rnn", "cuda"): "this version has no CUDA kernel for it",
     ("regularized_inverse", "cuda"): "this version has no CUDA kernel for it",
 }
 
@@ -66,6 +66,42 @@ def test_triton_says_why_not(case, op, monkeypatch):
         f"{op}: backend 'triton' cannot run this call: {reason}. Use backend='auto' or 'reference'."
     )
     assert torch.equal(call(op, "auto"), call(op, "cpu" if _native.cpu_available()[0] else "reference"))
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (None, "not built"),
+        (
+            SimpleNamespace(device_problem=lambda: "no CUDA device can be used: there is none"),
+            "no CUDA device can be used: there is none",
+        ),
+        (
+            SimpleNamespace(device_problem=lambda: "", device_type="cuda"),
+            "it computes on a CUDA device, and the tensors are on cpu",
+        ),
+    ],
+    ids=["no module", "no device", "other device"],
+)
+def test_cuda_says_why_not(module, reason, monkeypatch):
+    monkeypatch.setattr(_native, "cuda", module)
+    monkeypatch.setattr(_native, "_cuda_error", "not built", raising=False)
+    with pytest.raises(BackendUnavailableError) as caught:
+        call("rnn", "cuda")
+    assert str(caught.value) == (
+        f"rnn: backend 'cuda' cannot run this call: {reason}. Use backend='auto' or 'reference'."
+    )
+
+
+def test_importing_without_the_cuda_module():
+    program = (
+        "import sys; sys.modules['tp_kernels._cuda'] = None\n"
+        "from tp_kernels import _native; print(*_native.cuda_available())"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=os.environ)
+    assert ran.stdout == (
+        "False this installation has no CUDA module; reinstall with TPK_CUDA=1 set and nvcc on the PATH\n"
+    )
 
 
 def test_importing_imports_no_triton():
@@ -217,7 +253,7 @@ def test_info_names_every_op_and_backend():
         ok, reason = OPS[op].BACKENDS.backends[name].available()
         assert answer == ("yes" if ok else f"no: {reason}")
     assert found["rnn", "reference"] == "yes"
-    assert found["rnn", "cuda"] == f"no: {WHY_NOT['rnn', 'cuda']}"
+    assert found["regularized_inverse", "cuda"] == f"no: {WHY_NOT['regularized_inverse', 'cuda']}"
 
 
 def test_info_says_which_instruction_set(isa_level):

@@ -1,6 +1,5 @@
 """Every instruction set this machine has stays within the error budget, and ``TPK_CPU`` chooses one."""
 
-import math
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from _checks import atanh_check, inverse_check, rnn_backward_check, rnn_forward_
 from _compare import assert_identical
 
 import tp_kernels as tp
+from conftest import assert_within_fences
 from tp_kernels import _native
 from tp_kernels.rules import Sweep
 
@@ -79,23 +79,6 @@ def test_threads_do_not_change_results(dtype, isa_level):
             assert_identical(*pair, what)
 
 
-GUARD = 64
-
-
-@pytest.fixture
-def fences(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Outputs lie between fences; the list collects the whole memory of each."""
-    memories: list[torch.Tensor] = []
-
-    def new_empty(self: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        memory = torch.full((math.prod(shape) + 2 * GUARD,), 12345.0, dtype=self.dtype)
-        memories.append(memory)
-        return memory[GUARD:-GUARD].fill_(torch.nan).view(shape)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    return memories
-
-
 @pytest.mark.parametrize("case", [ODD, RNNCase(T=2, B=3, N=1), RNNCase(T=2, B=2, H=3, N=5), RNNCase(N=33)], ids=str)
 def test_nothing_is_written_outside_of_the_outputs(case, dtype, isa_level, fences):
     u, weight, h0 = case.tensors(dtype)
@@ -108,10 +91,7 @@ def test_nothing_is_written_outside_of_the_outputs(case, dtype, isa_level, fence
         tp.regularized_inverse(matrices((3, 7, case.N), dtype), 0.25, power=power, backend="cpu")
     polar = 1 if dtype == torch.float32 else 0  # in float64 LAPACK decomposes
     assert len(fences) == 1 + 3 * len(inverses) + 1 + polar
-    for memory in fences:
-        assert memory[:GUARD].eq(12345).all(), "written before an output"
-        assert memory[-GUARD:].eq(12345).all(), "written after an output"
-        assert memory[GUARD:-GUARD].isfinite().all(), "not all of an output was written"
+    assert_within_fences(fences)
 
 
 def test_denormal_numbers_elsewhere_stay(dtype, isa_level):

@@ -12,6 +12,15 @@ except ImportError as error:
     cpu = None
     _cpu_error = f"the native module tp_kernels._cpu could not be imported ({error}); reinstall with a C++ compiler"
 
+try:
+    import tp_kernels._cuda as cuda
+except ModuleNotFoundError:
+    cuda = None
+    _cuda_error = "this installation has no CUDA module; reinstall with TPK_CUDA=1 set and nvcc on the PATH"
+except ImportError as error:
+    cuda = None
+    _cuda_error = f"the native module tp_kernels._cuda could not be imported ({error}); reinstall with TPK_CUDA=1 set"
+
 
 def _select_isa() -> None:
     wanted = os.environ.get("TPK_CPU")
@@ -37,6 +46,28 @@ def cpu_supports(tensor: torch.Tensor, **options: object) -> Support:
     if tensor.dtype not in _CPU_DTYPES:
         return False, f"it computes float32 and float64, and the tensors are {str(tensor.dtype).removeprefix('torch.')}"
     return True, ""
+
+
+def cuda_available() -> Support:
+    if cuda is None:
+        return False, _cuda_error
+    problem = cuda.device_problem()
+    return not problem, problem
+
+
+def cuda_supports(tensor: torch.Tensor, **options: object) -> Support:
+    if tensor.device.type != cuda.device_type:
+        return False, f"it computes on a CUDA device, and the tensors are on {tensor.device}"
+    if tensor.dtype != torch.float32:
+        return False, f"it computes float32, and the tensors are {str(tensor.dtype).removeprefix('torch.')}"
+    return True, ""
+
+
+def device_and_stream(tensor: torch.Tensor) -> dict[str, int]:
+    """Where a CUDA kernel is to run: after what torch has queued for this tensor so far."""
+    if tensor.device.type != "cuda":  # emulated
+        return {"device": 0, "stream": 0}
+    return {"device": tensor.device.index, "stream": torch.cuda.current_stream(tensor.device).cuda_stream}
 
 
 def check_same_kind(op: str, first: torch.Tensor, *others: torch.Tensor | None) -> None:

@@ -34,6 +34,9 @@ def versions() -> dict[str, str]:
         levels = ", ".join(_native.cpu.isa_levels())
         lines["instruction set"] = f"{_native.cpu.isa_level()} (of {levels}; TPK_CPU forces one)"
         lines["native module"] = f"{build['compiler']}, OpenMP {'on' if build['openmp'] else 'off: one thread'}"
+    if _native.cuda is not None:
+        build = _native.cuda.build_info()
+        lines["CUDA module"] = f"{build['compiler']}, for {build['architectures']}"
     return lines
 
 

@@ -67,4 +67,10 @@ struct RnnBackward {
     int threads;
 };
 
+// On a CUDA device: N <= 128, no projection, the inverses "none", "identity", "weight" and "layer". They return when
+// the work is in the stream, and throw where it cannot be.
+constexpr int rnn_cuda_largest = 128;
+void rnn_forward_cuda(const RnnForward<float>& f, int device, void* stream);
+void rnn_backward_cuda(const RnnBackward<float>& f, int device, void* stream);
+
 }  // namespace tpk

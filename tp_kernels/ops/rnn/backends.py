@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tp_kernels import _native, _triton
-from tp_kernels._backends import Backend, BackendTable, missing
+from tp_kernels._backends import Backend, BackendTable, Support
 from tp_kernels._library import register
 from tp_kernels.ops.rnn import reference, triton_blocks
 from tp_kernels.rules import Sweep
@@ -127,6 +127,86 @@ def sent_outputs(h: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor]:
     return carried, through
 
 
+_CUDA_INVERSES = ("none", "identity", "weight", "layer")
+
+
+def _cuda_supports(tensor: Tensor, *, size: int, sweep: Sweep | None = None, **options: object) -> Support:
+    """``size``: N; ``sweep``: of a backward pass."""
+    ok, reason = _native.cuda_supports(tensor)
+    if not ok:
+        return ok, reason
+    largest = _native.cuda.rnn_largest
+    if size > largest:
+        return False, f"it keeps the weight of up to {largest} units on one multiprocessor, and there are {size}"
+    if sweep is not None and sweep.inverse not in _CUDA_INVERSES:
+        return False, f"this version has no CUDA kernel for the inverse {sweep.inverse!r}"
+    return True, ""
+
+
+def _cuda_forward(u: Tensor, weight: Tensor, h0: Tensor | None, nonlinearity: str, out: Tensor | None = None) -> Tensor:
+    _native.check_same_kind("rnn", u, weight, h0)
+    u, weight = unit_stride(u), weight.contiguous()
+    h0 = None if h0 is None else h0.contiguous()
+    h = u.new_empty(u.shape) if out is None else out
+    _native.cuda.rnn_fwd(
+        input=_native.pointer(u),
+        input_strides=strides(u),
+        weight=_native.pointer(weight),
+        h0=_native.pointer(h0),
+        h=_native.pointer(h),
+        sizes=sizes(h),
+        nonlinearity=nonlinearity,
+        **_native.device_and_stream(h),
+    )
+    return h
+
+
+def _cuda_backward(
+    grad_h: Tensor | None,
+    grad_last: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    feedback: Tensor | None,
+    carried: Tensor | None,
+    through: Tensor | None,
+    u: Tensor | None,
+    h0: Tensor | None,
+    sweep: Sweep,
+    iterations: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """None of its inverses takes iterations, u or h_0."""
+    _native.check_same_kind("rnn", h, grad_h, grad_last, weight, feedback, carried, through)
+    if sweep.uses_inverse and feedback is None:
+        raise TypeError(f"rnn: feedback must be a torch.Tensor with inverse={sweep.inverse!r}, got None")
+    grad_h = unit_stride(grad_h)
+    h, weight = h.contiguous(), weight.contiguous()
+    grad_last, feedback, carried, through = (
+        None if tensor is None else tensor.contiguous() for tensor in (grad_last, feedback, carried, through)
+    )
+    grad_u, carried_out, through_out = backward_outputs(h, sweep)
+    _native.cuda.rnn_bwd(
+        grad_h=_native.pointer(grad_h),
+        grad_h_strides=strides(grad_h),
+        grad_last=_native.pointer(grad_last),
+        h=_native.pointer(h),
+        weight=_native.pointer(weight),
+        feedback=_native.pointer(feedback),
+        carried_in=_native.pointer(carried),
+        through_in=_native.pointer(through),
+        carried_out=_native.pointer(carried_out),
+        through_out=_native.pointer(through_out),
+        grad_u=_native.pointer(grad_u),
+        sizes=sizes(h),
+        nonlinearity=sweep.nonlinearity,
+        inverse=sweep.inverse,
+        update=sweep.update,
+        step=sweep.step,
+        clip=sweep.clip,
+        **_native.device_and_stream(h),
+    )
+    return grad_u, carried_out, through_out
+
+
 def _triton_forward(*arguments: Any, **options: Any) -> Tensor:
     from tp_kernels.ops.rnn import triton_kernel  # imports triton, which need not be there
 
@@ -147,7 +227,8 @@ BACKENDS = BackendTable(
             _cpu_forward, _cpu_backward, _native.cpu_available, _native.cpu_supports, layer_forward=_cpu_layer_forward
         ),
         "triton": Backend(_triton_forward, _triton_backward, _triton.available, triton_blocks.supports),
-        "cuda": missing("this version has no CUDA kernel for it"),
+        # By name only, until it has run on a GPU.
+        "cuda": Backend(_cuda_forward, _cuda_backward, _native.cuda_available, _cuda_supports),
     },
     {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")},
 )

@@ -1,0 +1,76 @@
+// What CUDA kernels and their launchers are written against: the CUDA runtime or, with TPK_EMULATE, an emulation of
+// thread blocks on the CPU, so that the very same source is tested where there is no GPU.
+#pragma once
+
+#include <stddef.h>
+
+#include <stdexcept>
+#include <string>
+
+#ifdef TPK_EMULATE
+#include "cuda_emulation.h"
+#else
+#include <cuda_runtime.h>
+
+// A variable that a thread block shares.
+#define TPK_SHARED(type, name) __shared__ type name
+
+namespace tpk {
+
+inline void check_cuda(cudaError_t error, const char* what) {
+    if (error != cudaSuccess)
+        throw std::runtime_error(std::string(what) + ": CUDA says: " + cudaGetErrorString(error) + " (" +
+                                 cudaGetErrorName(error) + ")");
+}
+
+// Why no device can be used; empty where one can.
+inline std::string device_problem() {
+    int count = 0;
+    const cudaError_t error = cudaGetDeviceCount(&count);
+    if (error != cudaSuccess) return std::string("no CUDA device can be used: ") + cudaGetErrorString(error);
+    return count > 0 ? "" : "no CUDA device can be used: there is none";
+}
+
+// The device to launch on, as long as this lives.
+class OnDevice {
+public:
+    explicit OnDevice(int device) {
+        const std::string problem = device_problem();
+        if (!problem.empty()) throw std::runtime_error(problem);
+        check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
+        check_cuda(cudaSetDevice(device), "cudaSetDevice");
+    }
+    ~OnDevice() { cudaSetDevice(before_); }
+    OnDevice(const OnDevice&) = delete;
+
+private:
+    int before_ = 0;
+};
+
+inline int multiprocessors(int device) {
+    int count = 0;
+    check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    return count;
+}
+
+// Throws where the launch itself fails; what fails later, on the device, the next call to CUDA reports.
+template <class... Arguments>
+void launch(const char* what, void (*kernel)(Arguments...), ptrdiff_t blocks, int threads, void* stream,
+            Arguments... arguments) {
+    void* pointers[] = {&arguments...};
+    check_cuda(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
+                                dim3(static_cast<unsigned>(threads)), pointers, 0, static_cast<cudaStream_t>(stream)),
+               what);
+}
+
+#ifdef __CUDACC__
+// 1/d within an ulp or two, for d from 1 to 1e37.
+__device__ inline float estimated_reciprocal(float d) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(d));
+    return result;
+}
+#endif
+
+}  // namespace tpk
+#endif

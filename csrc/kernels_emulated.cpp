@@ -1,0 +1,2 @@
+// Every CUDA kernel as plain C++, for tests: common/cuda_emulation.h runs their thread blocks.
+#include "rnn/kernel_cuda.cu"

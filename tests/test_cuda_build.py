@@ -1,0 +1,120 @@
+"""The CUDA module where there is no GPU: what its kernels ask of each architecture, and what it says without a device;
+and that the emulation which stands in for a GPU sees what it is there to see.
+"""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from _cuda import ARCHITECTURES, RESOURCES, NotBuilt, build, check_emulation, parse
+
+from conftest import absent
+
+SHARED_MEMORY = 48 * 1024  # of a block, without asking for more
+REGISTERS = 64 * 1024  # of a multiprocessor, and of a block
+TABLE = json.loads(RESOURCES.read_text())
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    try:
+        return build()
+    except NotBuilt as reason:
+        absent("nvcc", str(reason))
+
+
+def test_every_kernel_is_compiled_for_every_architecture(compiled):
+    kernels = compiled.resources["kernels"]
+    assert tuple(kernels) == ARCHITECTURES
+    names = list(kernels["sm_80"])
+    assert all(list(of_arch) == names for of_arch in kernels.values())
+    assert len([name for name in names if name.startswith("rnn_forward")]) == 9
+    assert len([name for name in names if name.startswith("rnn_backward")]) == 36
+
+
+def test_nothing_spills(compiled):
+    for arch, kernels in compiled.resources["kernels"].items():
+        for name, needs in kernels.items():
+            assert needs["local"] == 0, f"{name} on {arch} keeps {needs['local']} bytes of a thread in memory"
+            assert needs["shared"] <= SHARED_MEMORY, f"{name} on {arch}: {needs['shared']} bytes of shared memory"
+            if name.startswith("rnn"):
+                threads = 2 * int(re.search(r"<(\d+)", name)[1])
+                assert threads * needs["registers"] <= REGISTERS, f"{name} on {arch}: {needs['registers']} registers"
+
+
+def test_the_table_is_up_to_date(compiled):
+    """Another compiler may need other registers, and shared memory only the source decides."""
+    if compiled.resources["nvcc"] == TABLE["nvcc"]:
+        assert compiled.resources == TABLE, "python tests/_cuda.py renews it"
+    shared = [
+        {arch: {name: needs["shared"] for name, needs in kernels.items()} for arch, kernels in table["kernels"].items()}
+        for table in (compiled.resources, TABLE)
+    ]
+    assert shared[0] == shared[1], "python tests/_cuda.py renews it"
+
+
+WITHOUT_DEVICE = """
+import _cuda
+assert _cuda.device_type == "cuda" and _cuda.build_info()["architectures"] == "80-real 90a-real 100-real 120"
+pointers = dict.fromkeys(("input", "weight", "h0", "h", "device", "stream"), 0)
+print(_cuda.device_problem())
+try:
+    _cuda.rnn_fwd(**pointers, input_strides=(0, 0, 0), sizes=(1, 1, 1, 1), nonlinearity="tanh")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_without_a_device(compiled):
+    """The module imports with no driver, and says why nothing can run."""
+    environment = {"PYTHONPATH": str(compiled.folder), "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run([sys.executable, "-c", WITHOUT_DEVICE], capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    problem, error = ran.stdout.splitlines()
+    assert problem.startswith("no CUDA device can be used: ")
+    assert error == problem
+
+
+def test_the_driver_is_not_linked(compiled):
+    (module,) = compiled.folder.glob("_cuda.*.so")
+    needed = subprocess.run(["ldd", module], capture_output=True, text=True, check=True).stdout
+    assert "libcud" not in needed
+
+
+REPORT = """
+ptxas info    : Compiling entry function '_ZN3tpk3_GL18rnn_forward_kernelILi32ELi4EEEvNS_10RnnForwardIfEE' for 'sm_90a'
+ptxas info    : Function properties for _ZN3tpk3_GL18rnn_forward_kernelILi32ELi4EEEvNS_10RnnForwardIfEE
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 8 bytes cumulative stack size, 1024 bytes smem
+ptxas info    : Compile time = 10.0 ms
+ptxas info    : Compiling entry function '_ZN3tpk3_GL19rnn_backward_kernelILi128ELi1ELb0ELb1EEEvNS_11RnnBackwardIfEE' for 'sm_80'
+ptxas info    : Function properties for x
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 30 registers, used 0 barriers, 544 bytes cmem[0]
+"""  # noqa: E501
+
+
+def test_reports_are_understood():
+    """A spill would be seen."""
+    assert parse(REPORT) == {
+        "sm_80": {"rnn_backward_kernel<128, 1, 0, 1>": {"registers": 30, "shared": 0, "local": 0}},
+        "sm_90a": {"rnn_forward_kernel<32, 4>": {"registers": 40, "shared": 1024, "local": 24}},
+    }
+
+
+def test_emulation():
+    """Races, barriers and shuffles that some threads skip, shared memory read before it is written."""
+    try:
+        printed = check_emulation()
+    except NotBuilt as reason:
+        absent("cuda-emulated", str(reason))
+    stuck = "emulation: threads wait at a barrier that others never reach"
+    assert printed.splitlines() == [
+        "race: different, NaN",
+        "no race: same, numbers",
+        f"divergent barrier: {stuck}",
+        f"divergent shuffle: {stuck}",
+        "unwritten: same, NaN",
+    ]

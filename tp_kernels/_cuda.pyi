@@ -1,0 +1,47 @@
+"""CUDA kernels. Every function takes addresses: call them through ``tp_kernels``, which checks the tensors."""
+
+from typing import TypedDict
+
+class BuildInfo(TypedDict):
+    compiler: str
+    architectures: str
+
+device_type: str
+rnn_largest: int
+
+def rnn_fwd(
+    *,
+    input: int,
+    input_strides: tuple[int, int, int],
+    weight: int,
+    h0: int,
+    h: int,
+    sizes: tuple[int, int, int, int],
+    nonlinearity: str,
+    device: int,
+    stream: int,
+) -> None: ...
+def rnn_bwd(
+    *,
+    grad_h: int,
+    grad_h_strides: tuple[int, int, int],
+    grad_last: int,
+    h: int,
+    weight: int,
+    feedback: int,
+    carried_in: int,
+    through_in: int,
+    carried_out: int,
+    through_out: int,
+    grad_u: int,
+    sizes: tuple[int, int, int, int],
+    nonlinearity: str,
+    inverse: str,
+    update: str,
+    step: float,
+    clip: float,
+    device: int,
+    stream: int,
+) -> None: ...
+def device_problem() -> str: ...
+def build_info() -> BuildInfo: ...
