@@ -85,6 +85,12 @@ def _load(pointers, mask):
 
 
 @triton.jit
+def _before(t, T):
+    """``t < T`` as a tensor, which a Python number is not in the interpreter."""
+    return tl.full((1, 1), t, tl.int32) < T
+
+
+@triton.jit
 def _matrix(pointer, N, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr, OPERAND: tl.constexpr):
     """The matrix M of this head, [N, N], or its transpose, as the right side of a product; zero beyond N."""
     row, column = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_N)[None, :]
@@ -130,13 +136,16 @@ def forward_kernel(
     u_pointers = u + row * u_batch + head * u_head + column
     h_pointers = h + place
     h_time = tl.cast(B, tl.int64) * heads * N
-    for _ in range(T):
-        z = tl.dot(state.to(OPERAND), matrix, _load(u_pointers, mask), input_precision=PRECISION)
+    ahead = _load(u_pointers, mask)
+    for t in range(T):
+        u_t = ahead
+        u_pointers += u_time
+        ahead = _load(u_pointers, mask & _before(t + 1, T))  # on its way while this step is computed
+        z = tl.dot(state.to(OPERAND), matrix, u_t, input_precision=PRECISION)
         stored = _activation(z, NONLINEARITY).to(h.dtype.element_ty)
         tl.store(h_pointers, stored, mask=mask)
         # Beyond N infinity times zero would be NaN, and reach all units at the next step.
         state = tl.where(inside, stored.to(tl.float32), 0.0)
-        u_pointers += u_time
         h_pointers += h_time
 
 
@@ -198,14 +207,20 @@ def backward_kernel(
     time = tl.cast(B, tl.int64) * heads * N
     h_pointers = h + last * time + place
     delta_pointers = delta_out + last * time + place
+    state_ahead = _load(h_pointers, mask)
     if grad_h is not None:
         grad_pointers = grad_h + last * grad_time + row * grad_batch + head * grad_head + column
-    for _ in range(T):
-        state = _load(h_pointers, mask)
+        grad_ahead = _load(grad_pointers, mask)
+    for t in range(T):
+        before = mask & _before(t + 1, T)
+        state = state_ahead
+        h_pointers -= time
+        state_ahead = _load(h_pointers, before)  # as in forward
         displacement = carried
         if grad_h is not None:
-            displacement += step * _load(grad_pointers, mask)
+            displacement += step * grad_ahead
             grad_pointers -= grad_time
+            grad_ahead = _load(grad_pointers, before)
         delta = displacement
         if UPDATE != "displacement":
             delta = _through_activation(displacement + through, state, NONLINEARITY)
@@ -223,7 +238,6 @@ def backward_kernel(
         if UPDATE == "total":
             through = tl.dot(delta.to(OPERAND), transposed_weight, input_precision=PRECISION)
             through = tl.where(inside, through, 0.0)
-        h_pointers -= time
         delta_pointers -= time
     if INVERSE != "none":
         tl.store(carried_out + place, carried.to(carried_out.dtype.element_ty), mask=mask)
