@@ -77,7 +77,7 @@ def rnn_backward_check(
         assert parts[0].is_contiguous()
         parts[0] = parts[0].cpu()
         if sweep.inverse == "layer" and case.T >= 63:
-            # Displacements grow and cancel: at the worst of so many steps one side's error is several times the other's.
+            # They grow and cancel: at the worst of so many steps one side's error is several times the other's.
             assert_average_budget(*parts, what, condition)
         else:
             assert_budget(*parts, what, condition, rtol=rtol)

@@ -43,12 +43,26 @@ ops = torch.ops.tp_kernels
 
 
 def gradients(
-    case: RNNCase, rule: tp.BackProp | tp.TargetProp | None, dtype: torch.dtype, backend: str
+    case: RNNCase,
+    rule: tp.BackProp | tp.TargetProp | None,
+    dtype: torch.dtype,
+    backend: str,
+    feedback: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """h and the gradients in u, W and h_0 (where there is one), through the public function."""
     leaves = [tensor.requires_grad_() for tensor in case.tensors(dtype) if tensor is not None]
-    h = tp.rnn(*leaves, nonlinearity=case.nonlinearity, rule=rule, backend=backend)
+    h = tp.rnn(*leaves, feedback=feedback, nonlinearity=case.nonlinearity, rule=rule, backend=backend)
     return h.detach(), *torch.autograd.grad(h, leaves, case.gradient(dtype))
+
+
+def assert_same_computation(actual: Tensor, expected: Tensor, what: str, backend: str) -> None:
+    """The same bits; from the reference, whose products are torch's, the same up to rounding: there the order of a sum
+    may depend on where a matrix lies in memory.
+    """
+    if backend == "reference":
+        assert_near(actual, extended(expected), what)
+    else:
+        assert_identical(actual, expected, what)
 
 
 # --- forward
@@ -449,12 +463,16 @@ def test_bad_input(name, monkeypatch):
 @pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
 @pytest.mark.parametrize("rule", RULES)
 def test_deterministic(rule, nonlinearity, dtype, backend):
-    """Bit for bit the same in every run, and with any number of threads on the native back-end."""
+    """Bit for bit the same in every run, and with any number of threads on the native back-end. From one P: at power
+    1/2 in float64 it is torch's decomposition, which keeps its own promises.
+    """
     case = RNNCase(T=9, B=33, N=64, nonlinearity=nonlinearity)
-    first = None
+    rule, first, feedback = RULES[rule], None, None
+    if Sweep.of(rule, nonlinearity).uses_inverse:
+        feedback = tp.regularized_inverse(case.tensors(dtype)[1], rule.reg, power=rule.power, backend=backend)
     for count in (1, 1, 2, 2, 3) if backend == "cpu" else (1, 1):
         torch.set_num_threads(count)
-        found = gradients(case, RULES[rule], dtype, backend)
+        found = gradients(case, rule, dtype, backend, feedback)
         first = first or found
         for what, *pair in zip(("h", "grad_u", "grad_weight", "grad_h0"), found, first, strict=True):
             if what != "grad_weight" or count == 1:  # one product by torch, whose order of sums follows the threads
@@ -940,7 +958,7 @@ def test_the_layer_is_the_op_chunk_by_chunk(rule, dtype, backend, monkeypatch):
             if what == "grad_weight":
                 assert_near(pair[0], extended(pair[1]), what)
             else:
-                assert_identical(*pair, what)
+                assert_same_computation(*pair, what, backend)
 
 
 def test_identity_gives_every_step_the_sum_of_later_gradients(dtype, backend):
@@ -1080,7 +1098,7 @@ def test_checkpoints(case, rule, every, dtype, backend):
         if what == "grad_weight":
             assert_near(pair[0], extended(pair[1]), what)
         else:
-            assert_identical(*pair, what)
+            assert_same_computation(*pair, what, backend)
 
 
 def test_checkpoints_are_all_that_is_kept(backend):
