@@ -12,6 +12,10 @@ from tp_kernels.rules import Sweep
 
 ops = torch.ops.tp_kernels
 
+# The inverses that go through that of the activation, whose slope is large: displacements grow and cancel there, and at
+# the worst of many steps one side's error is several times the other's. So long sequences keep the budget on average.
+THROUGH_ACTIVATION = ("layer", "difference", "direct")
+
 
 def rnn_forward_check(
     case: RNNCase, dtype: torch.dtype, backend: str, layout: str = "contiguous", device: str = "cpu"
@@ -69,16 +73,17 @@ def rnn_backward_check(
     whole[-1] += extended(last)
     exact = rnn_backward(whole, *map(extended, (u, h, h0, weight, feedback)), sweep)
     condition, rtol = 1.0, 0.0
-    if sweep.inverse in ("layer", "difference", "direct"):
+    if sweep.inverse in THROUGH_ACTIVATION:
         condition = 10  # 1 - h² loses digits where h is near 1
     elif sweep.inverse == "jacobian":
         condition, rtol = condition_of_jacobian(weight, sweep), sweep.rtol
     for what, *parts in zip(("grad_u", "grad_h0"), found, reference, (exact[0], exact[2]), strict=True):
         assert parts[0].is_contiguous()
         parts[0] = parts[0].cpu()
-        if sweep.inverse == "layer" and case.T >= 63:
-            # They grow and cancel: at the worst of so many steps one side's error is several times the other's.
-            assert_average_budget(*parts, what, condition)
+        if sweep.inverse in THROUGH_ACTIVATION and case.T >= 63:
+            assert_near(parts[0], parts[2], what, condition)
+            if what == "grad_u":  # grad_h0 is one step of many, and its error luck
+                assert_average_budget(*parts, what, condition)
         else:
             assert_budget(*parts, what, condition, rtol=rtol)
 

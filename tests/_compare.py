@@ -93,17 +93,25 @@ def assert_budget(
     assert err <= allowed, f"{what}: error {err:.3g} exceeds the budget {allowed:.3g}"
 
 
-def assert_average_budget(actual: Tensor, reference: Tensor, exact: np.ndarray, what: str, condition: float) -> None:
-    """The budget of an ill-conditioned problem, on (geometric) average over a batch.
+def assert_average_budget(
+    actual: Tensor,
+    reference: Tensor,
+    exact: np.ndarray,
+    what: str,
+    condition: float,
+    reference_exact: np.ndarray | None = None,
+) -> None:
+    """The budget of an ill-conditioned problem, on (geometric) average over a batch, or over time.
 
     There the errors of one matrix are luck: either side's can be several times the other's. None may exceed what the
-    condition allows.
+    condition allows. ``reference_exact`` as in ``assert_budget``.
     """
+    reference_exact = exact if reference_exact is None else reference_exact
     assert_same_kind(actual, reference.shape, reference.dtype, what)
-    assert_near(reference, exact, f"{what} of the reference", condition)
+    assert_near(reference, reference_exact, f"{what} of the reference", condition)
     assert_near(actual, exact, what, condition)
-    floor = FLOOR[actual.dtype]
-    average, plain = (np.exp(np.log(errors(result, exact) + floor).mean()) for result in (actual, reference))
+    floor, sides = FLOOR[actual.dtype], ((actual, exact), (reference, reference_exact))
+    average, plain = (np.exp(np.log(errors(*side) + floor).mean()) for side in sides)
     assert average <= 2 * plain, f"{what}: average error {average:.3g} exceeds twice that of the reference, {plain:.3g}"
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
-RESOURCES = Path(__file__).parent / "cuda_resources.json"
+RESOURCES = ROOT / "benchmarks" / "results" / "cuda_resources.json"
 
 
 class NotBuilt(Exception):

@@ -1,6 +1,6 @@
 """What fits on chip, and how the batch is cut: the numbers of ``triton_kernel.py``, in reach without triton.
 
-``triton_blocks.json`` is the table; ``benchmarks/autotune_triton.py`` writes it on a GPU.
+``triton_blocks.json`` is the table; ``scripts/autotune_triton.py`` writes it on a GPU.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """Chooses the block shapes of the Triton kernels by timing them, on the GPU at hand:
 
-    python benchmarks/autotune_triton.py            # writes tp_kernels/ops/rnn/triton_blocks.json; minutes
+    python scripts/autotune_triton.py            # writes tp_kernels/ops/rnn/triton_blocks.json; minutes
 
 Timed is a forward pass and a backward pass of ``TargetProp()`` over T = 128 steps. A block that spills registers here
 is left out; whether it spills on other GPUs, ``tests/test_triton_aot.py`` says.
@@ -73,7 +73,7 @@ def main() -> None:
     for name, entries in blocks.items():
         inner = ",\n".join(f'      "{n}": {json.dumps(entry)}' for n, entry in entries.items())
         lines.append(f'    "{name}": {{\n{inner}\n    }}')
-    chosen_by = f"benchmarks/autotune_triton.py on {torch.cuda.get_device_name()}, triton {triton.__version__}"
+    chosen_by = f"scripts/autotune_triton.py on {torch.cuda.get_device_name()}, triton {triton.__version__}"
     text = f'{{\n  "chosen_by": {json.dumps(chosen_by)},\n  "blocks": {{\n' + ",\n".join(lines) + "\n  }\n}\n"
     triton_blocks.TABLE.write_text(text)
 

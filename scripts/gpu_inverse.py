@@ -1,4 +1,4 @@
-"""``regularized_inverse`` on the GPU at hand, Triton against the reference: ``benchmarks/gpu_inverse.py out.json``.
+"""``regularized_inverse`` on the GPU at hand, Triton against the reference: ``scripts/gpu_inverse.py out.json``.
 
 Times one forward pass for a layer (one matrix) and for many heads. The result is checked on the same matrices first.
 """
