@@ -431,6 +431,15 @@ def test_the_report_is_whole_and_stands_alone(tmp_path):
     assert any(name.startswith("race_digits") for name in pictures)
 
 
+def test_ratios_name_what_differs_between_cells(tmp_path):
+    records = [_cell(16, name, scale) for name, scale in (("tp", 3.0), ("bp", 2.0))]
+    records += [record | {"threads": 2, "key": record["key"] + "2"} for record in records]
+    report.write(records, tmp_path)
+    rows = [line for line in (tmp_path / "ratios.md").read_text().splitlines() if line.startswith("|")]
+    assert rows[0].startswith("| T | B | N | threads | TP, ms |")
+    assert [row.split(" | ")[:4] for row in rows[2:]] == [["| 16", "16", "64", "1"], ["| 16", "16", "64", "2"]]
+
+
 # --- all of it --------------------------------------------------------------------------------------------------------
 
 _MAP = ["map", "--T", "3,4", "--N", "5", "--B", "2", "--contenders", "tp,bp", "--seconds", "0.01", "--min-rounds", "2"]

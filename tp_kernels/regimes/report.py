@@ -282,18 +282,19 @@ def _ratios(cells: list[Cell], environments: list[tuple[str, int]]) -> str:
         if any(mine in cell and other in cell for cell in cells)
     ]
     shares = [name for name in ("tp", "bp") if any(_share_of_peak(cell, name) for cell in cells)]
-    head = ["T", "B", "N", "TP, ms", *(f"{CONTENDERS[m].label} / {CONTENDERS[o].label}" for m, o in pairs)]
+    shapes = [next(iter(cell.values())) for cell in cells]
+    keys = ["T", "B", "N", *(key for key in ("dtype", "device", "threads") if len({s[key] for s in shapes}) > 1)]
+    head = [*keys, "TP, ms", *(f"{CONTENDERS[m].label} / {CONTENDERS[o].label}" for m, o in pairs)]
     head += [f"{CONTENDERS[name].label}, of peak" for name in shares]
     rows = []
-    for cell in cells:
+    for cell, shape in zip(cells, shapes, strict=True):
 
         def median(name: str, cell: Cell = cell) -> float | None:
             return cell[name]["median_s"] if name in cell else None
 
         quotients = [median(m) / median(o) if median(m) and median(o) else None for m, o in pairs]
-        shape = next(iter(cell.values()))
         milliseconds = f"{1e3 * median('tp'):.2f}" if median("tp") else "–"
-        rows.append([*(str(shape[letter]) for letter in "TBN"), milliseconds])
+        rows.append([*(str(shape[key]) for key in keys), milliseconds])
         rows[-1] += ["–" if quotient is None else f"{quotient:.2f}" for quotient in quotients]
         rows[-1] += [f"{share:.0%}" if (share := _share_of_peak(cell, name)) else "–" for name in shares]
     title = "Median time of a training step, as a ratio: below 1 the first is faster."
