@@ -564,7 +564,10 @@ def test_calls_from_several_threads(backend):
         together = list(pool.map(work, range(len(cases))))
     for found, expected in zip(together, alone, strict=True):
         for what, *pair in zip(("h", "grad_u", "grad_weight", "grad_h0"), found, expected, strict=True):
-            assert_identical(*pair, what)
+            if what == "grad_weight":  # a product by torch
+                assert_near(pair[0], extended(pair[1]), what)
+            else:
+                assert_same_computation(*pair, what, backend)
 
 
 def test_states_changed_in_place_are_noticed(backend):
