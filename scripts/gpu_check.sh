@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Does this library work on your GPU, and how fast? Builds it, runs every test that needs a GPU, the sanitizer and the
-# benchmarks, in one call of under nine minutes, and some more for the CUDA kernels where there is nvcc:
+# benchmarks, in one call of under nine minutes; the CUDA kernels come last, where there is nvcc:
 #
 #     scripts/gpu_check.sh                  # with the Python that is active: a CUDA build of torch, triton, pytest
 #     PYTHON=.venv/bin/python OUT=/tmp/out scripts/gpu_check.sh
