@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -148,6 +149,36 @@ def test_orthogonal_initialization(nets) -> None:
     train.run(spec_of("tp", initialization="orthogonal", steps=1))
     weight = nets[0][0]["rnn.weight_hh_l0"]
     torch.testing.assert_close(weight @ weight.T, torch.eye(SMALL["N"]))
+
+
+def test_rotation_is_orthogonal_and_near_the_identity(nets) -> None:
+    for seed in (100, 100, 101):
+        train.run(spec_of("tp", initialization="rotation", N=64, seed=seed, steps=1))
+    first, again, other = (before["rnn.weight_hh_l0"] for before, _ in nets)
+    torch.testing.assert_close(first @ first.T, torch.eye(64))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    angles = torch.linalg.eigvals(first.double()).angle().abs()
+    assert 0.2 < angles.max() < 0.35
+
+
+def test_cosine_schedule_ends_at_zero(nets, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step sizes that the optimizer saw, and that a constant one leaves them."""
+    seen = {}
+    step = torch.optim.SGD.step
+
+    def remember(self, *arguments, **options):
+        seen.setdefault(schedule, []).append([group["lr"] for group in self.param_groups])
+        return step(self, *arguments, **options)
+
+    for schedule in train.SCHEDULES:
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.optim.SGD, "step", remember)
+            train.run(spec_of("tp-two", schedule=schedule, optimizer="sgd", clip=None, steps=6, floor=6))
+    first = seen["constant"][0]
+    assert seen["constant"] == [first] * 6
+    for step_number, sizes in enumerate(seen["cosine"]):
+        assert sizes == pytest.approx([size * (1 + math.cos(math.pi * step_number / 6)) / 2 for size in first])
 
 
 def test_frozen_leaves_the_recurrent_layer_bit_for_bit(nets) -> None:
@@ -431,6 +462,7 @@ def test_the_papers_settings() -> None:
         ({"task": "sorting"}, ValueError, "task must be one of .*got 'sorting'"),
         ({"contenders": ["tp", "sgd"]}, ValueError, "contenders must be one of .*got 'sgd'"),
         ({"optimizer": "lbfgs"}, ValueError, "optimizer must be one of 'adam', 'sgd', got 'lbfgs'"),
+        ({"schedule": "linear"}, ValueError, "schedule must be one of 'constant', 'cosine', got 'linear'"),
         ({"initialization": "zero"}, ValueError, "initialization must be one of .*got 'zero'"),
         ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
         ({"seeds": 0}, ValueError, "seeds must not be empty"),

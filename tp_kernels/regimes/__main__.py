@@ -181,6 +181,7 @@ def parser() -> argparse.ArgumentParser:
     race.add_argument("--seeds", type=integer, help="number of seeds of the final runs")
     race.add_argument("--step-sizes", type=numbers, metavar="X,Y", help="the search grid")
     race.add_argument("--optimizer", choices=train.OPTIMIZERS)
+    race.add_argument("--schedule", choices=train.SCHEDULES, help="of the step sizes")
     race.add_argument("--initialization", choices=train.INITIALIZATIONS, help="of the recurrent weight")
     race.add_argument("--steps", type=integer, help="training steps of one run at most")
     race.add_argument("--evaluate-every", type=integer, help="training steps between two evaluations")
@@ -265,7 +266,7 @@ def _mention_others(store: Store, here: dict) -> None:
 
 
 _RACE_FLAGS = (
-    *("task", "T", "N", "B", "contenders", "seeds", "step_sizes", "optimizer", "initialization"),
+    *("task", "T", "N", "B", "contenders", "seeds", "step_sizes", "optimizer", "schedule", "initialization"),
     *("steps", "evaluate_every", "bar", "reg", "gamma", "device", "data"),
 )
 

@@ -278,8 +278,14 @@ def races_of(records: Iterable[dict]) -> list[list[dict]]:
     for record in records:
         if record["kind"] == "run":
             names = ("task", "T", "N", "B", "optimizer", "initialization", "bar", "device", "max_steps")
-            races.setdefault(tuple(str(record.get(name)) for name in names), []).append(record)
+            values = (*(record.get(name) for name in names), schedule_of(record))
+            races.setdefault(tuple(map(str, values)), []).append(record)
     return list(races.values())
+
+
+def schedule_of(record: dict) -> str:
+    """Records from before there were schedules do not name theirs."""
+    return record.get("schedule", "constant")
 
 
 def finals_of(race: list[dict]) -> dict[str, list[dict]]:
@@ -325,7 +331,9 @@ def _reached(runs: list[dict]) -> str:
 
 def race_name(race: list[dict]) -> str:
     first = race[0]
-    return f"{first['task']}, {shape(first)}, {first['optimizer']}, {first['initialization']} initialization"
+    schedule = schedule_of(first)
+    optimizer = first["optimizer"] if schedule == "constant" else f"{first['optimizer']} with a {schedule} schedule"
+    return f"{first['task']}, {shape(first)}, {optimizer}, {first['initialization']} initialization"
 
 
 def race_label(name: str) -> str:

@@ -24,7 +24,10 @@ RUNNING_WINDOW = 3
 """The running accuracy is the mean of this many evaluations, the latest included; before that many there is none."""
 
 OPTIMIZERS = ("adam", "sgd")
-INITIALIZATIONS = ("default", "orthogonal")
+INITIALIZATIONS = ("default", "orthogonal", "rotation")
+SCHEDULES = ("constant", "cosine")
+# How far "rotation" is from the identity: its largest angles are about 2√2 times as much, in radians.
+_ROTATION_ANGLE = 0.1
 # Adam's gradient is clipped to this global norm; SGD's is not, as in the paper.
 _CLIP = {"adam": 1.0, "sgd": None}
 # Batches and random feedback come from streams of their own: the seed alone also draws the weights.
@@ -129,6 +132,7 @@ class RaceSpec:
     """One run: everything that its result depends on, but for the machine.
 
     ``steps`` is the most it takes; with ``stop_at_bar`` it stops once the bar is passed and ``floor`` steps are done.
+    The schedule "cosine" takes the step sizes down to zero over ``steps``.
     ``clip`` is the largest global norm of the gradient. The phase decides the set that accuracy is measured on:
     "search" the validation set, "final" the test set.
     """
@@ -140,6 +144,7 @@ class RaceSpec:
     contender: str
     rule: Rule | None
     optimizer: str
+    schedule: str
     initialization: str
     step_sizes: StepSizes
     grid: tuple[StepSizes, ...]
@@ -172,6 +177,7 @@ class Setting:
     N: int
     B: int
     optimizer: str
+    schedule: str
     initialization: str
     steps: int
     floor: int
@@ -266,6 +272,7 @@ _BASE = {
     "N": 64,
     "B": 20,
     "optimizer": "adam",
+    "schedule": "constant",
     "initialization": "default",
     "steps": 6000,
     "floor": 200,
@@ -281,6 +288,7 @@ _PAPER = {
     "N": 100,
     "B": 20,
     "optimizer": "sgd",
+    "schedule": "constant",
     "initialization": "orthogonal",
     "steps": 20_000,
     "floor": 200,
@@ -329,8 +337,8 @@ that one; its CIFAR, GRU and text settings are not here."""
 _LISTS = ("task", "T", "N", "B", "seeds", "search_seeds", "contenders", "step_sizes", "bp_step_sizes")
 _KNOWN = (
     *_LISTS,
-    *("two_step_sizes", "optimizer", "initialization", "steps", "floor", "evaluate_every", "bar", "reg", "gamma"),
-    *("stop_at_bar", "device", "data"),
+    *("two_step_sizes", "optimizer", "schedule", "initialization", "steps", "floor", "evaluate_every", "bar"),
+    *("reg", "gamma", "stop_at_bar", "device", "data"),
 )
 
 
@@ -376,6 +384,7 @@ def _setting(options: dict[str, Any]) -> Setting:
     """A setting of one task, T, N and B."""
     optimizer = options["optimizer"]
     _choose_word("optimizer", optimizer, OPTIMIZERS)
+    _choose_word("schedule", options["schedule"], SCHEDULES)
     _choose_word("initialization", options["initialization"], INITIALIZATIONS)
     for name in options["contenders"]:
         _choose_word("contenders", name, tuple(CONTENDERS))
@@ -398,6 +407,7 @@ def _setting(options: dict[str, Any]) -> Setting:
         N=options["N"],
         B=options["B"],
         optimizer=optimizer,
+        schedule=options["schedule"],
         initialization=options["initialization"],
         steps=options["steps"],
         floor=min(options["floor"], options["steps"]),
@@ -427,8 +437,9 @@ def plan(preset: str | None = None, **overrides: Any) -> RacePlan:
             is another grid of that length for "bp" and "nn.RNN", ``two_step_sizes`` pairs (readout, recurrent) for
             "bp-two" and other "-two"; without pairs these take the grid with a recurrent step size of 1/10 (Adam) or
             1/100 (SGD).
-        optimizer: "adam" (gradient clipped to global norm 1) or "sgd" (not clipped). initialization: "default" or
-            "orthogonal" (the recurrent weight).
+        optimizer: "adam" (gradient clipped to global norm 1) or "sgd" (not clipped). schedule: "constant" or "cosine"
+            (step sizes go down to zero over ``steps``). initialization: of the recurrent weight, "default" as in
+            ``torch.nn.RNN``, "orthogonal", or "rotation" (orthogonal and near the identity).
         steps: the most a run takes; evaluate_every: steps between evaluations; floor: steps before a run may stop;
             stop_at_bar: whether it stops once the bar is passed; bar: the running accuracy to pass.
         reg, gamma: r and step γ of "tp-paper" and "tp-paper-local".
@@ -495,6 +506,8 @@ def build(spec: RaceSpec, task: Task) -> nn.ModuleDict:
         rnn = nn.RNN(task.input_size, spec.N)
         if spec.initialization == "orthogonal":
             nn.init.orthogonal_(rnn.weight_hh_l0)
+        elif spec.initialization == "rotation":
+            _rotation_(rnn.weight_hh_l0)
         model = nn.ModuleDict({"rnn": rnn, "readout": nn.Linear(spec.N, task.output_size)})
     if spec.rule is not None:
         tp.nn.convert(model, spec.rule)
@@ -509,6 +522,13 @@ def build(spec: RaceSpec, task: Task) -> nn.ModuleDict:
     if contender.feedback is not None:
         model["rnn"].feedback = _feedback(spec, model["rnn"].weight_hh_l0.detach())
     return model
+
+
+@torch.no_grad()
+def _rotation_(weight: Tensor) -> None:
+    """The exponential of a random skew-symmetric matrix: orthogonal, and the smaller its angles the nearer to I."""
+    half = torch.randn_like(weight) * (_ROTATION_ANGLE / math.sqrt(len(weight)))
+    weight.copy_(torch.linalg.matrix_exp(half - half.T))
 
 
 def _with_learned_inverse(rnn: nn.RNN, spec: RaceSpec, update: str) -> tp.nn.LearnedInverse:
@@ -543,6 +563,11 @@ def build_optimizer(spec: RaceSpec, model: nn.ModuleDict) -> torch.optim.Optimiz
     ]
     make = torch.optim.Adam if spec.optimizer == "adam" else torch.optim.SGD
     return make([group for group in groups if group["params"]], lr=0.0)
+
+
+def build_schedule(spec: RaceSpec, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler | None:
+    """What sets the step sizes after every step; ``None`` where they stay."""
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, spec.steps) if spec.schedule == "cosine" else None
 
 
 def batches(spec: RaceSpec, task: Task) -> Iterator[tuple[Tensor, Tensor]]:
@@ -613,6 +638,7 @@ def _train(
     evaluation is left out.
     """
     optimizer = build_optimizer(spec, model)
+    schedule = build_schedule(spec, optimizer)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     x_held_out, y_held_out = (
         tensor.to(spec.device) for tensor in task.held_out("test" if spec.phase == "final" else "validation")
@@ -643,6 +669,8 @@ def _train(
             if spec.clip is not None:
                 norms += nn.utils.clip_grad_norm_(trained, spec.clip)
             optimizer.step()
+            if schedule is not None:
+                schedule.step()
         seconds += _clock(spec.device) - begin
         step += len(chunk)
         on_steps(step)
@@ -691,6 +719,7 @@ def run(spec: RaceSpec, on_steps: Callable[[int], None] = lambda step: None) -> 
         "feedback": CONTENDERS[spec.contender].feedback,
         "phase": spec.phase,
         "optimizer": spec.optimizer,
+        "schedule": spec.schedule,
         "initialization": spec.initialization,
         "step_sizes": spec.step_sizes.to_dict(),
         "grid": [point.to_dict() for point in spec.grid],
