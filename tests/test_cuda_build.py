@@ -32,6 +32,7 @@ def test_every_kernel_is_compiled_for_every_architecture(compiled):
     assert all(list(of_arch) == names for of_arch in kernels.values())
     assert len([name for name in names if name.startswith("rnn_forward")]) == 9
     assert len([name for name in names if name.startswith("rnn_backward")]) == 36
+    assert len([name for name in names if name.startswith("rnn_jacobian")]) == 18
 
 
 def test_nothing_spills(compiled):

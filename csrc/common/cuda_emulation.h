@@ -69,7 +69,7 @@ inline Settings settings;
 class Block {
 public:
     Block(dim3 index, unsigned threads, std::function<void()> body)
-        : index(index), body_(std::move(body)), all_{threads}, fibers_(threads) {
+        : index(index), body_(std::move(body)), all_{threads}, any_{threads}, fibers_(threads) {
         if (threads % warp_size) throw std::logic_error("the emulation takes whole warps only");
         warps_.resize(threads / warp_size, Warp{Barrier{warp_size}, {}});
         shared_.resize(shared_bytes / sizeof(float), std::numeric_limits<float>::quiet_NaN());
@@ -107,6 +107,15 @@ public:
     }
 
     void wait_for_all() { wait(all_); }
+
+    // Whether any of the threads says so.
+    bool ask_all(bool value) {
+        const unsigned generation = any_.generation;
+        if (any_.arrived == 0) answers_[generation % 2] = false;
+        answers_[generation % 2] |= value;
+        wait(any_);
+        return answers_[generation % 2];
+    }
 
     float shuffle(float value, unsigned mask) {
         Warp& warp = warps_[current->thread.x / warp_size];
@@ -150,7 +159,8 @@ private:
     }
 
     std::function<void()> body_;
-    Barrier all_;
+    Barrier all_, any_;
+    bool answers_[2];  // in turn: some threads may be one question ahead
     std::vector<Fiber> fibers_;
     std::vector<Warp> warps_;
     std::vector<float> shared_;
@@ -172,6 +182,8 @@ T& shared() {
 #define blockIdx (::tpk::emulation::Block::now->index)
 
 inline void __syncthreads() { emulation::Block::now->wait_for_all(); }
+
+inline int __syncthreads_or(int value) { return emulation::Block::now->ask_all(value != 0); }
 
 inline float __shfl_xor_sync(unsigned lanes, float value, int mask) {
     if (lanes != 0xffffffffu) throw std::logic_error("the emulation knows shuffles of whole warps only");

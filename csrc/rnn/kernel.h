@@ -57,7 +57,9 @@ struct RnnBackward {
     const T* h0;
     T* grad_u;
     int32_t* iterations;  // [T][B][H], of the solve of "jacobian", or null
-    Unsolved* unsolved;   // the worst
+    Unsolved* unsolved;   // the worst; not on a CUDA device
+    // [T][B][H], on a CUDA device: where the solve of "jacobian" gave up its relative residual, else 0.
+    T* missed;
     ptrdiff_t T_, B, H, N;
     Nonlinearity nonlinearity;
     Inverse inverse;
@@ -67,8 +69,8 @@ struct RnnBackward {
     int threads;
 };
 
-// On a CUDA device: N <= 128, no projection, the inverses "none", "identity", "weight" and "layer". They return when
-// the work is in the stream, and throw where it cannot be.
+// On a CUDA device: N <= 128, no projection, no inverse "difference" or "direct". They return when the work is in
+// the stream, and throw where it cannot be.
 constexpr int rnn_cuda_largest = 128;
 void rnn_forward_cuda(const RnnForward<float>& f, int device, void* stream);
 void rnn_backward_cuda(const RnnBackward<float>& f, int device, void* stream);

@@ -72,6 +72,33 @@ struct Panel {
             }
     }
 
+    __device__ void clear() {
+#pragma unroll
+        for (int i = 0; i < outputs; ++i)
+#pragma unroll
+            for (int j = 0; j < K / splits; ++j) of[i][j] = 0;
+    }
+
+    // Adds this thread's part of w wᵀ, w: column m of the matrix. What it returns is NaN where its part of w is not
+    // finite, else 0.
+    __device__ float add_outer_product(const float* matrix, int N, int m, int group, int lane) {
+        float mine[outputs], zero = 0;
+#pragma unroll
+        for (int i = 0; i < outputs; ++i) {
+            const int n = group * outputs + i;
+            mine[i] = n < N ? matrix[n * N + m] : 0;
+            zero += 0 * mine[i];
+        }
+#pragma unroll
+        for (int j = 0; j < K / splits; ++j) {
+            const int k = j / 4 * (4 * splits) + lane * 4 + j % 4;
+            const float other = k < N ? matrix[k * N + m] : 0;
+#pragma unroll
+            for (int i = 0; i < outputs; ++i) of[i][j] = fmaf(mine[i], other, of[i][j]);
+        }
+        return zero;
+    }
+
     // The 8 lanes read 8 neighbours of 16 bytes: no two of them from the same bank.
     template <int rows>
     __device__ void multiply(const float (&x)[rows][K], int lane, float (&sums)[outputs * rows]) const {
@@ -252,6 +279,8 @@ __global__ void __launch_bounds__(threads_of<K>, 1) rnn_backward_kernel(const Rn
     }
 }
 
+#include "jacobian_cuda.inl"
+
 // The smallest tile with which all blocks run at once; beyond that the largest, which reads the matrices least often.
 int rows_for(ptrdiff_t B, ptrdiff_t H, int multiprocessors) {
     for (int rows : {1, 2})
@@ -309,14 +338,19 @@ void rnn_backward_cuda(const RnnBackward<float>& f, int device, void* stream) {
     constexpr const char* what = "rnn_bwd";
     const bool carries = f.inverse == Inverse::weight || f.inverse == Inverse::layer,
                adjoins = f.update == Update::total;
-    if (!carries && f.inverse != Inverse::none && f.inverse != Inverse::identity)
+    if (!carries && f.inverse != Inverse::none && f.inverse != Inverse::identity && f.inverse != Inverse::jacobian)
         throw std::invalid_argument("rnn_bwd: there is no such inverse on a CUDA device");
     if (carries && !f.feedback) throw std::invalid_argument("rnn_bwd: feedback is missing");
     const OnDevice on_device(device);
     if (f.T_ * f.B * f.H * f.N == 0) return;
+    if (f.inverse == Inverse::jacobian && !f.missed) throw std::invalid_argument("rnn_bwd: missed is missing");
     const int rows = rows_for(f.B, f.H, multiprocessors(device));
     const ptrdiff_t blocks = blocks_of(what, f.B, f.H, rows);
     for_tile(what, f.N, rows, [&](auto K, auto R) {
+        if (f.inverse == Inverse::jacobian)
+            return launch(what,
+                          adjoins ? rnn_jacobian_kernel<K.of, R.of, true> : rnn_jacobian_kernel<K.of, R.of, false>,
+                          blocks, threads_of<K.of>, stream, f);
         const auto kernel = carries   ? adjoins ? rnn_backward_kernel<K.of, R.of, true, true>
                                                 : rnn_backward_kernel<K.of, R.of, true, false>
                             : adjoins ? rnn_backward_kernel<K.of, R.of, false, true>

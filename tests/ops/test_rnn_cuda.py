@@ -3,19 +3,22 @@ thread block after the other. The checks, oracles and budgets are those of every
 they are emulated.
 """
 
+import re
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
 from _cases import HEAD_CASES, LAYOUTS, NONLINEARITIES, RULES, TILE_CASES, TIME_CASES, RNNCase
 from _checks import backward_op, rnn_backward_check, rnn_forward_check, tanh_check
-from _compare import assert_identical, assert_near, assert_same_pattern
+from _compare import assert_identical, assert_near, assert_same_pattern, assert_solved
 from _cuda import NotBuilt, emulated
-from _oracle import extended
+from _oracle import SLOPES, extended
 
 import tp_kernels as tp
 from conftest import REQUIRED, absent, assert_within_fences
 from tp_kernels import _native
+from tp_kernels.ops.rnn import reference
 from tp_kernels.ops.rnn.backends import BACKENDS
 from tp_kernels.rules import Sweep
 
@@ -42,7 +45,7 @@ if ON_GPU:  # the last two are too many for tiles of 1 or 2 rows
 SWEPT = {
     name: rule
     for name, rule in RULES.items()
-    if Sweep.of(rule, "tanh").inverse in ("none", "identity", "weight", "layer")
+    if Sweep.of(rule, "tanh").inverse in ("none", "identity", "weight", "layer", "jacobian")
 }
 REFUSED = sorted(set(RULES) - set(SWEPT))
 FLOAT = torch.float32
@@ -148,6 +151,102 @@ def test_tanh_accuracy():
     tanh_check(FLOAT, "cuda", DEVICE)
 
 
+# --- the solve of "jacobian"
+
+
+def saturated(ratio: float, nonlinearity: str = "identity", H: int | None = None) -> list[torch.Tensor]:
+    """h, W with ‖W‖ = 1 and what arrives, some units saturated, and a rule with ``r = ratio``."""
+    case = RNNCase(T=2, B=6, N=33, H=H, nonlinearity=nonlinearity)
+    _, weight, _ = case.tensors(torch.float64)
+    weight /= torch.linalg.matrix_norm(weight, 2)[..., None, None]
+    h = reference.ACTIVATIONS[nonlinearity](2 * case.gradient(torch.float64, seed=4))
+    tensors = [tensor.to(DEVICE, FLOAT) for tensor in (h, weight, case.gradient(torch.float64))]
+    return [*tensors, tp.TargetProp(inverse="jacobian", update="local", reg=ratio)]
+
+
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+@pytest.mark.parametrize(("ratio", "rtol"), [(0.1, 1e-4), (0.1, 1e-6), (1e-3, 1e-4)], ids=["plain", "tight", "small r"])
+def test_jacobian_solves_the_equation_that_defines_it(ratio, rtol, nonlinearity, rows):
+    """Where rounding could exceed rtol, too."""
+    h, weight, grad, rule = saturated(ratio, nonlinearity)
+    rows(RNNCase(B=6))
+    sweep = Sweep.of(replace(rule, rtol=rtol), nonlinearity)
+    _, found = backward_op(None, grad[0], h[:1], weight, None, sweep, "cuda")
+    slope = torch.from_numpy(SLOPES[nonlinearity](h[0].double().cpu().numpy()))
+    assert_solved(found.cpu(), grad[0].cpu(), slope[:, :, None] * weight.double().cpu(), ratio, rtol)
+
+
+@pytest.mark.parametrize("H", [None, 2])
+def test_what_cannot_be_solved_raises(H, rows):
+    """float32 cannot resolve r = 1e-6 ‖J‖² to 1e-6, and overflows in W Wᵀ. The worst sample is named."""
+    h, weight, grad, rule = saturated(1e-6, H=H)
+    rows(RNNCase(B=6, H=H))
+    grad = torch.zeros_like(h)
+    grad[1, 4] = 1.0
+    sample = "sample 4" if H is None else "sample 4, head [01]"
+    words = None, None, None, None, *Sweep.of(replace(rule, rtol=1e-6), "identity"), "cuda"
+    for function, factor in ((ops.rnn_bwd, 1), (ops.rnn_iterations, 1), (ops.rnn_bwd, 1e25)):
+        with pytest.raises(torch.linalg.LinAlgError) as caught:
+            function(grad, None, h, factor * weight, None, *words)
+        assert re.fullmatch(
+            r"rnn: inverse='jacobian' could not be solved in float32 at reg=1e-06: worst at time step [01], "
+            rf"{sample}, with a relative residual of \S+, above rtol=1e-06; use a larger reg, a larger rtol or float64",
+            str(caught.value),
+        )
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("where", ["gradient", "state", "weight"])
+def test_jacobian_of_what_is_not_finite(where, value, rows):
+    """NaN for that sample from there on back, no error, and not a bit of another sample changed."""
+    h, weight, grad, rule = saturated(0.25, "tanh")
+    rows(RNNCase(B=6))
+    words = None, None, None, None, None, *Sweep.of(rule, "tanh"), "cuda"
+    clean = ops.rnn_bwd(grad, None, h, weight, *words)
+    {"gradient": grad[1, 4], "state": h[1, 4], "weight": weight[4]}[where][3] = value
+    found = ops.rnn_bwd(grad, None, h, weight, *words)
+    others = torch.arange(6) != 4 if where != "weight" else torch.zeros(6, dtype=torch.bool)
+    assert_identical(found[0][:, others], clean[0][:, others], "grad_u")
+    assert_identical(found[1][others], clean[1][others], "carried")
+    assert found[0][0, ~others].isnan().all()
+    assert found[1][~others].isnan().all()
+
+
+def test_jacobian_of_any_magnitude(rows):
+    """No square over- or underflows, a denormal displacement is no error, and zero takes no iteration."""
+    h, weight, grad, rule = saturated(0.25, "tanh")
+    rows(RNNCase(B=6))
+    words = None, None, None, None, *Sweep.of(rule, "tanh"), "cuda"
+    grad[0, 2] = 0
+    one = ops.rnn_bwd(None, grad[0], h, weight, None, *words)[1]
+    for power in (-100, 100):
+        other = ops.rnn_bwd(None, grad[0] * 2.0**power, h, weight, None, *words)[1]
+        assert_near((other * 2.0**-power).cpu(), extended(one.cpu()), "carried")
+    for scale in (1e-38, 1e-40, 1e-44):
+        found = ops.rnn_bwd(None, scale * grad[0], h, weight, None, *words)[1]
+        assert found.abs().max() <= 4 * scale * grad.abs().max()
+    assert one[2].eq(0).all()
+    counts = ops.rnn_iterations(None, grad[0], h, weight, None, *words)
+    assert counts[:, 2].eq(0).all()
+    assert counts[:, :2].gt(0).all()
+
+
+def test_iterations():
+    """Those of the CPU's solver but for rounding; one where the weight is orthogonal, whatever the slopes."""
+    case = RNNCase(T=3, B=5, N=33, H=2)
+    u, weight, _ = case.tensors(FLOAT)
+    orthogonal = torch.linalg.qr(weight).Q.contiguous()
+    words = *[None] * 5, *Sweep("tanh", "jacobian")
+    for matrix in (orthogonal, weight):
+        h = ops.rnn_fwd(u, matrix, None, "tanh", "reference")
+        expected = ops.rnn_iterations(None, h[0], h, matrix, *words, "cpu")
+        h, matrix = h.to(DEVICE), matrix.to(DEVICE)
+        found = ops.rnn_iterations(None, h[0], h, matrix, *words, "cuda").cpu()
+        assert found.dtype == torch.int32
+        assert (found - expected).abs().max() <= (0 if matrix is orthogonal else 1)
+    assert found.unique().numel() > 1
+
+
 # --- memory
 
 
@@ -163,7 +262,8 @@ def test_layouts(layout, rows):
 def test_nothing_is_written_outside_of_the_outputs(case, rows, fences):
     rows(case)
     everything(case)
-    assert len(fences) == 1 + 3 * len(SWEPT)
+    solves = sum(rule.startswith("jacobian") for rule in SWEPT)  # they have residuals besides
+    assert len(fences) == 1 + 3 * len(SWEPT) + solves
     assert_within_fences(fences)
 
 

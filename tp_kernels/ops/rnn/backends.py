@@ -127,7 +127,7 @@ def sent_outputs(h: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor]:
     return carried, through
 
 
-_CUDA_INVERSES = ("none", "identity", "weight", "layer")
+_CUDA_INVERSES = ("none", "identity", "weight", "layer", "jacobian")
 
 
 def _cuda_supports(tensor: Tensor, *, size: int, sweep: Sweep | None = None, **options: object) -> Support:
@@ -174,7 +174,7 @@ def _cuda_backward(
     sweep: Sweep,
     iterations: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """None of its inverses takes iterations, u or h_0."""
+    """None of its inverses takes u or h_0."""
     _native.check_same_kind("rnn", h, grad_h, grad_last, weight, feedback, carried, through)
     if sweep.uses_inverse and feedback is None:
         raise TypeError(f"rnn: feedback must be a torch.Tensor with inverse={sweep.inverse!r}, got None")
@@ -184,6 +184,7 @@ def _cuda_backward(
         None if tensor is None else tensor.contiguous() for tensor in (grad_last, feedback, carried, through)
     )
     grad_u, carried_out, through_out = backward_outputs(h, sweep)
+    missed = h.new_empty(h.shape[:-1]) if sweep.inverse == "jacobian" else None
     _native.cuda.rnn_bwd(
         grad_h=_native.pointer(grad_h),
         grad_h_strides=strides(grad_h),
@@ -196,14 +197,20 @@ def _cuda_backward(
         carried_out=_native.pointer(carried_out),
         through_out=_native.pointer(through_out),
         grad_u=_native.pointer(grad_u),
+        iterations=_native.pointer(iterations),
+        missed=_native.pointer(missed),
         sizes=sizes(h),
         nonlinearity=sweep.nonlinearity,
         inverse=sweep.inverse,
         update=sweep.update,
         step=sweep.step,
         clip=sweep.clip,
+        reg=sweep.reg,
+        rtol=sweep.rtol,
         **_native.device_and_stream(h),
     )
+    if missed is not None:
+        reference.check_residuals(missed, sweep, h.dtype)
     return grad_u, carried_out, through_out
 
 
