@@ -194,8 +194,8 @@ __global__ void __launch_bounds__(threads, 1) rnn_cluster_forward_kernel(const R
 }
 
 // `carries`: the product with P, of the inverses "weight" and "layer"; `adjoins`: that with Wᵀ, of the update "total".
-// `displacements`: writes λ in place of δ, for a second sweep. That one may read λ where it writes δ: a thread reads
-// its numbers of a step before it writes there.
+// `displacements`: writes λ in place of δ, for a second sweep. That one reads λ where it writes δ: between the two is a
+// barrier, since several lanes read what one of them writes.
 template <int in_registers, int rows, bool carries, bool adjoins>
 __device__ inline void run_backward(const RnnBackward<float>& f, Split split, bool displacements) {
     using P = Place<rows>;
@@ -213,11 +213,6 @@ __device__ inline void run_backward(const RnnBackward<float>& f, Split split, bo
     if constexpr (adjoins)
         weight.load(f.weight + matrix, N, true, place.first_column, place.lane, split.in_shared,
                     rest + (carries ? layout.rest : 0));
-    if constexpr (carries || adjoins) {
-        for (float4* i = shared + threadIdx.x; i < rest; i += threads) *i = float4{0, 0, 0, 0};
-        cluster_arrive();  // all have started and have their zeros
-        cluster_wait();
-    }
     const bool inside = place.inside, writes = inside && place.copy == 0;
     const ptrdiff_t first = (place.sequence * f.H + place.head) * f.N + place.column;
     ptrdiff_t at = (f.T_ - 1) * time + first;
@@ -228,6 +223,11 @@ __device__ inline void run_backward(const RnnBackward<float>& f, Split split, bo
     float gradient = inside && f.grad_h ? f.step * f.grad_h[g] : 0;
     if (inside && f.grad_last) gradient = fmaf(f.step, f.grad_last[first], gradient);
     float state = inside ? f.h[at] : 0;
+    if constexpr (carries || adjoins) {
+        for (float4* i = shared + threadIdx.x; i < rest; i += threads) *i = float4{0, 0, 0, 0};
+        cluster_arrive();  // all have started, have their zeros and have read the last step
+        cluster_wait();
+    }
     for (ptrdiff_t t = f.T_ - 1; t >= 0; --t) {
         const bool more = t > 0 && inside;
         g -= f.grad_h_strides.time;
