@@ -43,16 +43,20 @@ inline size_t shared_memory(int device) {
     return static_cast<size_t>(bytes);
 }
 
-// A launch of clusters of that many blocks, for the runtime. More than 8 not every device can, and every kernel has to
-// allow.
+// A launch of clusters of that many blocks on the current device, for the runtime. A kernel has to be allowed more than
+// 8 blocks and more than 48 KB: always all that there is, or threads that launch the same kernel would get in each
+// other's way.
 struct ClusterLaunch {
     cudaLaunchAttribute attribute = {};
     cudaLaunchConfig_t config = {};
 
     ClusterLaunch(const void* kernel, ptrdiff_t clusters, int blocks, int threads, size_t shared, void* stream) {
-        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+        int device = 0;
+        check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shared_memory(device))),
                    "cudaFuncSetAttribute");
-        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, blocks > 8),
+        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
                    "cudaFuncSetAttribute");
         attribute.id = cudaLaunchAttributeClusterDimension;
         attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};

@@ -49,6 +49,7 @@ ON_GPU = _native.cuda_available()[0] and torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 if ON_GPU:  # the last two are too many for tiles of 1 or 2 rows
     CASES += tuple(case for case in TILE_CASES + TIME_CASES + HEAD_CASES if case.N <= 128)
+    CLUSTER_CASES += ((RNNCase(T=50, B=51, N=200), 2), (RNNCase(T=3, B=301, N=300), 4), (RNNCase(T=9, B=33, N=1000), 4))
     CASES += (RNNCase(T=3, B=1001, N=100), RNNCase(T=3, B=301, N=33), RNNCase(T=2, B=701, H=2, N=17))
 SWEPT = {
     name: rule
@@ -93,21 +94,18 @@ def emulate(multiprocessors: int, reversed: bool = False, largest_cluster: int =
 
 
 def emulate_for(case: RNNCase, rows: int, reversed: bool = False) -> None:
-    """A device for which the launcher takes tiles of that many rows."""
+    """A device for which the launcher takes tiles of that many rows. Skips the test on one that cannot hold so many units:
+    smaller clusters, and none, are emulated.
+    """
     tiles = {1: case.B, 2: -(-case.B // 2), 4: 0}[rows]
     emulate(tiles * (case.H or 1) * (-(-case.N // 64) if case.N > 128 else 1), reversed)
+    if case.N > 128 and case.N > (largest := _native.cuda.rnn_cluster_largest(0)):
+        pytest.skip(f"clusters of this device hold {largest} units")
 
 
 @pytest.fixture(params=(4,) if ON_GPU else (1, 2, 4), ids="rows{}".format)
 def rows(request: pytest.FixtureRequest):
     return lambda case, reversed=False: emulate_for(case, request.param, reversed)
-
-
-@pytest.fixture
-def clusters() -> None:
-    """Of 16 blocks, or the test is skipped: smaller ones are emulated."""
-    if _native.cuda.rnn_cluster_largest(0) < 1024:
-        pytest.skip("this device has no clusters of 16 blocks")
 
 
 def tensors_of(case: RNNCase) -> list[torch.Tensor]:
@@ -131,14 +129,12 @@ def test_backward(case, rule, rows):
     rnn_backward_check(case, SWEPT[rule], FLOAT, "cuda", device=DEVICE)
 
 
-@pytest.mark.usefixtures("clusters")
 @pytest.mark.parametrize(("case", "rows_of_tile"), CLUSTER_CASES, ids=str)
 def test_cluster_forward(case, rows_of_tile):
     emulate_for(case, rows_of_tile)
     rnn_forward_check(case, FLOAT, "cuda", device=DEVICE)
 
 
-@pytest.mark.usefixtures("clusters")
 @pytest.mark.parametrize("rule", SWEPT)
 @pytest.mark.parametrize(("case", "rows_of_tile"), CLUSTER_CASES, ids=str)
 def test_cluster_backward(case, rows_of_tile, rule):
@@ -171,7 +167,6 @@ def test_no_races(case, rows):
         assert_identical(actual, expected, "a result")
 
 
-@pytest.mark.usefixtures("clusters")
 @pytest.mark.parametrize(
     ("case", "rows_of_tile"), [(RNNCase(T=4, B=2, N=150), 2), (RNNCase(T=3, B=1, N=530), 1)], ids=str
 )
@@ -187,7 +182,7 @@ def test_no_races_in_a_cluster(case, rows_of_tile):
         assert_identical(actual, expected, "a result")
 
 
-@pytest.mark.parametrize("rule", [rule for rule in SWEPT if rule.endswith("total")])
+@pytest.mark.parametrize("rule", [rule for rule in SWEPT if rule in ("weight-total", "layer-total")])
 def test_two_sweeps_are_one(rule):
     """Not a bit changes where both matrices do not fit into the blocks of a cluster."""
     if ON_GPU:
@@ -295,6 +290,7 @@ def test_sources(rule, sources):
 @pytest.mark.parametrize("rule", SWEPT)
 def test_a_sequence_in_two_parts(rule, case):
     """The same bits, state and what goes back handed on."""
+    emulate_for(case, 1)
     u, weight, h0, grad = tensors_of(case)
     sweep = Sweep.of(SWEPT[rule], "tanh")
     h = ops.rnn_fwd(u, weight, h0, "tanh", "cuda")
