@@ -94,12 +94,12 @@ def emulate(multiprocessors: int, reversed: bool = False, largest_cluster: int =
 
 
 def emulate_for(case: RNNCase, rows: int, reversed: bool = False) -> None:
-    """A device for which the launcher takes tiles of that many rows. Skips the test on one that cannot hold so many units:
+    """A device for which the launcher takes tiles of that many rows. One that cannot hold so many units skips the test:
     smaller clusters, and none, are emulated.
     """
     tiles = {1: case.B, 2: -(-case.B // 2), 4: 0}[rows]
     emulate(tiles * (case.H or 1) * (-(-case.N // 64) if case.N > 128 else 1), reversed)
-    if case.N > 128 and case.N > (largest := _native.cuda.rnn_cluster_largest(0)):
+    if case.N > 128 and (largest := _native.cuda.rnn_cluster_largest(0)) < case.N:
         pytest.skip(f"clusters of this device hold {largest} units")
 
 
