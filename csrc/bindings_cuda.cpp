@@ -79,11 +79,17 @@ PYBIND11_MODULE(TPK_MODULE, m) {
     m.def("device_problem", &device_problem, "Why no device can be used; empty where one can.");
     m.def("build_info", &build_info);
     m.attr("rnn_largest") = rnn_cuda_largest;
+    m.def("rnn_cluster_largest", &rnn_cluster_largest, py::arg("device"),
+          "The N that a cluster of multiprocessors holds; 0 on a device that has none.");
 #ifdef TPK_EMULATE
     m.attr("device_type") = "cpu";
     m.def(
-        "emulate", [](int multiprocessors, bool reversed) { emulation::settings = {reversed, multiprocessors}; },
-        py::kw_only(), py::arg("multiprocessors"), py::arg("reversed"));
+        "emulate",
+        [](int multiprocessors, bool reversed, int largest_cluster, size_t shared_memory) {
+            emulation::settings = {reversed, multiprocessors, largest_cluster, shared_memory};
+        },
+        py::kw_only(), py::arg("multiprocessors"), py::arg("reversed"), py::arg("largest_cluster"),
+        py::arg("shared_memory"));
 #else
     m.attr("device_type") = "cuda";
 #endif

@@ -1,7 +1,7 @@
 // Kernels that are wrong, each in its own way: csrc/common/cuda_emulation.h must see it. Prints a line for each.
 #include <cstdio>
 
-#include "../csrc/common/cuda.h"
+#include "../csrc/common/cluster_cuda.h"
 
 using namespace tpk;
 
@@ -40,12 +40,81 @@ __global__ void unwritten(float* out) {
     out[threadIdx.x] = slots[threadIdx.x];
 }
 
-void run(const char* name, void (*kernel)(float*)) {
+// Of two blocks, each sends the other its numbers, and reads what has come before the barrier …
+__global__ void cluster_race(float* out) {
+    TPK_SHARED(Slots, slots);
+    const unsigned i = threadIdx.x, rank = blockIdx.x % 2;
+    slots[i] = 0;
+    cluster_arrive();
+    cluster_wait();
+    store_in_block(&slots[i], 1 - rank, static_cast<float>(1 + rank));
+    cluster_arrive();
+    out[rank * 32 + i] = slots[i];
+    cluster_wait();
+}
+
+// … or behind it.
+__global__ void no_cluster_race(float* out) {
+    TPK_SHARED(Slots, slots);
+    const unsigned i = threadIdx.x, rank = blockIdx.x % 2;
+    slots[i] = 0;
+    cluster_arrive();
+    cluster_wait();
+    store_in_block(&slots[i], 1 - rank, static_cast<float>(1 + rank));
+    cluster_arrive();
+    cluster_wait();
+    out[rank * 32 + i] = slots[i];
+}
+
+// One buffer, where two would have to take turns: a block may be ahead by a step.
+__global__ void one_buffer(float* out) {
+    TPK_SHARED(Slots, slots);
+    const unsigned i = threadIdx.x, rank = blockIdx.x % 2;
+    float read = 0;
+    cluster_arrive();
+    cluster_wait();
+    for (int t = 0; t < 2; ++t) {
+        store_in_block(&slots[i], 1 - rank, static_cast<float>(t));
+        cluster_arrive();
+        cluster_wait();
+        read += slots[i];
+    }
+    out[rank * 32 + i] = read;
+}
+
+__global__ void not_started(float* out) {
+    TPK_SHARED(Slots, slots);
+    const unsigned i = threadIdx.x, rank = blockIdx.x % 2;
+    store_in_block(&slots[i], 1 - rank, 0);
+    cluster_arrive();
+    cluster_wait();
+    out[rank * 32 + i] = slots[i];
+}
+
+__global__ void ended(float* out) {
+    TPK_SHARED(Slots, slots);
+    const unsigned i = threadIdx.x, rank = blockIdx.x % 2;
+    cluster_arrive();
+    cluster_wait();
+    store_in_block(&slots[i], 1 - rank, 0);
+    out[rank * 32 + i] = 0;
+}
+
+__global__ void divergent_cluster(float* out) {
+    const unsigned rank = blockIdx.x % 2;
+    if (rank == 0) {
+        cluster_arrive();
+        cluster_wait();
+    }
+    out[rank * 32 + threadIdx.x] = 0;
+}
+
+void run(const char* name, void (*kernel)(float*), int blocks = 1) {
     float results[2][64];
     try {
         for (const bool reversed : {false, true}) {
             emulation::settings.reversed = reversed;
-            launch(name, kernel, 1, 64, nullptr, &results[reversed][0]);
+            launch_clusters(name, kernel, 1, blocks, 64 / blocks, sizeof(Slots), nullptr, &results[reversed][0]);
         }
     } catch (const std::runtime_error& error) {
         std::printf("%s: %s\n", name, error.what());
@@ -67,4 +136,10 @@ int main() {
     run("divergent barrier", divergent_barrier);
     run("divergent shuffle", divergent_shuffle);
     run("unwritten", unwritten);
+    run("cluster race", cluster_race, 2);
+    run("no cluster race", no_cluster_race, 2);
+    run("one buffer", one_buffer, 2);
+    run("not started", not_started, 2);
+    run("ended", ended, 2);
+    run("divergent cluster", divergent_cluster, 2);
 }

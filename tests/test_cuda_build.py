@@ -33,6 +33,8 @@ def test_every_kernel_is_compiled_for_every_architecture(compiled):
     assert len([name for name in names if name.startswith("rnn_forward")]) == 9
     assert len([name for name in names if name.startswith("rnn_backward")]) == 36
     assert len([name for name in names if name.startswith("rnn_jacobian")]) == 18
+    assert len([name for name in names if name.startswith("rnn_cluster_forward")]) == 6
+    assert len([name for name in names if name.startswith("rnn_cluster_backward")]) == 16
 
 
 def test_nothing_spills(compiled):
@@ -41,7 +43,7 @@ def test_nothing_spills(compiled):
             assert needs["local"] == 0, f"{name} on {arch} keeps {needs['local']} bytes of a thread in memory"
             assert needs["shared"] <= SHARED_MEMORY, f"{name} on {arch}: {needs['shared']} bytes of shared memory"
             if name.startswith("rnn"):
-                threads = 2 * int(re.search(r"<(\d+)", name)[1])
+                threads = 256 if "cluster" in name else 2 * int(re.search(r"<(\d+)", name)[1])
                 assert threads * needs["registers"] <= REGISTERS, f"{name} on {arch}: {needs['registers']} registers"
 
 
@@ -106,7 +108,9 @@ def test_reports_are_understood():
 
 
 def test_emulation():
-    """Races, barriers and shuffles that some threads skip, shared memory read before it is written."""
+    """Races, barriers and shuffles that some threads skip, shared memory read before it is written; in a cluster also
+    stores into blocks that are not there yet or no more.
+    """
     try:
         printed = check_emulation()
     except NotBuilt as reason:
@@ -118,4 +122,10 @@ def test_emulation():
         f"divergent barrier: {stuck}",
         f"divergent shuffle: {stuck}",
         "unwritten: same, NaN",
+        "cluster race: different, numbers",
+        "no cluster race: same, numbers",
+        "one buffer: different, numbers",
+        "not started: emulation: a store into a block that has not started",
+        "ended: emulation: a store into a block that has ended",
+        f"divergent cluster: {stuck}",
     ]

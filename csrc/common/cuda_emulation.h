@@ -1,10 +1,13 @@
 // An emulation of CUDA thread blocks, for tests. Every thread of a block is a fiber; they take turns where they wait:
-// at __syncthreads, or in a shuffle for the other lanes of their warp. Blocks run one after the other.
+// at __syncthreads, at the barrier of a cluster, or in a shuffle for the other lanes of their warp. Clusters, and
+// blocks that are in none, run one after the other; within a cluster each block gets as far as it can before the next
+// one.
 //
 // What it finds: shared memory that is read before it is written (it starts as NaN), barriers and shuffles that only
-// some of the threads reach, and, where the results in the two orders of threads differ, races: whichever of two
-// threads runs first, it runs up to the next barrier. What it cannot find: what depends on the memory model below that,
-// and anything about time.
+// some of the threads reach, stores into a block of the cluster that has not started or has ended, and, where the
+// results in the two orders of threads and blocks differ, races: whichever of two threads runs first, it runs up to the
+// next barrier. A store into another block is seen there at once in one order, after the barrier in the other. What it
+// cannot find: what depends on the memory model below that, and anything about time.
 #pragma once
 
 #include <stdint.h>
@@ -20,6 +23,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -56,6 +60,7 @@ struct Fiber {
     dim3 thread;
     const Barrier* waits_for = nullptr;
     unsigned generation = 0;  // of that barrier, when it started to wait
+    unsigned arrived = 0;     // generation of the cluster's barrier, when it arrived there
     bool done = false;
 };
 
@@ -63,23 +68,36 @@ struct Fiber {
 struct Settings {
     bool reversed = false;
     int multiprocessors = 4;
+    int largest_cluster = 16;  // 0: no clusters
+    size_t shared_memory = 227 << 10;
 };
 inline Settings settings;
 
+class Block;
+
+struct Cluster {
+    Barrier barrier;
+    std::vector<std::unique_ptr<Block>> blocks;
+    std::vector<std::pair<float*, float>> stores;  // that are not to be seen yet
+};
+
 class Block {
 public:
-    Block(dim3 index, unsigned threads, std::function<void()> body)
-        : index(index), body_(std::move(body)), all_{threads}, any_{threads}, fibers_(threads) {
+    // bytes: of shared memory
+    Block(dim3 index, unsigned threads, size_t bytes, Cluster& cluster, std::function<void()> body)
+        : index(index), cluster_(cluster), body_(std::move(body)), all_{threads}, any_{threads}, fibers_(threads) {
         if (threads % warp_size) throw std::logic_error("the emulation takes whole warps only");
         warps_.resize(threads / warp_size, Warp{Barrier{warp_size}, {}});
-        shared_.resize(shared_bytes / sizeof(float), std::numeric_limits<float>::quiet_NaN());
+        shared_.resize(bytes / sizeof(float4), float4{NaN, NaN, NaN, NaN});
     }
 
-    void run() {
+    // Up to where nothing goes on without other blocks. Whether anything went on.
+    bool advance() {
         now = this;
-        for (unsigned i = 0; i < fibers_.size(); ++i) start(i);
         const size_t count = fibers_.size();
-        for (size_t done = 0; done < count;) {
+        for (unsigned i = 0; !started_ && i < count; ++i) start(i);
+        started_ = true;
+        for (bool any = false;; any = true) {
             bool progress = false;
             for (size_t turn = 0; turn < count; ++turn) {
                 current = &fibers_[settings.reversed ? count - 1 - turn : turn];
@@ -88,23 +106,15 @@ public:
                 progress = true;
                 swapcontext(&scheduler_, &current->context);
                 if (error_) std::rethrow_exception(error_);
-                done += current->done;
+                done_ += current->done;
             }
-            if (!progress) throw std::runtime_error("emulation: threads wait at a barrier that others never reach");
+            if (!progress) return any;
         }
     }
 
-    void wait(Barrier& barrier) {
-        current->generation = barrier.generation;
-        if (++barrier.arrived == barrier.size) {
-            barrier.arrived = 0;
-            ++barrier.generation;
-            return;
-        }
-        current->waits_for = &barrier;
-        swapcontext(&current->context, &scheduler_);
-        current->waits_for = nullptr;
-    }
+    bool done() const { return done_ == fibers_.size(); }
+
+    void wait(Barrier& barrier) { wait(barrier, arrive(barrier)); }
 
     void wait_for_all() { wait(all_); }
 
@@ -115,6 +125,29 @@ public:
         answers_[generation % 2] |= value;
         wait(any_);
         return answers_[generation % 2];
+    }
+
+    void arrive_in_cluster() {
+        current->arrived = arrive(cluster_.barrier);
+        if (cluster_.barrier.generation == current->arrived) return;
+        for (const auto& [address, value] : cluster_.stores) *address = value;
+        cluster_.stores.clear();
+    }
+
+    void wait_for_cluster() { wait(cluster_.barrier, current->arrived); }
+
+    void store(float* address, int rank, float value) {
+        Block& block = *cluster_.blocks.at(static_cast<size_t>(rank));
+        if (!block.started_) throw std::runtime_error("emulation: a store into a block that has not started");
+        if (block.done()) throw std::runtime_error("emulation: a store into a block that has ended");
+        const ptrdiff_t offset = address - &shared_[0].x;
+        if (offset < 0 || offset >= static_cast<ptrdiff_t>(4 * shared_.size()))
+            throw std::runtime_error("emulation: a store outside of shared memory");
+        float* const there = &block.shared_[0].x + offset;
+        if (settings.reversed && &block != this)
+            cluster_.stores.emplace_back(there, value);
+        else
+            *there = value;
     }
 
     float shuffle(float value, unsigned mask) {
@@ -132,18 +165,38 @@ public:
     const dim3 index;
 
 private:
+    static constexpr float NaN = std::numeric_limits<float>::quiet_NaN();
+
+    // The generation to wait for the end of.
+    static unsigned arrive(Barrier& barrier) {
+        const unsigned generation = barrier.generation;
+        if (++barrier.arrived == barrier.size) {
+            barrier.arrived = 0;
+            ++barrier.generation;
+        }
+        return generation;
+    }
+
+    void wait(Barrier& barrier, unsigned generation) {
+        if (barrier.generation != generation) return;
+        current->generation = generation;
+        current->waits_for = &barrier;
+        swapcontext(&current->context, &scheduler_);
+        current->waits_for = nullptr;
+    }
+
     void start(unsigned i) {
         Fiber& fiber = fibers_[i];
         fiber.thread = {i, 0, 0};
         getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = stack(i);
+        fiber.context.uc_stack.ss_sp = stack(index.x % cluster_.blocks.size() * fibers_.size() + i);
         fiber.context.uc_stack.ss_size = stack_bytes;
         fiber.context.uc_link = &scheduler_;
         makecontext(&fiber.context, &Block::main, 0);
     }
 
-    // Kept from block to block.
-    static char* stack(unsigned i) {
+    // Kept from cluster to cluster.
+    static char* stack(size_t i) {
         static std::vector<std::unique_ptr<char[]>> stacks;
         while (stacks.size() <= i) stacks.emplace_back(new char[stack_bytes]);
         return stacks[i].get();
@@ -158,15 +211,43 @@ private:
         current->done = true;
     }
 
+    Cluster& cluster_;
     std::function<void()> body_;
+    bool started_ = false;
+    size_t done_ = 0;  // threads
     Barrier all_, any_;
     bool answers_[2];  // in turn: some threads may be one question ahead
     std::vector<Fiber> fibers_;
     std::vector<Warp> warps_;
-    std::vector<float> shared_;
+    std::vector<float4> shared_;
     ucontext_t scheduler_;
     std::exception_ptr error_;
 };
+
+// One cluster after the other.
+template <class Body>
+void run(ptrdiff_t clusters, int blocks, int threads, size_t bytes, Body body) {
+    static std::mutex one_at_a_time;
+    const std::lock_guard<std::mutex> lock(one_at_a_time);
+    const auto count = static_cast<unsigned>(blocks);
+    for (unsigned first = 0; first < clusters * count; first += count) {
+        Cluster cluster{{count * static_cast<unsigned>(threads)}, {}, {}};
+        cluster.blocks.resize(count);
+        for (unsigned rank = 0; rank < count; ++rank)
+            cluster.blocks[rank].reset(
+                new Block(dim3{first + rank}, static_cast<unsigned>(threads), bytes, cluster, body));
+        for (unsigned done = 0; done < count;) {
+            bool progress = false;
+            for (unsigned turn = 0; turn < count; ++turn) {
+                Block& block = *cluster.blocks[settings.reversed ? count - 1 - turn : turn];
+                if (block.done()) continue;
+                progress |= block.advance();
+                done += block.done();
+            }
+            if (!progress) throw std::runtime_error("emulation: threads wait at a barrier that others never reach");
+        }
+    }
+}
 
 template <class T>
 T& shared() {
@@ -215,12 +296,38 @@ inline int multiprocessors(int) { return emulation::settings.multiprocessors; }
 
 template <class... Arguments>
 void launch(const char*, void (*kernel)(Arguments...), ptrdiff_t blocks, int threads, void*, Arguments... arguments) {
-    static std::mutex one_at_a_time;
-    const std::lock_guard<std::mutex> lock(one_at_a_time);
-    for (ptrdiff_t index = 0; index < blocks; ++index)
-        emulation::Block(dim3{static_cast<unsigned>(index)}, static_cast<unsigned>(threads), [&] {
-            kernel(arguments...);
-        }).run();
+    emulation::run(blocks, 1, threads, emulation::shared_bytes, [&] { kernel(arguments...); });
+}
+
+// --- clusters: common/cluster_cuda.h
+
+#define TPK_DYNAMIC_SHARED(name) float4* const name = static_cast<float4*>(::tpk::emulation::Block::now->shared())
+
+constexpr bool has_clusters = true;
+
+inline void cluster_arrive() { emulation::Block::now->arrive_in_cluster(); }
+inline void cluster_wait() { emulation::Block::now->wait_for_cluster(); }
+inline void store_in_block(float* address, int rank, float value) {
+    emulation::Block::now->store(address, rank, value);
+}
+
+inline size_t shared_memory(int) { return emulation::settings.shared_memory; }
+
+template <class... Arguments>
+int largest_cluster(int, void (*)(Arguments...), int, size_t) {
+    return emulation::settings.largest_cluster;
+}
+
+template <class... Arguments>
+int active_clusters(const char*, void (*)(Arguments...), int blocks, int, size_t) {
+    return emulation::settings.multiprocessors / blocks;
+}
+
+template <class... Arguments>
+void launch_clusters(const char*, void (*kernel)(Arguments...), ptrdiff_t clusters, int blocks, int threads,
+                     size_t shared, void*, Arguments... arguments) {
+    if (shared > emulation::settings.shared_memory) throw std::logic_error("emulation: too much shared memory");
+    emulation::run(clusters, blocks, threads, shared, [&] { kernel(arguments...); });
 }
 
 }  // namespace tpk

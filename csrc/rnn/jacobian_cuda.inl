@@ -111,7 +111,7 @@ private:
             if (takes_part && place_.writes) memory_.product[place_.row[e]][place_.column[e]] = slope_[e] * of[e];
         if (!__syncthreads_or(takes_part)) return false;
         gram_.multiply(memory_.product, place_.lane, result);
-        reduce<P::sums>(result, place_.lane);
+        reduce<P::sums, splits>(result, place_.lane);
         return true;
     }
 
@@ -303,8 +303,8 @@ __global__ void __launch_bounds__(threads_of<K>, 1) rnn_jacobian_kernel(const Rn
         float carried[P::sums], adjoint[P::sums];
         weight.multiply(memory.product, place.lane, carried);
         if constexpr (adjoins) weight.multiply(memory.delta[t % 2], place.lane, adjoint);
-        reduce<P::sums>(carried, place.lane);
-        if constexpr (adjoins) reduce<P::sums>(adjoint, place.lane);
+        reduce<P::sums, splits>(carried, place.lane);
+        if constexpr (adjoins) reduce<P::sums, splits>(adjoint, place.lane);
 #pragma unroll
         for (int e = 0; e < P::kept; ++e) {
             term[e] = carried[e];

@@ -69,10 +69,15 @@ struct RnnBackward {
     int threads;
 };
 
-// On a CUDA device: N <= 128, no projection, no inverse "difference" or "direct". They return when the work is in
-// the stream, and throw where it cannot be.
-constexpr int rnn_cuda_largest = 128;
+// On a CUDA device: no projection, no inverse "difference" or "direct", "jacobian" on one multiprocessor only. They
+// return when the work is in the stream, and throw where it cannot be.
+constexpr int rnn_cuda_largest = 128;  // N on one multiprocessor
 void rnn_forward_cuda(const RnnForward<float>& f, int device, void* stream);
 void rnn_backward_cuda(const RnnBackward<float>& f, int device, void* stream);
+
+// Beyond that, on a cluster of multiprocessors.
+int rnn_cluster_largest(int device);  // N; 0 where the device has no clusters
+void rnn_forward_cluster(const RnnForward<float>& f, int device, void* stream);
+void rnn_backward_cluster(const RnnBackward<float>& f, int device, void* stream);
 
 }  // namespace tpk

@@ -6,9 +6,7 @@
 // batch beside it. Four outputs for each number read: with one, shared memory could not feed the multipliers.
 //
 // What a step should cost, cycle by cycle, is in benchmarks/gpu_log.md: predicted, it has not run on a GPU yet.
-#include "../common/cuda.h"
-#include "../common/tanh_cuda.h"
-#include "kernel.h"
+#include "common_cuda.h"
 
 namespace tpk {
 
@@ -121,43 +119,6 @@ struct Panel {
     }
 };
 
-// Adds up over the lanes that differ in the bits of 2 mask - 1. While there are several sums, each of two lanes goes on
-// with half of them; at last lane l has the sums l kept … l kept + kept - 1 of Place.
-template <int count, int mask = splits / 2>
-__device__ inline void reduce(float* sums, int lane) {
-    if constexpr (mask > 0) {
-        constexpr int half = count > 1 ? count / 2 : 1;
-        const bool upper = count > 1 && (lane & mask);
-#pragma unroll
-        for (int i = 0; i < half; ++i) {
-            const float other = sums[count > 1 ? half + i : i];
-            const float mine = upper ? other : sums[i], theirs = upper ? sums[i] : other;
-            sums[i] = mine + __shfl_xor_sync(0xffffffffu, theirs, mask);
-        }
-        reduce<half, mask / 2>(sums, lane);
-    }
-}
-
-__device__ inline float activation(Nonlinearity a, float z) {
-    if (a == Nonlinearity::tanh) return tanh_of(z);
-    if (a == Nonlinearity::relu) return z < 0 ? 0 : z;  // NaN stays
-    return z;
-}
-
-__device__ inline float through_activation(Nonlinearity a, float adjoint, float h) {
-    if (a == Nonlinearity::tanh) return adjoint * fmaf(-h, h, 1.0f);
-    if (a == Nonlinearity::relu) return h <= 0 ? 0 : adjoint;
-    return adjoint;
-}
-
-// The linearized inverse of the activation, at h; that of relu is relu.
-__device__ inline float through_inverse(Nonlinearity a, float lambda, float h, float clip) {
-    if (a != Nonlinearity::tanh) return through_activation(a, lambda, h);
-    const float raised = h < clip - 1 ? clip - 1 : h;
-    const float clipped = raised > 1 - clip ? 1 - clip : raised;  // NaN stays
-    return lambda / fmaf(-clipped, clipped, 1.0f);
-}
-
 template <int K, int rows>
 __global__ void __launch_bounds__(threads_of<K>, 1) rnn_forward_kernel(const RnnForward<float> f) {
     using Shared = Vectors<K, rows>;
@@ -188,7 +149,7 @@ __global__ void __launch_bounds__(threads_of<K>, 1) rnn_forward_kernel(const Rnn
         }
         float sums[P::sums];
         weight.multiply(state.of[t % 2], place.lane, sums);
-        reduce<P::sums>(sums, place.lane);
+        reduce<P::sums, splits>(sums, place.lane);
 #pragma unroll
         for (int e = 0; e < P::kept; ++e) {
             // Padding stays zero, whatever NaN its zero weights met.
@@ -261,8 +222,8 @@ __global__ void __launch_bounds__(threads_of<K>, 1) rnn_backward_kernel(const Rn
         float carried[P::sums], adjoint[P::sums];
         if constexpr (carries) feedback.multiply(displacement[t % 2], place.lane, carried);
         if constexpr (adjoins) weight.multiply(delta[t % 2], place.lane, adjoint);
-        if constexpr (carries) reduce<P::sums>(carried, place.lane);
-        if constexpr (adjoins) reduce<P::sums>(adjoint, place.lane);
+        if constexpr (carries) reduce<P::sums, splits>(carried, place.lane);
+        if constexpr (adjoins) reduce<P::sums, splits>(adjoint, place.lane);
 #pragma unroll
         for (int e = 0; e < P::kept; ++e) {
             if constexpr (carries) term[e] = carried[e];
@@ -288,11 +249,6 @@ int rows_for(ptrdiff_t B, ptrdiff_t H, int multiprocessors) {
     return 4;
 }
 
-template <int value>
-struct Constant {
-    static constexpr int of = value;
-};
-
 // run(K, rows), of the smallest kernel that holds N.
 template <class Run>
 void for_tile(const char* what, ptrdiff_t N, int rows, Run run) {
@@ -314,17 +270,12 @@ void for_tile(const char* what, ptrdiff_t N, int rows, Run run) {
         throw std::invalid_argument(std::string(what) + ": N must be at most 128, got " + std::to_string(N));
 }
 
-ptrdiff_t blocks_of(const char* what, ptrdiff_t B, ptrdiff_t H, int rows) {
-    const ptrdiff_t blocks = (B + rows - 1) / rows * H;
-    if (blocks > 0x7fffffff) throw std::invalid_argument(std::string(what) + ": too many sequences for one launch");
-    return blocks;
-}
-
 }  // namespace
 
 void rnn_forward_cuda(const RnnForward<float>& f, int device, void* stream) {
     constexpr const char* what = "rnn_fwd";
     if (f.projection) throw std::invalid_argument("rnn_fwd: there is no projection on a CUDA device");
+    if (f.N > rnn_cuda_largest) return rnn_forward_cluster(f, device, stream);
     const OnDevice on_device(device);
     if (f.T_ * f.B * f.H * f.N == 0) return;
     const int rows = rows_for(f.B, f.H, multiprocessors(device));
@@ -336,11 +287,9 @@ void rnn_forward_cuda(const RnnForward<float>& f, int device, void* stream) {
 
 void rnn_backward_cuda(const RnnBackward<float>& f, int device, void* stream) {
     constexpr const char* what = "rnn_bwd";
-    const bool carries = f.inverse == Inverse::weight || f.inverse == Inverse::layer,
-               adjoins = f.update == Update::total;
-    if (!carries && f.inverse != Inverse::none && f.inverse != Inverse::identity && f.inverse != Inverse::jacobian)
-        throw std::invalid_argument("rnn_bwd: there is no such inverse on a CUDA device");
-    if (carries && !f.feedback) throw std::invalid_argument("rnn_bwd: feedback is missing");
+    check_rule(f);
+    if (f.N > rnn_cuda_largest) return rnn_backward_cluster(f, device, stream);
+    const bool adjoins = f.update == Update::total;
     const OnDevice on_device(device);
     if (f.T_ * f.B * f.H * f.N == 0) return;
     if (f.inverse == Inverse::jacobian && !f.missed) throw std::invalid_argument("rnn_bwd: missed is missing");
@@ -351,10 +300,10 @@ void rnn_backward_cuda(const RnnBackward<float>& f, int device, void* stream) {
             return launch(what,
                           adjoins ? rnn_jacobian_kernel<K.of, R.of, true> : rnn_jacobian_kernel<K.of, R.of, false>,
                           blocks, threads_of<K.of>, stream, f);
-        const auto kernel = carries   ? adjoins ? rnn_backward_kernel<K.of, R.of, true, true>
-                                                : rnn_backward_kernel<K.of, R.of, true, false>
-                            : adjoins ? rnn_backward_kernel<K.of, R.of, false, true>
-                                      : rnn_backward_kernel<K.of, R.of, false, false>;
+        const auto kernel = carries(f.inverse) ? adjoins ? rnn_backward_kernel<K.of, R.of, true, true>
+                                                         : rnn_backward_kernel<K.of, R.of, true, false>
+                            : adjoins          ? rnn_backward_kernel<K.of, R.of, false, true>
+                                               : rnn_backward_kernel<K.of, R.of, false, false>;
         launch(what, kernel, blocks, threads_of<K.of>, stream, f);
     });
 }

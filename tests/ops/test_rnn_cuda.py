@@ -37,16 +37,29 @@ CASES = (
     RNNCase(T=3, B=5, N=100),
     RNNCase(T=2, B=4, N=128, nonlinearity="relu"),
 )
+# Too many units for one multiprocessor, and the rows of a tile: 3 to 16 blocks, full and not; a half and a whole in
+# registers, part of it in shared memory; two matrices at once and one after the other.
+CLUSTER_CASES = (
+    (RNNCase(T=3, B=3, N=129), 1),
+    (RNNCase(T=3, B=3, N=200, nonlinearity="relu", h0=False), 2),
+    (RNNCase(T=2, B=4, N=256), 4),
+    (RNNCase(T=2, B=1, H=2, N=300, nonlinearity="identity"), 1),
+    (RNNCase(T=2, B=1, N=512), 1),
+    (RNNCase(T=3, B=2, N=600), 2),
+    (RNNCase(T=1, B=1, N=1024), 4),
+)
 ON_GPU = _native.cuda_available()[0] and torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 if ON_GPU:  # the last two are too many for tiles of 1 or 2 rows
     CASES += tuple(case for case in TILE_CASES + TIME_CASES + HEAD_CASES if case.N <= 128)
+    CLUSTER_CASES += ((RNNCase(T=50, B=51, N=200), 2), (RNNCase(T=3, B=301, N=300), 4), (RNNCase(T=9, B=33, N=1000), 4))
     CASES += (RNNCase(T=3, B=1001, N=100), RNNCase(T=3, B=301, N=33), RNNCase(T=2, B=701, H=2, N=17))
 SWEPT = {
     name: rule
     for name, rule in RULES.items()
     if Sweep.of(rule, "tanh").inverse in ("none", "identity", "weight", "layer", "jacobian")
 }
+CLUSTERED = {name: rule for name, rule in SWEPT.items() if not name.startswith("jacobian")}
 REFUSED = sorted(set(RULES) - set(SWEPT))
 FLOAT = torch.float32
 
@@ -71,22 +84,32 @@ def module(emulated_module: ModuleType | None, monkeypatch: pytest.MonkeyPatch) 
     emulate(multiprocessors=4)
 
 
-def emulate(multiprocessors: int, reversed: bool = False) -> None:
-    """A device of that many multiprocessors, and the order of the threads; a GPU is as it is."""
+def emulate(multiprocessors: int, reversed: bool = False, largest_cluster: int = 16, shared_memory: int = 227) -> None:
+    """A device of that many multiprocessors, blocks of a cluster and KB of shared memory of a block, and the order of
+    threads and blocks; a GPU is as it is.
+    """
     if not ON_GPU:
-        _native.cuda.emulate(multiprocessors=multiprocessors, reversed=reversed)
+        _native.cuda.emulate(
+            multiprocessors=multiprocessors,
+            reversed=reversed,
+            largest_cluster=largest_cluster,
+            shared_memory=shared_memory << 10,
+        )
+
+
+def emulate_for(case: RNNCase, rows: int, reversed: bool = False) -> None:
+    """A device for which the launcher takes tiles of that many rows. One that cannot hold so many units skips the test:
+    smaller clusters, and none, are emulated.
+    """
+    tiles = {1: case.B, 2: -(-case.B // 2), 4: 0}[rows]
+    emulate(tiles * (case.H or 1) * (-(-case.N // 64) if case.N > 128 else 1), reversed)
+    if case.N > 128 and (largest := _native.cuda.rnn_cluster_largest(0)) < case.N:
+        pytest.skip(f"clusters of this device hold {largest} units")
 
 
 @pytest.fixture(params=(4,) if ON_GPU else (1, 2, 4), ids="rows{}".format)
 def rows(request: pytest.FixtureRequest):
-    """Emulates a device for which the launcher takes tiles of that many rows."""
-
-    def emulate_for(case: RNNCase, reversed: bool = False) -> None:
-        heads = case.H or 1
-        blocks = {1: case.B * heads, 2: -(-case.B // 2) * heads, 4: 0}[request.param]
-        emulate(blocks, reversed)
-
-    return emulate_for
+    return lambda case, reversed=False: emulate_for(case, request.param, reversed)
 
 
 def tensors_of(case: RNNCase) -> list[torch.Tensor]:
@@ -110,12 +133,29 @@ def test_backward(case, rule, rows):
     rnn_backward_check(case, SWEPT[rule], FLOAT, "cuda", device=DEVICE)
 
 
+@pytest.mark.parametrize(("case", "rows_of_tile"), CLUSTER_CASES, ids=str)
+def test_cluster_forward(case, rows_of_tile):
+    emulate_for(case, rows_of_tile)
+    rnn_forward_check(case, FLOAT, "cuda", device=DEVICE)
+
+
+@pytest.mark.parametrize("rule", CLUSTERED)
+@pytest.mark.parametrize(("case", "rows_of_tile"), CLUSTER_CASES, ids=str)
+def test_cluster_backward(case, rows_of_tile, rule):
+    emulate_for(case, rows_of_tile)
+    rnn_backward_check(case, SWEPT[rule], FLOAT, "cuda", device=DEVICE)
+
+
+def rules_of(case: RNNCase) -> dict[str, tp.BackProp | tp.TargetProp]:
+    return SWEPT if case.N <= 128 else CLUSTERED
+
+
 def everything(case: RNNCase) -> list[torch.Tensor]:
     """What every kernel computes for a case, handed in in parts, too."""
     u, weight, h0, grad = tensors_of(case)
     h = ops.rnn_fwd(u, weight, h0, case.nonlinearity, "cuda")
     results = [h]
-    for rule in SWEPT.values():
+    for rule in rules_of(case).values():
         sweep = Sweep.of(rule, case.nonlinearity)
         arguments = grad, None, h, weight, 0.6 * weight.mT, h0, h0, None, None
         results += ops.rnn_bwd(*arguments, *sweep, "cuda")
@@ -135,12 +175,44 @@ def test_no_races(case, rows):
         assert_identical(actual, expected, "a result")
 
 
-@pytest.mark.parametrize("case", [RNNCase(T=3, B=5, N=20), RNNCase(T=2, B=3, H=2, N=100)], ids=str)
+@pytest.mark.parametrize(
+    ("case", "rows_of_tile"), [(RNNCase(T=4, B=2, N=150), 2), (RNNCase(T=3, B=1, N=530), 1)], ids=str
+)
+def test_no_races_in_a_cluster(case, rows_of_tile):
+    """Nor do blocks that run in the opposite order, each as far ahead of the others as the barriers let it, and stores
+    into other blocks that arrive as late as they may.
+    """
+    found = []
+    for reversed in (False, True):
+        emulate_for(case, rows_of_tile, reversed)
+        found.append(everything(case))
+    for actual, expected in zip(*found, strict=True):
+        assert_identical(actual, expected, "a result")
+
+
+@pytest.mark.parametrize("rule", [rule for rule in SWEPT if rule in ("weight-total", "layer-total")])
+def test_two_sweeps_are_one(rule):
+    """Not a bit changes where both matrices do not fit into the blocks of a cluster."""
+    if ON_GPU:
+        pytest.skip("the device's own shared memory decides")
+    u, weight, h0, grad = tensors_of(RNNCase(T=3, B=1, N=400))
+    sweep = Sweep.of(SWEPT[rule], "tanh")
+    found = []
+    for largest_cluster, shared_memory in ((16, 227), (8, 99)):
+        emulate(1000, largest_cluster=largest_cluster, shared_memory=shared_memory)
+        found.append(ops.rnn_bwd(grad, h0, u, weight, 0.6 * weight.mT, h0, h0, None, None, *sweep, "cuda"))
+    for what, *pair in zip(("grad_u", "carried", "through"), *found, strict=True):
+        assert_identical(*pair, what)
+
+
+@pytest.mark.parametrize(
+    "case", [RNNCase(T=3, B=5, N=20), RNNCase(T=2, B=3, H=2, N=100), RNNCase(T=2, B=3, N=140)], ids=str
+)
 def test_tiles_do_not_change_results(case):
     """Not a bit: the sums are the same, in the same order."""
     found = []
-    for multiprocessors in (1000, -(-case.B // 2) * (case.H or 1), 0):
-        emulate(multiprocessors)
+    for rows_of_tile in (1, 2, 4):
+        emulate_for(case, rows_of_tile)
         found.append(everything(case))
     for others in found[1:]:
         for actual, expected in zip(others, found[0], strict=True):
@@ -258,12 +330,12 @@ def test_layouts(layout, rows):
         rnn_backward_check(case, RULES["layer-total"], FLOAT, "cuda", layout, DEVICE)
 
 
-@pytest.mark.parametrize("case", [SMALL, HEADS, RNNCase(T=2, B=5, N=33)], ids=str)
+@pytest.mark.parametrize("case", [SMALL, HEADS, RNNCase(T=2, B=5, N=33), RNNCase(T=2, B=3, N=130)], ids=str)
 def test_nothing_is_written_outside_of_the_outputs(case, rows, fences):
     rows(case)
     everything(case)
-    solves = sum(rule.startswith("jacobian") for rule in SWEPT)  # they have residuals besides
-    assert len(fences) == 1 + 3 * len(SWEPT) + solves
+    solves = sum(rule.startswith("jacobian") for rule in rules_of(case))  # they have residuals besides
+    assert len(fences) == 1 + 3 * len(rules_of(case)) + solves
     assert_within_fences(fences)
 
 
@@ -276,12 +348,24 @@ def test_not_finite(N, nonlinearity, value, rows):
     """
     case = RNNCase(T=4, B=5, N=N, nonlinearity=nonlinearity)
     rows(case)
+    not_finite_check(case, value)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_not_finite_in_a_cluster(value):
+    case = RNNCase(T=3, B=3, N=131, nonlinearity="relu")
+    emulate_for(case, 4)
+    not_finite_check(case, value)
+
+
+def not_finite_check(case: RNNCase, value: float) -> None:
+    N, nonlinearity = case.N, case.nonlinearity
     u, weight, h0, grad = tensors_of(case)
     u[1, 2, N - 1] = value
     h, expected = (ops.rnn_fwd(u, weight, h0, nonlinearity, name) for name in ("cuda", "reference"))
     assert_same_pattern(h if N == 1 else h[:2], expected if N == 1 else expected[:2], "h")
     assert h.isnan().any(-1).nonzero().tolist() == expected.isnan().any(-1).nonzero().tolist()
-    for rule in SWEPT.values():
+    for rule in rules_of(case).values():
         sweep = Sweep.of(rule, nonlinearity)
         arguments = grad, None, expected, weight, weight, None, None, None, None, *sweep
         delta, wanted = (ops.rnn_bwd(*arguments, name)[0] for name in ("cuda", "reference"))
@@ -307,10 +391,13 @@ def test_sources(rule, sources):
         assert_identical(*pair, what)
 
 
-@pytest.mark.parametrize("rule", SWEPT)
-def test_a_sequence_in_two_parts(rule):
+PARTED = [(case, rule) for case in (RNNCase(T=5, B=3, N=20), RNNCase(T=4, B=2, N=150)) for rule in rules_of(case)]
+
+
+@pytest.mark.parametrize(("case", "rule"), PARTED, ids=str)
+def test_a_sequence_in_two_parts(case, rule):
     """The same bits, state and what goes back handed on."""
-    case = RNNCase(T=5, B=3, N=20)
+    emulate_for(case, 1)
     u, weight, h0, grad = tensors_of(case)
     sweep = Sweep.of(SWEPT[rule], "tanh")
     h = ops.rnn_fwd(u, weight, h0, "tanh", "cuda")
@@ -354,7 +441,6 @@ def test_other_inverses_are_refused(rule):
 
 def test_what_else_is_refused():
     for case, dtype, reason in (
-        (RNNCase(N=129), FLOAT, "it keeps the weight of up to 128 units on one multiprocessor, and there are 129"),
         (SMALL, torch.float64, "it computes float32, and the tensors are float64"),
         (SMALL, torch.bfloat16, "it computes float32, and the tensors are bfloat16"),
     ):
@@ -365,12 +451,53 @@ def test_what_else_is_refused():
         )
 
 
+def test_jacobian_is_refused_beyond_one_multiprocessor():
+    u, weight, h0 = (tensor.to(DEVICE) for tensor in RNNCase(N=129).tensors(FLOAT))
+    with pytest.raises(tp.BackendUnavailableError) as caught:
+        ops.rnn_bwd(u, None, u, weight, None, None, None, None, None, *Sweep("tanh", "jacobian"), "cuda")
+    assert str(caught.value) == (
+        "rnn: backend 'cuda' cannot run this call: it solves inverse='jacobian' for up to 128 units, and there are 129. "
+        "Use backend='auto' or 'reference'."
+    )
+
+
+@pytest.mark.parametrize(
+    ("largest_cluster", "N", "held"),
+    [
+        (0, 129, "128 units on one multiprocessor, of clusters the device has none"),
+        (8, 513, "512 units on a cluster of multiprocessors"),
+        (16, 1025, "1024 units on a cluster of multiprocessors"),
+    ],
+)
+def test_too_many_units_are_refused(largest_cluster, N, held):
+    if ON_GPU:
+        pytest.skip("the device's own clusters decide")
+    emulate(4, largest_cluster=largest_cluster)
+    with pytest.raises(tp.BackendUnavailableError) as caught:
+        tp.rnn(*RNNCase(N=N).tensors(FLOAT), backend="cuda")
+    assert str(caught.value) == (
+        f"rnn: backend 'cuda' cannot run this call: it keeps the weight of up to {held}, and there are {N}. "
+        "Use backend='auto' or 'reference'."
+    )
+    tp.rnn(*RNNCase(T=1, B=1, N=N - 1).tensors(FLOAT), backend="cuda")
+
+
 def test_auto_does_not_take_it():
     """Until it has run on a GPU."""
     assert all("cuda" not in names for names in BACKENDS.preference.values())
 
 
-def test_launchers_check_for_themselves():
+@pytest.mark.parametrize(
+    ("largest_cluster", "N", "reason"),
+    [
+        (0, 129, "N must be at most 128 on a device without thread block clusters, got 129"),
+        (8, 513, "N must be at most 512 on this device, got 513"),
+    ],
+)
+def test_launchers_check_for_themselves(largest_cluster, N, reason):
+    if ON_GPU:
+        pytest.skip("the device's own clusters decide")
+    emulate(4, largest_cluster=largest_cluster)
     pointers = dict.fromkeys(("input", "weight", "h0", "h", "device", "stream"), 0)
-    with pytest.raises(ValueError, match="rnn_fwd: N must be at most 128, got 129"):
-        _native.cuda.rnn_fwd(**pointers, input_strides=(0, 0, 0), sizes=(1, 1, 1, 129), nonlinearity="tanh")
+    with pytest.raises(ValueError, match=f"rnn_fwd: {reason}"):
+        _native.cuda.rnn_fwd(**pointers, input_strides=(0, 0, 0), sizes=(1, 1, 1, N), nonlinearity="tanh")

@@ -137,9 +137,16 @@ def _cuda_supports(tensor: Tensor, *, size: int, sweep: Sweep | None = None, **o
         return ok, reason
     largest = _native.cuda.rnn_largest
     if size > largest:
-        return False, f"it keeps the weight of up to {largest} units on one multiprocessor, and there are {size}"
+        of_cluster = _native.cuda.rnn_cluster_largest(_native.device_and_stream(tensor)["device"])
+        where = f"{of_cluster} units on a cluster of multiprocessors"
+        if not of_cluster:
+            where = f"{largest} units on one multiprocessor, of clusters the device has none"
+        if size > of_cluster:
+            return False, f"it keeps the weight of up to {where}, and there are {size}"
     if sweep is not None and sweep.inverse not in _CUDA_INVERSES:
         return False, f"this version has no CUDA kernel for the inverse {sweep.inverse!r}"
+    if sweep is not None and sweep.inverse == "jacobian" and size > largest:
+        return False, f"it solves inverse='jacobian' for up to {largest} units, and there are {size}"
     return True, ""
 
 
