@@ -6,6 +6,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "../common/half.h"
+
 namespace tpk {
 
 enum class Nonlinearity { tanh, relu, identity };
@@ -38,7 +40,8 @@ struct Unsolved {
     ptrdiff_t t, b, head;
 };
 
-template <class T>
+// Number: of the rule's numbers.
+template <class T, class Number = T>
 struct RnnBackward {
     const T* grad_h;  // or null: zero
     Strides grad_h_strides;
@@ -62,15 +65,21 @@ struct RnnBackward {
     Nonlinearity nonlinearity;
     Inverse inverse;
     Update update;
-    T step, clip, reg, rtol;
+    Number step, clip, reg, rtol;
     ptrdiff_t first;  // the number of the first step, for "unsolved"
     int threads;
 };
 
-// On a CUDA device: N <= 128, no projection, the inverses "none", "identity", "weight" and "layer". They return when
-// the work is in the stream, and throw where it cannot be.
-constexpr int rnn_cuda_largest = 128;
-void rnn_forward_cuda(const RnnForward<float>& f, int device, void* stream);
-void rnn_backward_cuda(const RnnBackward<float>& f, int device, void* stream);
+// On a CUDA device, of float, bfloat16 and float16: no projection, the inverses "none", "identity", "weight" and
+// "layer". They return when the work is in the stream, and throw where it cannot be. tf32: float32 may be multiplied
+// with 11 bits of its 24. displacements: [T][B][H][N], memory for λ where backward needs it, between two sweeps.
+template <class T>
+constexpr int rnn_cuda_largest = sizeof(T) == 4 ? 128 : 256;  // N
+template <class T>
+void rnn_forward_cuda(const RnnForward<T>& f, bool tf32, int device, void* stream);
+template <class T>
+void rnn_backward_cuda(const RnnBackward<T, float>& f, float* displacements, bool tf32, int device, void* stream);
+template <class T>
+bool rnn_needs_displacements(const RnnBackward<T, float>& f, bool tf32, int device);
 
 }  // namespace tpk

@@ -6,9 +6,8 @@
 // batch beside it. Four outputs for each number read: with one, shared memory could not feed the multipliers.
 //
 // What a step should cost, cycle by cycle, is in benchmarks/gpu_log.md: predicted, it has not run on a GPU yet.
-#include "../common/cuda.h"
-#include "../common/tanh_cuda.h"
-#include "kernel.h"
+#include "common_cuda.h"
+#include "mma_cuda.h"
 
 namespace tpk {
 
@@ -109,26 +108,6 @@ __device__ inline void reduce(float* sums, int lane) {
         }
         reduce<half, mask / 2>(sums, lane);
     }
-}
-
-__device__ inline float activation(Nonlinearity a, float z) {
-    if (a == Nonlinearity::tanh) return tanh_of(z);
-    if (a == Nonlinearity::relu) return z < 0 ? 0 : z;  // NaN stays
-    return z;
-}
-
-__device__ inline float through_activation(Nonlinearity a, float adjoint, float h) {
-    if (a == Nonlinearity::tanh) return adjoint * fmaf(-h, h, 1.0f);
-    if (a == Nonlinearity::relu) return h <= 0 ? 0 : adjoint;
-    return adjoint;
-}
-
-// The linearized inverse of the activation, at h; that of relu is relu.
-__device__ inline float through_inverse(Nonlinearity a, float lambda, float h, float clip) {
-    if (a != Nonlinearity::tanh) return through_activation(a, lambda, h);
-    const float raised = h < clip - 1 ? clip - 1 : h;
-    const float clipped = raised > 1 - clip ? 1 - clip : raised;  // NaN stays
-    return lambda / fmaf(-clipped, clipped, 1.0f);
 }
 
 template <int K, int rows>
@@ -252,17 +231,13 @@ __global__ void __launch_bounds__(threads_of<K>, 1) rnn_backward_kernel(const Rn
     }
 }
 
-// The smallest tile with which all blocks run at once; beyond that the largest, which reads the matrices least often.
-int rows_for(ptrdiff_t B, ptrdiff_t H, int multiprocessors) {
-    for (int rows : {1, 2})
-        if ((B + rows - 1) / rows * H <= multiprocessors) return rows;
-    return 4;
+// The smallest tile with which all blocks run at once. 0 where none does: then a step on tensor cores, of 8 rows, is
+// shorter than two of 4 rows; with tf32 already than one of 4. The cycles are in benchmarks/gpu_log.md.
+int rows_for(ptrdiff_t B, ptrdiff_t H, bool tf32, int multiprocessors) {
+    for (int rows : {1, 2, 4})
+        if ((B + rows - 1) / rows * H <= multiprocessors && !(rows == 4 && tf32)) return rows;
+    return 0;
 }
-
-template <int value>
-struct Constant {
-    static constexpr int of = value;
-};
 
 // run(K, rows), of the smallest kernel that holds N.
 template <class Run>
@@ -279,50 +254,63 @@ void for_tile(const char* what, ptrdiff_t N, int rows, Run run) {
         with(Constant<32>{});
     else if (N <= 64)
         with(Constant<64>{});
-    else if (N <= rnn_cuda_largest)
-        with(Constant<rnn_cuda_largest>{});
+    else if (N <= rnn_cuda_largest<float>)
+        with(Constant<rnn_cuda_largest<float>>{});
     else
         throw std::invalid_argument(std::string(what) + ": N must be at most 128, got " + std::to_string(N));
 }
 
-ptrdiff_t blocks_of(const char* what, ptrdiff_t B, ptrdiff_t H, int rows) {
-    const ptrdiff_t blocks = (B + rows - 1) / rows * H;
-    if (blocks > 0x7fffffff) throw std::invalid_argument(std::string(what) + ": too many sequences for one launch");
-    return blocks;
+// run(parts), where the product is one on tensor cores.
+template <class Run>
+void with_parts(bool tf32, Run run) {
+    if (tf32)
+        run(Constant<1>{});
+    else
+        run(Constant<2>{});
 }
 
 }  // namespace
 
-void rnn_forward_cuda(const RnnForward<float>& f, int device, void* stream) {
+template <>
+void rnn_forward_cuda(const RnnForward<float>& f, bool tf32, int device, void* stream) {
     constexpr const char* what = "rnn_fwd";
     if (f.projection) throw std::invalid_argument("rnn_fwd: there is no projection on a CUDA device");
     const OnDevice on_device(device);
     if (f.T_ * f.B * f.H * f.N == 0) return;
-    const int rows = rows_for(f.B, f.H, multiprocessors(device));
+    const int rows = rows_for(f.B, f.H, tf32, multiprocessors(device));
+    if (!rows) return with_parts(tf32, [&](auto parts) { rnn_forward_mma<float, parts.of>(f, stream); });
     const ptrdiff_t blocks = blocks_of(what, f.B, f.H, rows);
     for_tile(what, f.N, rows, [&](auto K, auto R) {
         launch(what, rnn_forward_kernel<K.of, R.of>, blocks, threads_of<K.of>, stream, f);
     });
 }
 
-void rnn_backward_cuda(const RnnBackward<float>& f, int device, void* stream) {
+template <>
+void rnn_backward_cuda(const RnnBackward<float>& f, float* displacements, bool tf32, int device, void* stream) {
     constexpr const char* what = "rnn_bwd";
-    const bool carries = f.inverse == Inverse::weight || f.inverse == Inverse::layer,
-               adjoins = f.update == Update::total;
-    if (!carries && f.inverse != Inverse::none && f.inverse != Inverse::identity)
-        throw std::invalid_argument("rnn_bwd: there is no such inverse on a CUDA device");
-    if (carries && !f.feedback) throw std::invalid_argument("rnn_bwd: feedback is missing");
+    check_rule(f);
     const OnDevice on_device(device);
     if (f.T_ * f.B * f.H * f.N == 0) return;
-    const int rows = rows_for(f.B, f.H, multiprocessors(device));
+    const int rows = rows_for(f.B, f.H, tf32, multiprocessors(device));
+    if (!rows)
+        return with_parts(tf32, [&](auto parts) { rnn_backward_mma<float, parts.of>(f, displacements, stream); });
     const ptrdiff_t blocks = blocks_of(what, f.B, f.H, rows);
+    const bool adjoins = f.update == Update::total;
     for_tile(what, f.N, rows, [&](auto K, auto R) {
-        const auto kernel = carries   ? adjoins ? rnn_backward_kernel<K.of, R.of, true, true>
-                                                : rnn_backward_kernel<K.of, R.of, true, false>
-                            : adjoins ? rnn_backward_kernel<K.of, R.of, false, true>
-                                      : rnn_backward_kernel<K.of, R.of, false, false>;
+        const auto kernel = carries(f.inverse) ? adjoins ? rnn_backward_kernel<K.of, R.of, true, true>
+                                                         : rnn_backward_kernel<K.of, R.of, true, false>
+                            : adjoins          ? rnn_backward_kernel<K.of, R.of, false, true>
+                                               : rnn_backward_kernel<K.of, R.of, false, false>;
         launch(what, kernel, blocks, threads_of<K.of>, stream, f);
     });
+}
+
+template <>
+bool rnn_needs_displacements(const RnnBackward<float>& f, bool tf32, int device) {
+    if (rows_for(f.B, f.H, tf32, multiprocessors(device))) return false;
+    bool needs = false;
+    with_parts(tf32, [&](auto parts) { needs = rnn_mma_needs_displacements<float, parts.of>(f); });
+    return needs;
 }
 
 }  // namespace tpk

@@ -132,15 +132,22 @@ _CUDA_INVERSES = ("none", "identity", "weight", "layer")
 
 def _cuda_supports(tensor: Tensor, *, size: int, sweep: Sweep | None = None, **options: object) -> Support:
     """``size``: N; ``sweep``: of a backward pass."""
-    ok, reason = _native.cuda_supports(tensor)
+    ok, reason = _native.cuda_supports(tensor, (torch.float32, torch.bfloat16, torch.float16))
     if not ok:
         return ok, reason
-    largest = _native.cuda.rnn_largest
+    dtype = _native.dtype_name(tensor.dtype)
+    largest = _native.cuda.rnn_largest[dtype]
     if size > largest:
-        return False, f"it keeps the weight of up to {largest} units on one multiprocessor, and there are {size}"
+        reason = f"it keeps the weight of up to {largest} units on one multiprocessor in {dtype}, and there are {size}"
+        return False, reason
     if sweep is not None and sweep.inverse not in _CUDA_INVERSES:
         return False, f"this version has no CUDA kernel for the inverse {sweep.inverse!r}"
     return True, ""
+
+
+def _cuda_precision(tensor: Tensor) -> dict[str, Any]:
+    """What is multiplied. float32 loses digits only where torch has been told that this is good enough."""
+    return {"dtype": _native.dtype_name(tensor.dtype), "tf32": torch.backends.cuda.matmul.allow_tf32}
 
 
 def _cuda_forward(u: Tensor, weight: Tensor, h0: Tensor | None, nonlinearity: str, out: Tensor | None = None) -> Tensor:
@@ -156,6 +163,7 @@ def _cuda_forward(u: Tensor, weight: Tensor, h0: Tensor | None, nonlinearity: st
         h=_native.pointer(h),
         sizes=sizes(h),
         nonlinearity=nonlinearity,
+        **_cuda_precision(h),
         **_native.device_and_stream(h),
     )
     return h
@@ -184,6 +192,10 @@ def _cuda_backward(
         None if tensor is None else tensor.contiguous() for tensor in (grad_last, feedback, carried, through)
     )
     grad_u, carried_out, through_out = backward_outputs(h, sweep)
+    place = _native.device_and_stream(h)
+    case = {"sizes": sizes(h), "inverse": sweep.inverse, "update": sweep.update, **_cuda_precision(h)}
+    needed = _native.cuda.rnn_needs_displacements(**case, device=place["device"])
+    displacements = torch.empty_like(h, dtype=torch.float32) if needed else None
     _native.cuda.rnn_bwd(
         grad_h=_native.pointer(grad_h),
         grad_h_strides=strides(grad_h),
@@ -196,13 +208,12 @@ def _cuda_backward(
         carried_out=_native.pointer(carried_out),
         through_out=_native.pointer(through_out),
         grad_u=_native.pointer(grad_u),
-        sizes=sizes(h),
+        displacements=_native.pointer(displacements),
         nonlinearity=sweep.nonlinearity,
-        inverse=sweep.inverse,
-        update=sweep.update,
         step=sweep.step,
         clip=sweep.clip,
-        **_native.device_and_stream(h),
+        **case,
+        **place,
     )
     return grad_u, carried_out, through_out
 
