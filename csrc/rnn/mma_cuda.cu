@@ -128,28 +128,47 @@ template <class T, class S>
 struct Fragments {
     uint32_t of[S::tiles][S::steps][S::parts][4];
 
-    // A [n][k], or [k][n] if transposed
-    __device__ void load(const T* matrix, ptrdiff_t size, bool transposed, const TilePlace<S>& place) {
+    // A [n][k], or [k][n] if transposed; by way of shared memory, so that neither addresses nor numbers under way take
+    // registers from the matrix.
+    __device__ void load(const T* matrix, ptrdiff_t size, bool transposed, const TilePlace<S>& place,
+                         Operand<S> (&memory)[2]) {
+        static_assert(sizeof memory >= S::K * mma::step_words * sizeof(uint32_t));
+        uint32_t* const stage = memory[0].of[0][0];  // [K][words of a step]
         const int N = static_cast<int>(size);
         const auto at = [&](int n, int k) {
             return n < N && k < N ? widened(matrix[transposed ? k * N + n : n * N + k]) : 0.0f;
         };
 #pragma unroll
-        for (int tile = 0; tile < S::tiles; ++tile)
+        for (int step = 0; step < S::steps; ++step) {
+            __syncthreads();
+#pragma unroll 4
+            for (int item = static_cast<int>(threadIdx.x); item < S::K * mma::step_words; item += S::threads) {
+                const int n = transposed ? item % S::K : item / mma::step_words;
+                const int place_of_word = transposed ? item / S::K : item % mma::step_words;
+                const int word = mma::word_of(step, place_of_word / 2, place_of_word % 2);
+                uint32_t& staged = stage[n * mma::step_words + place_of_word];
+                if constexpr (sizeof(T) == 2)
+                    staged = pair<T>(at(n, 2 * word), at(n, 2 * word + 1));
+                else
+                    staged = static_cast<uint32_t>(__float_as_int(at(n, word)));
+            }
+            __syncthreads();
 #pragma unroll
-            for (int step = 0; step < S::steps; ++step)
+            for (int tile = 0; tile < S::tiles; ++tile)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const int n = mma::unit_of(place.warp * S::tiles + tile, place.group, i % 2);
-                    const int word = mma::word_of(step, place.member, i / 2);
+                    const uint32_t staged = stage[n * mma::step_words + place.member * 2 + i / 2];
                     if constexpr (sizeof(T) == 2) {
-                        of[tile][step][0][i] = pair<T>(at(n, 2 * word), at(n, 2 * word + 1));
+                        of[tile][step][0][i] = staged;
                     } else {
-                        const mma::Split parts = mma::split(at(n, word));
+                        const mma::Split parts = mma::split(__int_as_float(static_cast<int>(staged)));
                         of[tile][step][0][i] = parts.high;
                         if constexpr (S::parts == 2) of[tile][step][1][i] = parts.low;
                     }
                 }
+        }
+        __syncthreads();
     }
 
     __device__ void multiply(const Operand<S>& x, const TilePlace<S>& place, Numbers<S>& sums) const {
@@ -194,7 +213,7 @@ __global__ void __launch_bounds__(Shape<T, parts, K>::threads, 1) rnn_forward_mm
     TPK_SHARED(States, states);
     const TilePlace<S> place(f.B, f.N);
     Fragments<T, S> weight;
-    weight.load(f.weight + place.head * f.N * f.N, f.N, false, place);
+    weight.load(f.weight + place.head * f.N * f.N, f.N, false, place, states);
     const ptrdiff_t row = f.H * f.N, first = place.sequence * row + place.head * f.N + place.unit;
     const T* input = f.input + place.sequence * f.input_strides.batch + place.head * f.input_strides.head + place.unit;
     T* h = f.h + first;
@@ -244,8 +263,8 @@ __global__ void __launch_bounds__(Shape<T, parts, K>::threads, 1)
     const TilePlace<S> place(f.B, f.N);
     Fragments<T, S> feedback, weight;
     const ptrdiff_t matrix = place.head * f.N * f.N;
-    if constexpr (carries) feedback.load(f.feedback + matrix, f.N, false, place);
-    if constexpr (adjoins) weight.load(f.weight + matrix, f.N, true, place);
+    if constexpr (carries) feedback.load(f.feedback + matrix, f.N, false, place, sent);
+    if constexpr (adjoins) weight.load(f.weight + matrix, f.N, true, place, delta);
     const bool leaves = carries && !adjoins && displacements, takes = !carries && adjoins && displacements;
     const bool has_gradient = !takes && f.grad_h;
     const float scale = takes ? 1 : f.step;
