@@ -78,6 +78,7 @@ def isa_level(request: pytest.FixtureRequest, cpu: None) -> Iterator[str]:
 
 
 GUARD = 64
+FENCE = 12288.0  # a number in half precision, too
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def fences(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     memories: list[torch.Tensor] = []
 
     def new_empty(self: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        memory = torch.full((math.prod(shape) + 2 * GUARD,), 12345.0, dtype=self.dtype, device=self.device)
+        memory = torch.full((math.prod(shape) + 2 * GUARD,), FENCE, dtype=self.dtype, device=self.device)
         memories.append(memory)
         return memory[GUARD:-GUARD].fill_(torch.nan).view(shape)
 
@@ -96,6 +97,6 @@ def fences(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
 def assert_within_fences(memories: list[torch.Tensor]) -> None:
     for memory in memories:
-        assert memory[:GUARD].eq(12345).all(), "written before an output"
-        assert memory[-GUARD:].eq(12345).all(), "written after an output"
+        assert memory[:GUARD].eq(FENCE).all(), "written before an output"
+        assert memory[-GUARD:].eq(FENCE).all(), "written after an output"
         assert memory[GUARD:-GUARD].isfinite().all(), "not all of an output was written"

@@ -52,7 +52,9 @@ def test_nothing_spills(compiled):
             assert needs["local"] == 0, f"{name} on {arch} keeps {needs['local']} bytes of a thread in memory"
             assert needs["shared"] <= SHARED_MEMORY, f"{name} on {arch}: {needs['shared']} bytes of shared memory"
             if name.startswith("rnn"):
-                assert threads(name) * needs["registers"] <= REGISTERS, f"{name} on {arch}: {needs['registers']} registers"
+                assert threads(name) * needs["registers"] <= REGISTERS, (
+                    f"{name} on {arch}: {needs['registers']} registers"
+                )
 
 
 def test_the_table_is_up_to_date(compiled):

@@ -201,7 +201,11 @@ struct Fragments {
         for_each<S>([&](int tile, int i) {
             const auto& c = chains[tile];
             sums[tile][i] = c[0][i] + c[1][i];
-            if constexpr (S::chains == 4) sums[tile][i] += c[2][i] + c[3][i];
+            if constexpr (S::chains == 4) {
+                const float rest = c[2][i] + c[3][i];
+                // The low part of a weight may have the other sign, or be zero: infinity must not become NaN by that.
+                sums[tile][i] += S::parts == 1 || fabsf(rest) < INFINITY ? rest : 0.0f;
+            }
         });
     }
 };

@@ -3,7 +3,9 @@ thread block after the other. The checks, oracles and budgets are those of every
 they are emulated.
 """
 
+from dataclasses import replace
 from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -33,19 +35,54 @@ CASES = (
     RNNCase(T=2, B=3, N=64, nonlinearity="identity"),
     RNNCase(T=3, B=5, N=100),
     RNNCase(T=2, B=4, N=128, nonlinearity="relu"),
+    RNNCase(T=2, B=17, N=20),
 )
+WIDE = (RNNCase(T=2, B=3, N=129), RNNCase(T=3, B=9, N=256, nonlinearity="relu"), RNNCase(T=2, B=2, H=2, N=200))
 ON_GPU = _native.cuda_available()[0] and torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-if ON_GPU:  # the last two are too many for tiles of 1 or 2 rows
+if ON_GPU:  # the last are too many for tiles of 1 or 2 rows, or of 4
     CASES += tuple(case for case in TILE_CASES + TIME_CASES + HEAD_CASES if case.N <= 128)
-    CASES += (RNNCase(T=3, B=1001, N=100), RNNCase(T=3, B=301, N=33), RNNCase(T=2, B=701, H=2, N=17))
+    CASES += (RNNCase(T=3, B=301, N=33), RNNCase(T=3, B=1001, N=100), RNNCase(T=2, B=701, H=2, N=17))
+    CASES += (RNNCase(T=65, B=1001, N=64), RNNCase(T=3, B=1001, N=128, nonlinearity="relu"))
 SWEPT = {
     name: rule
     for name, rule in RULES.items()
     if Sweep.of(rule, "tanh").inverse in ("none", "identity", "weight", "layer")
 }
 REFUSED = sorted(set(RULES) - set(SWEPT))
+FEW = ("bp", "weight-total", "layer-local", "identity-total")  # in half precision
 FLOAT = torch.float32
+
+
+class Kernel(NamedTuple):
+    """What it computes, and the rows of the batch in a tile: 8 of them on tensor cores."""
+
+    dtype: torch.dtype
+    rows: int | None  # None: on a GPU, as the launcher likes
+
+    def emulate(self, case: RNNCase, reversed: bool = False) -> None:
+        """A device for which the launcher takes this kernel; one of 4 rows only where there are more than 2."""
+        blocks = 0 if self.rows in (None, 8) else -(-case.B // self.rows) * (case.H or 1)
+        emulate(blocks, reversed)
+
+    def rule(self, rule: tp.BackProp | tp.TargetProp, case: RNNCase) -> tp.BackProp | tp.TargetProp:
+        """In half precision no digit of 1 - h² would be left nearer to 1."""
+        clips = self.dtype != FLOAT and Sweep.of(rule, case.nonlinearity).inverse == "layer"
+        return replace(rule, clip=0.1) if clips else rule
+
+
+HALF = {"bfloat16": Kernel(torch.bfloat16, 8), "float16": Kernel(torch.float16, 8)}
+KERNELS = (
+    {"float32": Kernel(FLOAT, None)} if ON_GPU else {f"float32-{rows}": Kernel(FLOAT, rows) for rows in (1, 2, 4, 8)}
+)
+KERNELS |= HALF
+BACKWARD = [
+    pytest.param(kernel, case, rule, id=f"{name}-{case}-{rule}")
+    for name, kernel in KERNELS.items()
+    for case in CASES
+    for rule in SWEPT
+    if kernel.dtype == FLOAT or rule in FEW
+]
 
 
 @pytest.fixture(scope="module")
@@ -74,42 +111,45 @@ def emulate(multiprocessors: int, reversed: bool = False) -> None:
         _native.cuda.emulate(multiprocessors=multiprocessors, reversed=reversed)
 
 
-@pytest.fixture(params=(4,) if ON_GPU else (1, 2, 4), ids="rows{}".format)
-def rows(request: pytest.FixtureRequest):
-    """Emulates a device for which the launcher takes tiles of that many rows."""
-
-    def emulate_for(case: RNNCase, reversed: bool = False) -> None:
-        heads = case.H or 1
-        blocks = {1: case.B * heads, 2: -(-case.B // 2) * heads, 4: 0}[request.param]
-        emulate(blocks, reversed)
-
-    return emulate_for
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest) -> Kernel:
+    return KERNELS[request.param]
 
 
-def tensors_of(case: RNNCase) -> list[torch.Tensor]:
+def tensors_of(case: RNNCase, dtype: torch.dtype = FLOAT) -> list[torch.Tensor]:
     """u, W, h_0 and what arrives from the loss."""
-    return [tensor.to(DEVICE) for tensor in (*case.tensors(FLOAT), case.gradient(FLOAT))]
+    return [tensor.to(DEVICE) for tensor in (*case.tensors(dtype), case.gradient(dtype))]
 
 
 # --- forward and backward
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_forward(case, rows):
-    rows(case)
-    rnn_forward_check(case, FLOAT, "cuda", device=DEVICE)
+def test_forward(case, kernel):
+    kernel.emulate(case)
+    rnn_forward_check(case, kernel.dtype, "cuda", device=DEVICE)
 
 
-@pytest.mark.parametrize("rule", SWEPT)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_backward(case, rule, rows):
-    rows(case)
-    rnn_backward_check(case, SWEPT[rule], FLOAT, "cuda", device=DEVICE)
+@pytest.mark.parametrize(("kernel", "case", "rule"), BACKWARD)
+def test_backward(kernel, case, rule):
+    kernel.emulate(case)
+    rnn_backward_check(case, kernel.rule(SWEPT[rule], case), kernel.dtype, "cuda", device=DEVICE)
 
 
-def everything(case: RNNCase) -> list[torch.Tensor]:
-    """What every kernel computes for a case, handed in in parts, too."""
-    u, weight, h0, grad = tensors_of(case)
+@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize("case", WIDE, ids=str)
+def test_wide_in_half_precision(case, name):
+    """The total update through P is two sweeps there."""
+    kernel = HALF[name]
+    rnn_forward_check(case, kernel.dtype, "cuda", device=DEVICE)
+    for rule in FEW:
+        rnn_backward_check(case, kernel.rule(SWEPT[rule], case), kernel.dtype, "cuda", device=DEVICE)
+
+
+def everything(case: RNNCase, dtype: torch.dtype = FLOAT, batch: slice = slice(None)) -> list[torch.Tensor]:
+    """What every kernel computes for a case, or for a part of its batch, handed in in parts, too."""
+    u, weight, h0, grad = tensors_of(case, dtype)
+    u, h0, grad = u[:, batch], h0[batch], grad[:, batch]
     h = ops.rnn_fwd(u, weight, h0, case.nonlinearity, "cuda")
     results = [h]
     for rule in SWEPT.values():
@@ -122,29 +162,84 @@ def everything(case: RNNCase) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     "case", [RNNCase(T=3, B=5, N=20), RNNCase(T=3, B=4, H=2, N=33), RNNCase(T=2, B=3, N=100)], ids=str
 )
-def test_no_races(case, rows):
+def test_no_races(case, kernel):
     """Threads that run in the opposite order, between one barrier and the next, make no difference."""
     found = []
     for reversed in (False, True):
-        rows(case, reversed)
-        found.append(everything(case))
+        kernel.emulate(case, reversed)
+        found.append(everything(case, kernel.dtype))
     for actual, expected in zip(*found, strict=True):
         assert_identical(actual, expected, "a result")
 
 
 @pytest.mark.parametrize("case", [RNNCase(T=3, B=5, N=20), RNNCase(T=2, B=3, H=2, N=100)], ids=str)
 def test_tiles_do_not_change_results(case):
-    """Not a bit: the sums are the same, in the same order."""
+    """Not a bit, as long as tensor cores are not among them: the sums are the same, in the same order."""
     found = []
-    for multiprocessors in (1000, -(-case.B // 2) * (case.H or 1), 0):
-        emulate(multiprocessors)
+    for rows in (1, 2, 4):
+        Kernel(FLOAT, rows).emulate(case)
         found.append(everything(case))
     for others in found[1:]:
         for actual, expected in zip(others, found[0], strict=True):
             assert_identical(actual, expected, "a result")
 
 
+@pytest.mark.parametrize("N", [20, 100])
+def test_the_batch_beside_does_not_change_results(N, kernel):
+    case, batch = RNNCase(T=2, B=11, N=N), slice(9, 10)
+    kernel.emulate(case)
+    whole = everything(case, kernel.dtype)
+    kernel.emulate(case.with_(B=1))
+    for actual, expected in zip(everything(case, kernel.dtype, batch), whole, strict=True):
+        if expected.numel():
+            assert_identical(actual, expected[..., batch, :], "a result")
+
+
+@pytest.mark.parametrize("tf32", [False, True], ids=["exact", "tf32"])
+@pytest.mark.parametrize("N", [20, 128])
+def test_small_integers_are_exact(N, tf32, kernel, monkeypatch):
+    """Where nothing has to be rounded, a product has only one answer, in tf32 as well."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
+    case = RNNCase(T=3, B=9, N=N, nonlinearity="relu")
+    kernel.emulate(case)
+    numbers = torch.Generator().manual_seed(4)
+    u, h0, grad = (
+        torch.randint(-2, 3, shape, generator=numbers).to(DEVICE, kernel.dtype)
+        for shape in (case.shape, case.shape[1:], case.shape)
+    )
+    sparse = torch.rand(2, N, N, generator=numbers) * N < 3  # sums below the 8 bits of bfloat16
+    weight, feedback = (sparse * torch.randint(-1, 2, sparse.shape, generator=numbers)).to(DEVICE, kernel.dtype)
+    found = []
+    for name in ("cuda", "reference"):
+        h = ops.rnn_fwd(u, weight, h0, "relu", name)
+        sweep = Sweep("relu", "weight", "total")
+        found.append((h, *ops.rnn_bwd(grad, None, h, weight, feedback, h0, h0, None, None, *sweep, name)))
+    assert all(tensor.abs().max() > 3 for tensor in found[1])
+    for actual, expected in zip(*found, strict=True):
+        assert_identical(actual, expected, "a result")
+
+
+@pytest.mark.skipif(ON_GPU, reason="a GPU has as many multiprocessors as it has")
+@pytest.mark.parametrize(("tf32", "rows"), [(False, 4), (True, 2)], ids=["exact", "tf32"])
+def test_when_tensor_cores_are_taken(tf32, rows, monkeypatch):
+    """Where tiles of 4 rows, or with tf32 of 2, do not all run at once."""
+    case = RNNCase(T=2, B=9, H=2, N=20)
+    plain, tensor_cores = (everything_at(case, multiprocessors) for multiprocessors in (1000, 0))
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
+    blocks = -(-case.B // rows) * case.H
+    assert torch.equal(everything_at(case, blocks), plain)
+    found = everything_at(case, blocks - 1)
+    assert not torch.equal(found, plain)
+    assert torch.equal(found, tensor_cores) != tf32  # and what torch allows is done, no less and no more
+
+
+def everything_at(case: RNNCase, multiprocessors: int) -> torch.Tensor:
+    emulate(multiprocessors)
+    return torch.cat([tensor.flatten() for tensor in everything(case)])
+
+
 def test_tanh_accuracy():
+    emulate(multiprocessors=10**6)
     tanh_check(FLOAT, "cuda", DEVICE)
 
 
@@ -152,17 +247,18 @@ def test_tanh_accuracy():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout, rows):
+def test_layouts(layout, kernel):
     for case in (SMALL, HEADS):
-        rows(case)
-        rnn_forward_check(case, FLOAT, "cuda", layout, DEVICE)
-        rnn_backward_check(case, RULES["layer-total"], FLOAT, "cuda", layout, DEVICE)
+        kernel.emulate(case)
+        rnn_forward_check(case, kernel.dtype, "cuda", layout, DEVICE)
+        rule = kernel.rule(RULES["layer-total"], case)
+        rnn_backward_check(case, rule, kernel.dtype, "cuda", layout, DEVICE)
 
 
-@pytest.mark.parametrize("case", [SMALL, HEADS, RNNCase(T=2, B=5, N=33)], ids=str)
-def test_nothing_is_written_outside_of_the_outputs(case, rows, fences):
-    rows(case)
-    everything(case)
+@pytest.mark.parametrize("case", [SMALL, HEADS, RNNCase(T=2, B=5, N=33), RNNCase(T=2, B=3, N=100)], ids=str)
+def test_nothing_is_written_outside_of_the_outputs(case, kernel, fences):
+    kernel.emulate(case)
+    everything(case, kernel.dtype)
     assert len(fences) == 1 + 3 * len(SWEPT)
     assert_within_fences(fences)
 
@@ -170,19 +266,19 @@ def test_nothing_is_written_outside_of_the_outputs(case, rows, fences):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
 @pytest.mark.parametrize("N", [1, 17])
-def test_not_finite(N, nonlinearity, value, rows):
+def test_not_finite(N, nonlinearity, value, kernel):
     """It stays in its unit until the next step, and in its sequence for ever, as in the reference. The zeros that pad
     the weight make NaN of infinity, which a single unit keeps; it must not see them.
     """
     case = RNNCase(T=4, B=5, N=N, nonlinearity=nonlinearity)
-    rows(case)
-    u, weight, h0, grad = tensors_of(case)
+    kernel.emulate(case)
+    u, weight, h0, grad = tensors_of(case, kernel.dtype)
     u[1, 2, N - 1] = value
     h, expected = (ops.rnn_fwd(u, weight, h0, nonlinearity, name) for name in ("cuda", "reference"))
     assert_same_pattern(h if N == 1 else h[:2], expected if N == 1 else expected[:2], "h")
     assert h.isnan().any(-1).nonzero().tolist() == expected.isnan().any(-1).nonzero().tolist()
     for rule in SWEPT.values():
-        sweep = Sweep.of(rule, nonlinearity)
+        sweep = Sweep.of(kernel.rule(rule, case), nonlinearity)
         arguments = grad, None, expected, weight, weight, None, None, None, None, *sweep
         delta, wanted = (ops.rnn_bwd(*arguments, name)[0] for name in ("cuda", "reference"))
         assert_same_pattern(delta.sum(-1), wanted.sum(-1), "delta")
@@ -193,9 +289,10 @@ def test_not_finite(N, nonlinearity, value, rows):
 
 @pytest.mark.parametrize("sources", ["states", "last", "neither"])
 @pytest.mark.parametrize("rule", SWEPT)
-def test_sources(rule, sources):
+def test_sources(rule, sources, kernel):
     """A gradient that does not arrive is the same as one of zeros."""
-    u, weight, h0, gradient = tensors_of(SMALL)
+    kernel.emulate(SMALL)
+    u, weight, h0, gradient = tensors_of(SMALL, kernel.dtype)
     h = ops.rnn_fwd(u, weight, h0, "tanh", "cuda")
     sweep = Sweep.of(SWEPT[rule], "tanh")
     grad = gradient if sources == "states" else None
@@ -208,13 +305,17 @@ def test_sources(rule, sources):
 
 
 @pytest.mark.parametrize("rule", SWEPT)
-def test_a_sequence_in_two_parts(rule):
-    """The same bits, state and what goes back handed on."""
-    case = RNNCase(T=5, B=3, N=20)
-    u, weight, h0, grad = tensors_of(case)
+@pytest.mark.parametrize("N", [20, 100])
+def test_a_sequence_in_two_parts(N, rule, kernel):
+    """The same bits, state and what goes back handed on; in half precision, where that is rounded, of the states."""
+    case = RNNCase(T=5, B=3, N=N)
+    kernel.emulate(case)
+    u, weight, h0, grad = tensors_of(case, kernel.dtype)
     sweep = Sweep.of(SWEPT[rule], "tanh")
     h = ops.rnn_fwd(u, weight, h0, "tanh", "cuda")
     assert_identical(ops.rnn_fwd(u[2:], weight, h[1].clone(), "tanh", "cuda"), h[2:], "h")
+    if kernel.dtype != FLOAT:
+        return
     whole = ops.rnn_bwd(grad, None, h, weight, weight, None, None, None, None, *sweep, "cuda")
     later, carried, through = ops.rnn_bwd(grad[2:], None, h[2:], weight, weight, None, None, None, None, *sweep, "cuda")
     sent = (tensor if tensor.numel() else None for tensor in (carried, through))
@@ -254,9 +355,15 @@ def test_other_inverses_are_refused(rule):
 
 def test_what_else_is_refused():
     for case, dtype, reason in (
-        (RNNCase(N=129), FLOAT, "it keeps the weight of up to 128 units on one multiprocessor, and there are 129"),
-        (SMALL, torch.float64, "it computes float32, and the tensors are float64"),
-        (SMALL, torch.bfloat16, "it computes float32, and the tensors are bfloat16"),
+        (
+            *(RNNCase(N=129), FLOAT),
+            "it keeps the weight of up to 128 units on one multiprocessor in float32, and there are 129",
+        ),
+        (
+            *(RNNCase(N=257), torch.bfloat16),
+            "it keeps the weight of up to 256 units on one multiprocessor in bfloat16, and there are 257",
+        ),
+        (SMALL, torch.float64, "it computes float32, bfloat16 and float16, and the tensors are float64"),
     ):
         with pytest.raises(tp.BackendUnavailableError) as caught:
             tp.rnn(*(tensor.to(DEVICE) for tensor in case.tensors(dtype)), backend="cuda")
@@ -271,6 +378,18 @@ def test_auto_does_not_take_it():
 
 
 def test_launchers_check_for_themselves():
-    pointers = dict.fromkeys(("input", "weight", "h0", "h", "device", "stream"), 0)
-    with pytest.raises(ValueError, match="rnn_fwd: N must be at most 128, got 129"):
-        _native.cuda.rnn_fwd(**pointers, input_strides=(0, 0, 0), sizes=(1, 1, 1, 129), nonlinearity="tanh")
+    names = ("input", "weight", "h0", "h", "device", "stream")
+    arguments = dict.fromkeys(names, 0) | {"nonlinearity": "tanh", "tf32": False, "input_strides": (0, 0, 0)}
+    for dtype, largest in (("float32", 128), ("float16", 256)):
+        with pytest.raises(ValueError, match=f"rnn_fwd: N must be at most {largest}, got {largest + 1}"):
+            _native.cuda.rnn_fwd(**arguments, dtype=dtype, sizes=(1, 1, 1, largest + 1))
+    with pytest.raises(ValueError, match="unknown dtype 'float64'"):
+        _native.cuda.rnn_fwd(**arguments, dtype="float64", sizes=(1, 1, 1, 1))
+    names = ("grad_h", "grad_last", "h", "weight", "carried_in", "through_in", "carried_out", "through_out", "grad_u")
+    arguments = dict.fromkeys((*names, "displacements", "device", "stream"), 0) | {
+        **{"dtype": "bfloat16", "sizes": (1, 1, 1, 129), "grad_h_strides": (0, 0, 0), "tf32": False},
+        **{"nonlinearity": "tanh", "inverse": "weight", "update": "total", "step": 1.0, "clip": 0.0},
+    }
+    for feedback, missing in ((0, "feedback"), (1, "displacements")):
+        with pytest.raises(ValueError, match=f"rnn_bwd: {missing} is missing"):
+            _native.cuda.rnn_bwd(**arguments, feedback=feedback)
