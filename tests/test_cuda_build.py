@@ -130,7 +130,9 @@ def test_reports_are_understood():
 
 
 def test_emulation():
-    """Races, barriers and shuffles that some threads skip, shared memory read before it is written."""
+    """Races, barriers and shuffles that some threads skip, shared memory read before it is written; and what
+    products on tensor cores are made of.
+    """
     try:
         printed = check_emulation()
     except NotBuilt as reason:
@@ -142,4 +144,10 @@ def test_emulation():
         f"divergent barrier: {stuck}",
         f"divergent shuffle: {stuck}",
         "unwritten: same, NaN",
+        "product in bfloat16: exact",
+        "product in float16: exact",
+        "product in tf32: exact",
+        "sums: cut off",
+        "split: exact",
+        "layout: each word once, no conflicts",
     ]
