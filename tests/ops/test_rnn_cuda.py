@@ -71,6 +71,12 @@ class Kernel(NamedTuple):
         return replace(rule, clip=0.1) if clips else rule
 
 
+def overflows(case: RNNCase, rule: str, dtype: torch.dtype) -> bool:
+    """1/(1 - h²) at every step does."""
+    longest = 10 if dtype == torch.float16 else 100
+    return "layer" in rule and case.nonlinearity == "tanh" and longest < case.T
+
+
 HALF = {"bfloat16": Kernel(torch.bfloat16, 8), "float16": Kernel(torch.float16, 8)}
 KERNELS = (
     {"float32": Kernel(FLOAT, None)} if ON_GPU else {f"float32-{rows}": Kernel(FLOAT, rows) for rows in (1, 2, 4, 8)}
@@ -81,7 +87,7 @@ BACKWARD = [
     for name, kernel in KERNELS.items()
     for case in CASES
     for rule in SWEPT
-    if kernel.dtype == FLOAT or rule in FEW
+    if kernel.dtype == FLOAT or (rule in FEW and case not in TILE_CASES and not overflows(case, rule, kernel.dtype))
 ]
 
 
@@ -160,7 +166,9 @@ def everything(case: RNNCase, dtype: torch.dtype = FLOAT, batch: slice = slice(N
 
 
 @pytest.mark.parametrize(
-    "case", [RNNCase(T=3, B=5, N=20), RNNCase(T=3, B=4, H=2, N=33), RNNCase(T=2, B=3, N=100)], ids=str
+    "case",
+    [RNNCase(T=3, B=5, N=20), RNNCase(T=3, B=4, H=2, N=33), RNNCase(T=2, B=3, N=100), RNNCase(T=2, B=9, N=64)],
+    ids=str,
 )
 def test_no_races(case, kernel):
     """Threads that run in the opposite order, between one barrier and the next, make no difference."""
