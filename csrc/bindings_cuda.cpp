@@ -11,51 +11,77 @@ using namespace tpk;
 
 namespace {
 
-void rnn_fwd(std::uintptr_t input, const Array3& input_strides, std::uintptr_t weight, std::uintptr_t h0,
-             std::uintptr_t h, const Array4& sizes, const std::string& nonlinearity, int device,
-             std::uintptr_t stream) {
-    RnnForward<float> f = {};
-    f.input = at<const float>(input);
-    f.input_strides = strides(input_strides);
-    f.weight = at<const float>(weight);
-    f.h0 = at<const float>(h0);
-    f.h = at<float>(h);
-    f.T_ = sizes[0], f.B = sizes[1], f.H = sizes[2], f.N = sizes[3];
-    f.nonlinearity = nonlinearity_of(nonlinearity);
-    py::gil_scoped_release release;
-    rnn_forward_cuda(f, device, at<void>(stream));
+// run(a number of the dtype)
+template <class Run>
+auto with_dtype(const std::string& dtype, Run run) {
+    if (dtype == "float32") return run(float());
+    if (dtype == "bfloat16") return run(bfloat16());
+    if (dtype == "float16") return run(float16());
+    throw py::value_error("unknown dtype '" + dtype + "'");
 }
 
-void rnn_bwd(std::uintptr_t grad_h, const Array3& grad_h_strides, std::uintptr_t grad_last, std::uintptr_t h,
-             std::uintptr_t weight, std::uintptr_t feedback, std::uintptr_t carried_in, std::uintptr_t through_in,
-             std::uintptr_t carried_out, std::uintptr_t through_out, std::uintptr_t grad_u, std::uintptr_t iterations,
-             std::uintptr_t missed, const Array4& sizes, const std::string& nonlinearity, const std::string& inverse,
-             const std::string& update, double step, double clip, double reg, double rtol, int device,
-             std::uintptr_t stream) {
-    RnnBackward<float> f = {};
-    f.grad_h = at<const float>(grad_h);
-    f.grad_h_strides = strides(grad_h_strides);
-    f.grad_last = at<const float>(grad_last);
-    f.h = at<const float>(h);
-    f.weight = at<const float>(weight);
-    f.feedback = at<const float>(feedback);
-    f.carried_in = at<const float>(carried_in);
-    f.through_in = at<const float>(through_in);
-    f.carried_out = at<float>(carried_out);
-    f.through_out = at<float>(through_out);
-    f.grad_u = at<float>(grad_u);
-    f.iterations = at<std::int32_t>(iterations);
-    f.missed = at<float>(missed);
-    f.T_ = sizes[0], f.B = sizes[1], f.H = sizes[2], f.N = sizes[3];
-    f.nonlinearity = nonlinearity_of(nonlinearity);
-    f.inverse = inverse_of(inverse);
-    f.update = update_of(update);
-    f.step = static_cast<float>(step);
-    f.clip = static_cast<float>(clip);
-    f.reg = static_cast<float>(reg);
-    f.rtol = static_cast<float>(rtol);
-    py::gil_scoped_release release;
-    rnn_backward_cuda(f, device, at<void>(stream));
+void rnn_fwd(const std::string& dtype, std::uintptr_t input, const Array3& input_strides, std::uintptr_t weight,
+             std::uintptr_t h0, std::uintptr_t h, const Array4& sizes, const std::string& nonlinearity, bool tf32,
+             int device, std::uintptr_t stream) {
+    with_dtype(dtype, [&](auto number) {
+        using T = decltype(number);
+        RnnForward<T> f = {};
+        f.input = at<const T>(input);
+        f.input_strides = strides(input_strides);
+        f.weight = at<const T>(weight);
+        f.h0 = at<const T>(h0);
+        f.h = at<T>(h);
+        f.T_ = sizes[0], f.B = sizes[1], f.H = sizes[2], f.N = sizes[3];
+        f.nonlinearity = nonlinearity_of(nonlinearity);
+        py::gil_scoped_release release;
+        rnn_forward_cuda(f, tf32, device, at<void>(stream));
+    });
+}
+
+void rnn_bwd(const std::string& dtype, std::uintptr_t grad_h, const Array3& grad_h_strides, std::uintptr_t grad_last,
+             std::uintptr_t h, std::uintptr_t weight, std::uintptr_t feedback, std::uintptr_t carried_in,
+             std::uintptr_t through_in, std::uintptr_t carried_out, std::uintptr_t through_out, std::uintptr_t grad_u,
+             std::uintptr_t displacements, std::uintptr_t iterations, std::uintptr_t missed, const Array4& sizes,
+             const std::string& nonlinearity, const std::string& inverse, const std::string& update, double step,
+             double clip, double reg, double rtol, bool tf32, int device, std::uintptr_t stream) {
+    with_dtype(dtype, [&](auto number) {
+        using T = decltype(number);
+        RnnBackward<T, float> f = {};
+        f.grad_h = at<const T>(grad_h);
+        f.grad_h_strides = strides(grad_h_strides);
+        f.grad_last = at<const T>(grad_last);
+        f.h = at<const T>(h);
+        f.weight = at<const T>(weight);
+        f.feedback = at<const T>(feedback);
+        f.carried_in = at<const T>(carried_in);
+        f.through_in = at<const T>(through_in);
+        f.carried_out = at<T>(carried_out);
+        f.through_out = at<T>(through_out);
+        f.grad_u = at<T>(grad_u);
+        f.iterations = at<std::int32_t>(iterations);
+        f.missed = at<float>(missed);
+        f.T_ = sizes[0], f.B = sizes[1], f.H = sizes[2], f.N = sizes[3];
+        f.nonlinearity = nonlinearity_of(nonlinearity);
+        f.inverse = inverse_of(inverse);
+        f.update = update_of(update);
+        f.step = static_cast<float>(step);
+        f.clip = static_cast<float>(clip);
+        f.reg = static_cast<float>(reg);
+        f.rtol = static_cast<float>(rtol);
+        py::gil_scoped_release release;
+        rnn_backward_cuda(f, at<float>(displacements), tf32, device, at<void>(stream));
+    });
+}
+
+bool needs_displacements(const std::string& dtype, const Array4& sizes, const std::string& inverse,
+                         const std::string& update, bool tf32, int device) {
+    return with_dtype(dtype, [&](auto number) {
+        RnnBackward<decltype(number), float> f = {};
+        f.T_ = sizes[0], f.B = sizes[1], f.H = sizes[2], f.N = sizes[3];
+        f.inverse = inverse_of(inverse);
+        f.update = update_of(update);
+        return rnn_needs_displacements(f, tf32, device);
+    });
 }
 
 py::dict build_info() {
@@ -69,18 +95,28 @@ py::dict build_info() {
 
 PYBIND11_MODULE(TPK_MODULE, m) {
     m.doc() = "CUDA kernels. Takes addresses: call them through tp_kernels, which checks the tensors.";
-    m.def("rnn_fwd", &rnn_fwd, py::kw_only(), py::arg("input"), py::arg("input_strides"), py::arg("weight"),
-          py::arg("h0"), py::arg("h"), py::arg("sizes"), py::arg("nonlinearity"), py::arg("device"), py::arg("stream"));
-    m.def("rnn_bwd", &rnn_bwd, py::kw_only(), py::arg("grad_h"), py::arg("grad_h_strides"), py::arg("grad_last"),
-          py::arg("h"), py::arg("weight"), py::arg("feedback"), py::arg("carried_in"), py::arg("through_in"),
-          py::arg("carried_out"), py::arg("through_out"), py::arg("grad_u"), py::arg("iterations"), py::arg("missed"),
-          py::arg("sizes"), py::arg("nonlinearity"), py::arg("inverse"), py::arg("update"), py::arg("step"),
-          py::arg("clip"), py::arg("reg"), py::arg("rtol"), py::arg("device"), py::arg("stream"));
+    m.def("rnn_fwd", &rnn_fwd, py::kw_only(), py::arg("dtype"), py::arg("input"), py::arg("input_strides"),
+          py::arg("weight"), py::arg("h0"), py::arg("h"), py::arg("sizes"), py::arg("nonlinearity"), py::arg("tf32"),
+          py::arg("device"), py::arg("stream"));
+    m.def("rnn_bwd", &rnn_bwd, py::kw_only(), py::arg("dtype"), py::arg("grad_h"), py::arg("grad_h_strides"),
+          py::arg("grad_last"), py::arg("h"), py::arg("weight"), py::arg("feedback"), py::arg("carried_in"),
+          py::arg("through_in"), py::arg("carried_out"), py::arg("through_out"), py::arg("grad_u"),
+          py::arg("displacements"), py::arg("iterations"), py::arg("missed"), py::arg("sizes"), py::arg("nonlinearity"),
+          py::arg("inverse"), py::arg("update"), py::arg("step"), py::arg("clip"), py::arg("reg"), py::arg("rtol"),
+          py::arg("tf32"), py::arg("device"), py::arg("stream"));
+    m.def("rnn_needs_displacements", &needs_displacements,
+          "Whether rnn_bwd needs memory for displacements, float32 and in the shape of h.", py::kw_only(),
+          py::arg("dtype"), py::arg("sizes"), py::arg("inverse"), py::arg("update"), py::arg("tf32"),
+          py::arg("device"));
     m.def("device_problem", &device_problem, "Why no device can be used; empty where one can.");
     m.def("build_info", &build_info);
-    m.attr("rnn_largest") = rnn_cuda_largest;
+    py::dict largest;
+    largest["float32"] = rnn_cuda_largest<float>;
+    largest["bfloat16"] = rnn_cuda_largest<bfloat16>;
+    largest["float16"] = rnn_cuda_largest<float16>;
+    m.attr("rnn_largest") = largest;  // N on one multiprocessor
     m.def("rnn_cluster_largest", &rnn_cluster_largest, py::arg("device"),
-          "The N that a cluster of multiprocessors holds; 0 on a device that has none.");
+          "The N, of float32, that a cluster of multiprocessors holds; 0 on a device that has none.");
 #ifdef TPK_EMULATE
     m.attr("device_type") = "cpu";
     m.def(
@@ -88,8 +124,8 @@ PYBIND11_MODULE(TPK_MODULE, m) {
         [](int multiprocessors, bool reversed, int largest_cluster, size_t shared_memory) {
             emulation::settings = {reversed, multiprocessors, largest_cluster, shared_memory};
         },
-        py::kw_only(), py::arg("multiprocessors"), py::arg("reversed"), py::arg("largest_cluster"),
-        py::arg("shared_memory"));
+        py::kw_only(), py::arg("multiprocessors") = 4, py::arg("reversed") = false, py::arg("largest_cluster") = 16,
+        py::arg("shared_memory") = 232448);
 #else
     m.attr("device_type") = "cuda";
 #endif

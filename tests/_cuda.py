@@ -115,10 +115,11 @@ def parse(report: str) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def readable(mangled: str) -> str:
-    """``rnn_forward_kernel<128, 1>`` of the symbol's name."""
-    name = re.search(r"([a-z_]+_kernel)", mangled)
+    """``rnn_forward_kernel<128, 1>`` of the symbol's name, ``rnn_forward_mma_kernel<bfloat16, 1, 64>``."""
+    name = re.search(r"([a-z_]+_kernel)I(?:NS\w?_\d+(\w+?)E|(f))?(?=L)", mangled)
+    types = [name[2] or "float32"] if name[2] or name[3] else []
     values = re.findall(r"L[ib](\d+)E", mangled[name.end() :])
-    return f"{name[1]}<{', '.join(values)}>"
+    return f"{name[1]}<{', '.join(types + values)}>"
 
 
 if __name__ == "__main__":  # renews the table

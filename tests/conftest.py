@@ -3,9 +3,12 @@
 import math
 import os
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
+from _cuda import NotBuilt, emulated
+from _cuda_device import ON_GPU, emulate
 
 from tp_kernels import _native
 from tp_kernels.ops.rnn.op import BACKENDS
@@ -66,6 +69,27 @@ def cpu() -> None:
         absent("cpu", reason)
 
 
+@pytest.fixture(scope="session")
+def emulated_cuda() -> ModuleType | None:
+    """Built once, or not at all; ``None`` on a GPU."""
+    if ON_GPU:
+        return None
+    if "cuda" in REQUIRED:
+        absent("cuda", _native.cuda_available()[1] or "this torch can use no CUDA device")
+    try:
+        return emulated()
+    except NotBuilt as reason:
+        absent("cuda-emulated", str(reason))
+
+
+@pytest.fixture
+def cuda(emulated_cuda: ModuleType | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA module: on a GPU as it is, else its kernels emulated on the CPU."""
+    if emulated_cuda is not None:
+        monkeypatch.setattr(_native, "cuda", emulated_cuda)
+    emulate()
+
+
 @pytest.fixture(params=("v4", "v3", "base"))
 def isa_level(request: pytest.FixtureRequest, cpu: None) -> Iterator[str]:
     """Every instruction set this machine can run, in use during the test."""
@@ -78,6 +102,7 @@ def isa_level(request: pytest.FixtureRequest, cpu: None) -> Iterator[str]:
 
 
 GUARD = 64
+FENCE = 12288.0  # a number in half precision, too
 
 
 @pytest.fixture
@@ -86,7 +111,7 @@ def fences(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     memories: list[torch.Tensor] = []
 
     def new_empty(self: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        memory = torch.full((math.prod(shape) + 2 * GUARD,), 12345.0, dtype=self.dtype, device=self.device)
+        memory = torch.full((math.prod(shape) + 2 * GUARD,), FENCE, dtype=self.dtype, device=self.device)
         memories.append(memory)
         return memory[GUARD:-GUARD].fill_(torch.nan).view(shape)
 
@@ -96,6 +121,6 @@ def fences(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
 def assert_within_fences(memories: list[torch.Tensor]) -> None:
     for memory in memories:
-        assert memory[:GUARD].eq(12345).all(), "written before an output"
-        assert memory[-GUARD:].eq(12345).all(), "written after an output"
+        assert memory[:GUARD].eq(FENCE).all(), "written before an output"
+        assert memory[-GUARD:].eq(FENCE).all(), "written after an output"
         assert memory[GUARD:-GUARD].isfinite().all(), "not all of an output was written"

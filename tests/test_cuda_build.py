@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from _cuda import ARCHITECTURES, RESOURCES, NotBuilt, build, check_emulation, parse
@@ -30,11 +31,24 @@ def test_every_kernel_is_compiled_for_every_architecture(compiled):
     assert tuple(kernels) == ARCHITECTURES
     names = list(kernels["sm_80"])
     assert all(list(of_arch) == names for of_arch in kernels.values())
-    assert len([name for name in names if name.startswith("rnn_forward")]) == 9
-    assert len([name for name in names if name.startswith("rnn_backward")]) == 36
-    assert len([name for name in names if name.startswith("rnn_jacobian")]) == 18
-    assert len([name for name in names if name.startswith("rnn_cluster_forward")]) == 6
-    assert len([name for name in names if name.startswith("rnn_cluster_backward")]) == 16
+    count = Counter(name.split("<")[0] for name in names)
+    assert count["rnn_forward_kernel"] == 9
+    assert count["rnn_backward_kernel"] == 36
+    assert count["rnn_jacobian_kernel"] == 18
+    # Half precision to K = 64, 128, 256, float32 to K = 64, 128 in one or two parts. No backward of two matrices where
+    # they do not fit: at 256, and at 128 in two parts.
+    assert count["rnn_forward_mma_kernel"] == 2 * 3 + 2 * 2
+    assert count["rnn_backward_mma_kernel"] == 4 * (2 * 3 + 2 * 2) - 2 - 1
+    assert count["rnn_cluster_forward_kernel"] == 6
+    assert count["rnn_cluster_backward_kernel"] == 16
+
+
+def threads(name: str) -> int:
+    """Of a block of that kernel."""
+    if "cluster" in name:
+        return 256
+    padded = int(re.search(r"<(\w+, \d+, )?(\d+)", name)[2])
+    return min(2 * padded, 256)
 
 
 def test_nothing_spills(compiled):
@@ -43,8 +57,9 @@ def test_nothing_spills(compiled):
             assert needs["local"] == 0, f"{name} on {arch} keeps {needs['local']} bytes of a thread in memory"
             assert needs["shared"] <= SHARED_MEMORY, f"{name} on {arch}: {needs['shared']} bytes of shared memory"
             if name.startswith("rnn"):
-                threads = 256 if "cluster" in name else 2 * int(re.search(r"<(\d+)", name)[1])
-                assert threads * needs["registers"] <= REGISTERS, f"{name} on {arch}: {needs['registers']} registers"
+                assert threads(name) * needs["registers"] <= REGISTERS, (
+                    f"{name} on {arch}: {needs['registers']} registers"
+                )
 
 
 def test_the_table_is_up_to_date(compiled):
@@ -61,7 +76,7 @@ def test_the_table_is_up_to_date(compiled):
 WITHOUT_DEVICE = """
 import _cuda
 assert _cuda.device_type == "cuda" and _cuda.build_info()["architectures"] == "80-real 90a-real 100-real 120"
-pointers = dict.fromkeys(("input", "weight", "h0", "h", "device", "stream"), 0)
+pointers = dict.fromkeys(("input", "weight", "h0", "h", "device", "stream"), 0) | {"dtype": "float32", "tf32": False}
 print(_cuda.device_problem())
 try:
     _cuda.rnn_fwd(**pointers, input_strides=(0, 0, 0), sizes=(1, 1, 1, 1), nonlinearity="tanh")
@@ -96,20 +111,32 @@ ptxas info    : Compiling entry function '_ZN3tpk3_GL19rnn_backward_kernelILi128
 ptxas info    : Function properties for x
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 30 registers, used 0 barriers, 544 bytes cmem[0]
+ptxas info    : Compiling entry function '_ZN3tpk3_GL22rnn_forward_mma_kernelINS_8bfloat16ELi1ELi256EEEvNS_10RnnForwardIT_EE' for 'sm_80'
+ptxas info    : Function properties for x
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 31 registers, used 1 barriers, 8192 bytes smem
+ptxas info    : Compiling entry function '_ZN3tpk3_GL22rnn_forward_mma_kernelIfLi2ELi64EEEvNS_10RnnForwardIT_EE' for 'sm_80'
+ptxas info    : Function properties for x
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 32 registers, used 1 barriers, 8192 bytes smem
 """  # noqa: E501
 
 
 def test_reports_are_understood():
     """A spill would be seen."""
     assert parse(REPORT) == {
-        "sm_80": {"rnn_backward_kernel<128, 1, 0, 1>": {"registers": 30, "shared": 0, "local": 0}},
+        "sm_80": {
+            "rnn_backward_kernel<128, 1, 0, 1>": {"registers": 30, "shared": 0, "local": 0},
+            "rnn_forward_mma_kernel<bfloat16, 1, 256>": {"registers": 31, "shared": 8192, "local": 0},
+            "rnn_forward_mma_kernel<float32, 2, 64>": {"registers": 32, "shared": 8192, "local": 0},
+        },
         "sm_90a": {"rnn_forward_kernel<32, 4>": {"registers": 40, "shared": 1024, "local": 24}},
     }
 
 
 def test_emulation():
     """Races, barriers and shuffles that some threads skip, shared memory read before it is written; in a cluster also
-    stores into blocks that are not there yet or no more.
+    stores into blocks that are not there yet or no more; and what products on tensor cores are made of.
     """
     try:
         printed = check_emulation()
@@ -128,4 +155,10 @@ def test_emulation():
         "not started: emulation: a store into a block that has not started",
         "ended: emulation: a store into a block that has ended",
         f"divergent cluster: {stuck}",
+        "product in bfloat16: exact",
+        "product in float16: exact",
+        "product in tf32: exact",
+        "sums: cut off",
+        "split: exact",
+        "layout: each word once, no conflicts",
     ]

@@ -7,10 +7,11 @@ class BuildInfo(TypedDict):
     architectures: str
 
 device_type: str
-rnn_largest: int
+rnn_largest: dict[str, int]
 
 def rnn_fwd(
     *,
+    dtype: str,
     input: int,
     input_strides: tuple[int, int, int],
     weight: int,
@@ -18,11 +19,13 @@ def rnn_fwd(
     h: int,
     sizes: tuple[int, int, int, int],
     nonlinearity: str,
+    tf32: bool,
     device: int,
     stream: int,
 ) -> None: ...
 def rnn_bwd(
     *,
+    dtype: str,
     grad_h: int,
     grad_h_strides: tuple[int, int, int],
     grad_last: int,
@@ -34,6 +37,7 @@ def rnn_bwd(
     carried_out: int,
     through_out: int,
     grad_u: int,
+    displacements: int,
     iterations: int,
     missed: int,
     sizes: tuple[int, int, int, int],
@@ -44,9 +48,19 @@ def rnn_bwd(
     clip: float,
     reg: float,
     rtol: float,
+    tf32: bool,
     device: int,
     stream: int,
 ) -> None: ...
+def rnn_needs_displacements(
+    *,
+    dtype: str,
+    sizes: tuple[int, int, int, int],
+    inverse: str,
+    update: str,
+    tf32: bool,
+    device: int,
+) -> bool: ...
 def rnn_cluster_largest(device: int) -> int: ...
 def device_problem() -> str: ...
 def build_info() -> BuildInfo: ...

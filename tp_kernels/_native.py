@@ -55,11 +55,16 @@ def cuda_available() -> Support:
     return not problem, problem
 
 
-def cuda_supports(tensor: torch.Tensor, **options: object) -> Support:
+def cuda_supports(
+    tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,), **options: object
+) -> Support:
+    """``dtypes``: those that the op has kernels for."""
     if tensor.device.type != cuda.device_type:
         return False, f"it computes on a CUDA device, and the tensors are on {tensor.device}"
-    if tensor.dtype != torch.float32:
-        return False, f"it computes float32, and the tensors are {str(tensor.dtype).removeprefix('torch.')}"
+    if tensor.dtype not in dtypes:
+        *others, last = map(dtype_name, dtypes)
+        names = f"{', '.join(others)} and {last}" if others else last
+        return False, f"it computes {names}, and the tensors are {dtype_name(tensor.dtype)}"
     return True, ""
 
 
@@ -77,6 +82,10 @@ def check_same_kind(op: str, first: torch.Tensor, *others: torch.Tensor | None) 
             raise TypeError(
                 f"{op}: all tensors must be {first.dtype} on {first.device}, got {other.dtype} on {other.device}"
             )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def pointer(tensor: torch.Tensor | None) -> int:

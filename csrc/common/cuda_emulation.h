@@ -46,13 +46,53 @@ namespace emulation {
 constexpr unsigned warp_size = 32;
 constexpr size_t stack_bytes = 1 << 17, shared_bytes = 1 << 16;
 
+// What tensor cores multiply: 16 of k at a time in half precision, 8 as tf32.
+enum class Format { bfloat16, float16, tf32 };
+
+inline float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+inline float float16_value(uint16_t bits) {
+    _Float16 value;
+    memcpy(&value, &bits, sizeof value);
+    return static_cast<float>(value);
+}
+
+// c + Σ products, as the coarsest tensor cores add: every addend is cut off where the 24 bits of the largest one end,
+// and so is the sum. Later ones keep a bit or two more.
+inline float truncated_sum(const double* addends, int count) {
+    double largest = 0, plain = 0;
+    for (int i = 0; i < count; ++i) {
+        plain += addends[i];
+        largest = std::fmax(largest, std::fabs(addends[i]));
+    }
+    if (!std::isfinite(plain) || largest == 0) return static_cast<float>(plain);
+    const double unit = std::ldexp(1.0, std::ilogb(largest) - 23);
+    double sum = 0;
+    for (int i = 0; i < count; ++i) sum += std::trunc(addends[i] / unit);
+    sum *= unit;
+    const float nearest = static_cast<float>(sum);
+    return std::fabs(static_cast<double>(nearest)) > std::fabs(sum) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
 struct Barrier {
     unsigned size, arrived = 0, generation = 0;
 };
 
 struct Warp {
     Barrier barrier;
-    float slots[2][warp_size];  // of shuffles in turn: some lanes may be one ahead
+    // Of shuffles and products in turn: some lanes may be one ahead.
+    float slots[2][warp_size];
+    float a[2][16][16], b[2][16][8];
 };
 
 struct Fiber {
@@ -87,8 +127,9 @@ public:
     Block(dim3 index, unsigned threads, size_t bytes, Cluster& cluster, std::function<void()> body)
         : index(index), cluster_(cluster), body_(std::move(body)), all_{threads}, any_{threads}, fibers_(threads) {
         if (threads % warp_size) throw std::logic_error("the emulation takes whole warps only");
-        warps_.resize(threads / warp_size, Warp{Barrier{warp_size}, {}});
-        shared_.resize(bytes / sizeof(float4), float4{NaN, NaN, NaN, NaN});
+        warps_.resize(threads / warp_size, Warp{Barrier{warp_size}, {}, {}, {}});
+        const float nan = float_of(0xffffffffu);  // in halves, too
+        shared_.resize(bytes / sizeof(float4), float4{nan, nan, nan, nan});
     }
 
     // Up to where nothing goes on without other blocks. Whether anything went on.
@@ -158,6 +199,37 @@ public:
         return slots[(current->thread.x % warp_size) ^ mask];
     }
 
+    // mma.sync m16n8k16 of half precision, m16n8k8 of tf32, by the tables of the PTX ISA ("Matrix Fragments for mma").
+    void multiply_add(Format format, float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+        Warp& warp = warps_[current->thread.x / warp_size];
+        const unsigned turn = warp.barrier.generation % 2;
+        const unsigned lane = current->thread.x % warp_size, group = lane >> 2, thread = lane % 4;
+        auto& of_a = warp.a[turn];
+        auto& of_b = warp.b[turn];
+        int depth;
+        if (format == Format::tf32) {
+            depth = 8;
+            for (unsigned i = 0; i < 4; ++i)
+                of_a[i == 0 || i == 2 ? group : group + 8][i < 2 ? thread : thread + 4] = number(format, a[i]);
+            for (unsigned i = 0; i < 2; ++i) of_b[i == 0 ? thread : thread + 4][group] = number(format, b[i]);
+        } else {
+            depth = 16;
+            for (unsigned i = 0; i < 8; ++i)
+                of_a[i < 2 || (4 <= i && i < 6) ? group : group + 8][thread * 2 + (i & 1) + (i < 4 ? 0 : 8)] =
+                    number(format, a[i / 2] >> 16 * (i & 1));
+            for (unsigned i = 0; i < 4; ++i)
+                of_b[thread * 2 + (i & 1) + (i < 2 ? 0 : 8)][group] = number(format, b[i / 2] >> 16 * (i & 1));
+        }
+        wait(warp.barrier);
+        for (unsigned i = 0; i < 4; ++i) {
+            const unsigned row = i < 2 ? group : group + 8, column = thread * 2 + (i & 1);
+            double addends[17];
+            for (int k = 0; k < depth; ++k) addends[k] = double{of_a[row][k]} * of_b[k][column];
+            addends[depth] = sums[i];
+            sums[i] = truncated_sum(addends, depth + 1);
+        }
+    }
+
     void* shared() { return shared_.data(); }
 
     static inline Block* now = nullptr;
@@ -165,8 +237,6 @@ public:
     const dim3 index;
 
 private:
-    static constexpr float NaN = std::numeric_limits<float>::quiet_NaN();
-
     // The generation to wait for the end of.
     static unsigned arrive(Barrier& barrier) {
         const unsigned generation = barrier.generation;
@@ -183,6 +253,12 @@ private:
         current->waits_for = &barrier;
         swapcontext(&current->context, &scheduler_);
         current->waits_for = nullptr;
+    }
+
+    static float number(Format format, uint32_t bits) {
+        if (format == Format::tf32) return float_of(bits & 0xffffe000u);  // the rest is not read
+        if (format == Format::bfloat16) return float_of(bits << 16);
+        return float16_value(static_cast<uint16_t>(bits));
     }
 
     void start(unsigned i) {
@@ -271,16 +347,23 @@ inline float __shfl_xor_sync(unsigned lanes, float value, int mask) {
     return emulation::Block::now->shuffle(value, static_cast<unsigned>(mask));
 }
 
-inline float __int_as_float(int bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
+inline float __int_as_float(int bits) { return emulation::float_of(static_cast<uint32_t>(bits)); }
+
+inline int __float_as_int(float value) { return static_cast<int>(emulation::bits_of(value)); }
+
+using emulation::float16_value;
+
+inline uint16_t float16_bits(float x) {
+    const _Float16 nearest = static_cast<_Float16>(x);
+    uint16_t bits;
+    memcpy(&bits, &nearest, sizeof bits);
+    return bits;
 }
 
-inline int __float_as_int(float value) {
-    int bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
+inline uint16_t bfloat16_bits(float x) {
+    const uint32_t bits = emulation::bits_of(x);
+    if (x != x) return 0x7fff;
+    return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
 // The device's is not exact either: here the last two bits are missing.

@@ -274,7 +274,8 @@ __global__ void __launch_bounds__(threads, 1)
 void check_size(const char* what, ptrdiff_t N, int device) {
     const int largest = rnn_cluster_largest(device);
     if (largest == 0)
-        throw std::invalid_argument(std::string(what) + ": N must be at most " + std::to_string(rnn_cuda_largest) +
+        throw std::invalid_argument(std::string(what) + ": N must be at most " +
+                                    std::to_string(rnn_cuda_largest<float>) +
                                     " on a device without thread block clusters, got " + std::to_string(N));
     if (N > largest)
         throw std::invalid_argument(std::string(what) + ": N must be at most " + std::to_string(largest) +
@@ -364,7 +365,7 @@ void rnn_backward_cluster(const RnnBackward<float>& f, int device, void* stream)
     const OnDevice on_device(device);
     check_size("rnn_bwd", f.N, device);
     if (f.inverse == Inverse::jacobian)
-        throw std::invalid_argument("rnn_bwd: N must be at most " + std::to_string(rnn_cuda_largest) +
+        throw std::invalid_argument("rnn_bwd: N must be at most " + std::to_string(rnn_cuda_largest<float>) +
                                     " with the inverse 'jacobian', got " + std::to_string(f.N));
     if (f.T_ * f.B * f.H == 0) return;
     const bool adjoins = f.update == Update::total;

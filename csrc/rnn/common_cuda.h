@@ -1,6 +1,8 @@
 // What the CUDA kernels of the recurrent layer share: what happens to a number between two products, and launching.
 #pragma once
 
+#include <type_traits>
+
 #include "../common/cuda.h"
 #include "../common/tanh_cuda.h"
 #include "kernel.h"
@@ -47,8 +49,10 @@ __device__ inline float through_inverse(Nonlinearity a, float lambda, float h, f
 // Whether displacements go through P.
 inline bool carries(Inverse inverse) { return inverse == Inverse::weight || inverse == Inverse::layer; }
 
-inline void check_rule(const RnnBackward<float>& f) {
-    if (f.inverse == Inverse::difference || f.inverse == Inverse::direct)
+template <class T>
+void check_rule(const RnnBackward<T, float>& f) {
+    if (f.inverse == Inverse::difference || f.inverse == Inverse::direct ||
+        (f.inverse == Inverse::jacobian && !std::is_same_v<T, float>))
         throw std::invalid_argument("rnn_bwd: there is no such inverse on a CUDA device");
     if (carries(f.inverse) && !f.feedback) throw std::invalid_argument("rnn_bwd: feedback is missing");
 }

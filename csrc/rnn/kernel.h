@@ -6,6 +6,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "../common/half.h"
+
 namespace tpk {
 
 enum class Nonlinearity { tanh, relu, identity };
@@ -38,7 +40,8 @@ struct Unsolved {
     ptrdiff_t t, b, head;
 };
 
-template <class T>
+// Number: of the rule's numbers.
+template <class T, class Number = T>
 struct RnnBackward {
     const T* grad_h;  // or null: zero
     Strides grad_h_strides;
@@ -59,21 +62,28 @@ struct RnnBackward {
     int32_t* iterations;  // [T][B][H], of the solve of "jacobian", or null
     Unsolved* unsolved;   // the worst; not on a CUDA device
     // [T][B][H], on a CUDA device: where the solve of "jacobian" gave up its relative residual, else 0.
-    T* missed;
+    Number* missed;
     ptrdiff_t T_, B, H, N;
     Nonlinearity nonlinearity;
     Inverse inverse;
     Update update;
-    T step, clip, reg, rtol;
+    Number step, clip, reg, rtol;
     ptrdiff_t first;  // the number of the first step, for "unsolved"
     int threads;
 };
 
-// On a CUDA device: no projection, no inverse "difference" or "direct", "jacobian" on one multiprocessor only. They
-// return when the work is in the stream, and throw where it cannot be.
-constexpr int rnn_cuda_largest = 128;  // N on one multiprocessor
-void rnn_forward_cuda(const RnnForward<float>& f, int device, void* stream);
-void rnn_backward_cuda(const RnnBackward<float>& f, int device, void* stream);
+// On a CUDA device, of float, bfloat16 and float16: no projection, no inverse "difference" or "direct", "jacobian" of
+// float on one multiprocessor. They return when the work is in the stream, and throw where it cannot be. tf32: float32
+// may be multiplied with 11 bits of its 24. displacements: [T][B][H][N], memory for λ where backward needs it, between
+// two sweeps.
+template <class T>
+constexpr int rnn_cuda_largest = sizeof(T) == 4 ? 128 : 256;  // N on one multiprocessor
+template <class T>
+void rnn_forward_cuda(const RnnForward<T>& f, bool tf32, int device, void* stream);
+template <class T>
+void rnn_backward_cuda(const RnnBackward<T, float>& f, float* displacements, bool tf32, int device, void* stream);
+template <class T>
+bool rnn_needs_displacements(const RnnBackward<T, float>& f, bool tf32, int device);
 
 // Beyond that, on a cluster of multiprocessors.
 int rnn_cluster_largest(int device);  // N; 0 where the device has no clusters

@@ -7,6 +7,7 @@
 //
 // What a step should cost, cycle by cycle, is in benchmarks/gpu_log.md: predicted, it has not run on a GPU yet.
 #include "common_cuda.h"
+#include "mma_cuda.h"
 
 namespace tpk {
 
@@ -242,11 +243,12 @@ __global__ void __launch_bounds__(threads_of<K>, 1) rnn_backward_kernel(const Rn
 
 #include "jacobian_cuda.inl"
 
-// The smallest tile with which all blocks run at once; beyond that the largest, which reads the matrices least often.
-int rows_for(ptrdiff_t B, ptrdiff_t H, int multiprocessors) {
-    for (int rows : {1, 2})
-        if ((B + rows - 1) / rows * H <= multiprocessors) return rows;
-    return 4;
+// The smallest tile with which all blocks run at once. 0 where none does: then a step on tensor cores, of 8 rows, is
+// shorter than two of 4 rows; with tf32 already than one of 4. The cycles are in benchmarks/gpu_log.md.
+int rows_for(ptrdiff_t B, ptrdiff_t H, bool tf32, int multiprocessors) {
+    for (int rows : {1, 2, 4})
+        if ((B + rows - 1) / rows * H <= multiprocessors && !(rows == 4 && tf32)) return rows;
+    return 0;
 }
 
 // run(K, rows), of the smallest kernel that holds N.
@@ -264,37 +266,52 @@ void for_tile(const char* what, ptrdiff_t N, int rows, Run run) {
         with(Constant<32>{});
     else if (N <= 64)
         with(Constant<64>{});
-    else if (N <= rnn_cuda_largest)
-        with(Constant<rnn_cuda_largest>{});
+    else if (N <= rnn_cuda_largest<float>)
+        with(Constant<rnn_cuda_largest<float>>{});
     else
         throw std::invalid_argument(std::string(what) + ": N must be at most 128, got " + std::to_string(N));
 }
 
+// run(parts), where the product is one on tensor cores.
+template <class Run>
+void with_parts(bool tf32, Run run) {
+    if (tf32)
+        run(Constant<1>{});
+    else
+        run(Constant<2>{});
+}
+
 }  // namespace
 
-void rnn_forward_cuda(const RnnForward<float>& f, int device, void* stream) {
+template <>
+void rnn_forward_cuda(const RnnForward<float>& f, bool tf32, int device, void* stream) {
     constexpr const char* what = "rnn_fwd";
     if (f.projection) throw std::invalid_argument("rnn_fwd: there is no projection on a CUDA device");
-    if (f.N > rnn_cuda_largest) return rnn_forward_cluster(f, device, stream);
+    if (f.N > rnn_cuda_largest<float>) return rnn_forward_cluster(f, device, stream);
     const OnDevice on_device(device);
     if (f.T_ * f.B * f.H * f.N == 0) return;
-    const int rows = rows_for(f.B, f.H, multiprocessors(device));
+    const int rows = rows_for(f.B, f.H, tf32, multiprocessors(device));
+    if (!rows) return with_parts(tf32, [&](auto parts) { rnn_forward_mma<float, parts.of>(f, stream); });
     const ptrdiff_t blocks = blocks_of(what, f.B, f.H, rows);
     for_tile(what, f.N, rows, [&](auto K, auto R) {
         launch(what, rnn_forward_kernel<K.of, R.of>, blocks, threads_of<K.of>, stream, f);
     });
 }
 
-void rnn_backward_cuda(const RnnBackward<float>& f, int device, void* stream) {
+template <>
+void rnn_backward_cuda(const RnnBackward<float>& f, float* displacements, bool tf32, int device, void* stream) {
     constexpr const char* what = "rnn_bwd";
     check_rule(f);
-    if (f.N > rnn_cuda_largest) return rnn_backward_cluster(f, device, stream);
-    const bool adjoins = f.update == Update::total;
+    if (f.N > rnn_cuda_largest<float>) return rnn_backward_cluster(f, device, stream);
     const OnDevice on_device(device);
     if (f.T_ * f.B * f.H * f.N == 0) return;
     if (f.inverse == Inverse::jacobian && !f.missed) throw std::invalid_argument("rnn_bwd: missed is missing");
-    const int rows = rows_for(f.B, f.H, multiprocessors(device));
+    int rows = rows_for(f.B, f.H, tf32, multiprocessors(device));
+    if (!rows && f.inverse == Inverse::jacobian) rows = 4;  // it has no tile of 8
+    if (!rows)
+        return with_parts(tf32, [&](auto parts) { rnn_backward_mma<float, parts.of>(f, displacements, stream); });
     const ptrdiff_t blocks = blocks_of(what, f.B, f.H, rows);
+    const bool adjoins = f.update == Update::total;
     for_tile(what, f.N, rows, [&](auto K, auto R) {
         if (f.inverse == Inverse::jacobian)
             return launch(what,
@@ -306,6 +323,15 @@ void rnn_backward_cuda(const RnnBackward<float>& f, int device, void* stream) {
                                                : rnn_backward_kernel<K.of, R.of, false, false>;
         launch(what, kernel, blocks, threads_of<K.of>, stream, f);
     });
+}
+
+template <>
+bool rnn_needs_displacements(const RnnBackward<float>& f, bool tf32, int device) {
+    const bool others = f.N > rnn_cuda_largest<float> || f.inverse == Inverse::jacobian;  // a cluster's, or none
+    if (others || rows_for(f.B, f.H, tf32, multiprocessors(device))) return false;
+    bool needs = false;
+    with_parts(tf32, [&](auto parts) { needs = rnn_mma_needs_displacements<float, parts.of>(f); });
+    return needs;
 }
 
 }  // namespace tpk

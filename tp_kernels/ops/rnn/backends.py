@@ -132,22 +132,34 @@ _CUDA_INVERSES = ("none", "identity", "weight", "layer", "jacobian")
 
 def _cuda_supports(tensor: Tensor, *, size: int, sweep: Sweep | None = None, **options: object) -> Support:
     """``size``: N; ``sweep``: of a backward pass."""
-    ok, reason = _native.cuda_supports(tensor)
+    ok, reason = _native.cuda_supports(tensor, (torch.float32, torch.bfloat16, torch.float16))
     if not ok:
         return ok, reason
-    largest = _native.cuda.rnn_largest
+    dtype = _native.dtype_name(tensor.dtype)
+    largest = _native.cuda.rnn_largest[dtype]
     if size > largest:
-        of_cluster = _native.cuda.rnn_cluster_largest(_native.device_and_stream(tensor)["device"])
+        of_cluster = 0
+        if tensor.dtype == torch.float32:
+            of_cluster = _native.cuda.rnn_cluster_largest(_native.device_and_stream(tensor)["device"])
         where = f"{of_cluster} units on a cluster of multiprocessors"
         if not of_cluster:
-            where = f"{largest} units on one multiprocessor, of clusters the device has none"
+            where = f"{largest} units on one multiprocessor in {dtype}"
+            where += ", of clusters the device has none" if tensor.dtype == torch.float32 else ""
         if size > of_cluster:
             return False, f"it keeps the weight of up to {where}, and there are {size}"
     if sweep is not None and sweep.inverse not in _CUDA_INVERSES:
         return False, f"this version has no CUDA kernel for the inverse {sweep.inverse!r}"
-    if sweep is not None and sweep.inverse == "jacobian" and size > largest:
-        return False, f"it solves inverse='jacobian' for up to {largest} units, and there are {size}"
+    if sweep is not None and sweep.inverse == "jacobian":
+        if tensor.dtype != torch.float32:
+            return False, f"it solves inverse='jacobian' in float32, and the tensors are {dtype}"
+        if size > largest:
+            return False, f"it solves inverse='jacobian' for up to {largest} units, and there are {size}"
     return True, ""
+
+
+def _cuda_precision(tensor: Tensor) -> dict[str, Any]:
+    """What is multiplied. float32 loses digits only where torch has been told that this is good enough."""
+    return {"dtype": _native.dtype_name(tensor.dtype), "tf32": torch.backends.cuda.matmul.allow_tf32}
 
 
 def _cuda_forward(u: Tensor, weight: Tensor, h0: Tensor | None, nonlinearity: str, out: Tensor | None = None) -> Tensor:
@@ -163,6 +175,7 @@ def _cuda_forward(u: Tensor, weight: Tensor, h0: Tensor | None, nonlinearity: st
         h=_native.pointer(h),
         sizes=sizes(h),
         nonlinearity=nonlinearity,
+        **_cuda_precision(h),
         **_native.device_and_stream(h),
     )
     return h
@@ -192,6 +205,10 @@ def _cuda_backward(
     )
     grad_u, carried_out, through_out = backward_outputs(h, sweep)
     missed = h.new_empty(h.shape[:-1]) if sweep.inverse == "jacobian" else None
+    place = _native.device_and_stream(h)
+    case = {"sizes": sizes(h), "inverse": sweep.inverse, "update": sweep.update, **_cuda_precision(h)}
+    needed = _native.cuda.rnn_needs_displacements(**case, device=place["device"])
+    displacements = torch.empty_like(h, dtype=torch.float32) if needed else None
     _native.cuda.rnn_bwd(
         grad_h=_native.pointer(grad_h),
         grad_h_strides=strides(grad_h),
@@ -204,17 +221,16 @@ def _cuda_backward(
         carried_out=_native.pointer(carried_out),
         through_out=_native.pointer(through_out),
         grad_u=_native.pointer(grad_u),
+        displacements=_native.pointer(displacements),
         iterations=_native.pointer(iterations),
         missed=_native.pointer(missed),
-        sizes=sizes(h),
         nonlinearity=sweep.nonlinearity,
-        inverse=sweep.inverse,
-        update=sweep.update,
         step=sweep.step,
         clip=sweep.clip,
         reg=sweep.reg,
         rtol=sweep.rtol,
-        **_native.device_and_stream(h),
+        **case,
+        **place,
     )
     if missed is not None:
         reference.check_residuals(missed, sweep, h.dtype)
