@@ -5,6 +5,7 @@
 
 #include "bindings.h"
 #include "common/cuda.h"
+#include "regularized_inverse/kernel.h"
 #include "rnn/kernel.h"
 
 using namespace tpk;
@@ -53,6 +54,68 @@ void rnn_bwd(std::uintptr_t grad_h, const Array3& grad_h_strides, std::uintptr_t
     rnn_backward_cuda(f, device, at<void>(stream));
 }
 
+MatrixStrides matrix_strides(const Array3& s) { return {s[0], s[1], s[2]}; }
+
+template <class T>
+void solve(std::uintptr_t weight, const Array3& weight_strides, std::uintptr_t rhs, const Array3& rhs_strides,
+           double reg, std::uintptr_t reg_on_device, std::uintptr_t solved, std::uintptr_t failed, const Array3& sizes,
+           int device, std::uintptr_t stream) {
+    const RegularizedSolveCuda<T> f = {at<const T>(weight),
+                                       matrix_strides(weight_strides),
+                                       at<const T>(rhs),
+                                       matrix_strides(rhs_strides),
+                                       static_cast<T>(reg),
+                                       at<const T>(reg_on_device),
+                                       at<T>(solved),
+                                       at<bool>(failed),
+                                       sizes[0],
+                                       sizes[1],
+                                       sizes[2]};
+    py::gil_scoped_release release;
+    regularized_solve_cuda(f, device, at<void>(stream));
+}
+
+void regularized_solve(bool is_double, std::uintptr_t weight, const Array3& weight_strides, std::uintptr_t rhs,
+                       const Array3& rhs_strides, double reg, std::uintptr_t reg_on_device, std::uintptr_t solved,
+                       std::uintptr_t failed, const Array3& sizes, int device, std::uintptr_t stream) {
+    (is_double ? solve<double> : solve<float>)(weight, weight_strides, rhs, rhs_strides, reg, reg_on_device, solved,
+                                               failed, sizes, device, stream);
+}
+
+template <class T>
+void polar_factor(std::uintptr_t weight, const Array3& weight_strides, double reg, std::uintptr_t reg_on_device,
+                  std::uintptr_t polar, std::uintptr_t scratch, std::uintptr_t failed, const Array3& sizes,
+                  double tolerance, int most, int device, std::uintptr_t stream) {
+    const RegularizedPolarCuda<T> f = {at<const T>(weight),
+                                       matrix_strides(weight_strides),
+                                       static_cast<T>(reg),
+                                       at<const T>(reg_on_device),
+                                       at<T>(polar),
+                                       at<T>(scratch),
+                                       at<bool>(failed),
+                                       sizes[0],
+                                       sizes[1],
+                                       sizes[2],
+                                       static_cast<T>(tolerance),
+                                       most};
+    py::gil_scoped_release release;
+    regularized_polar_cuda(f, device, at<void>(stream));
+}
+
+void regularized_polar(bool is_double, std::uintptr_t weight, const Array3& weight_strides, double reg,
+                       std::uintptr_t reg_on_device, std::uintptr_t polar, std::uintptr_t scratch,
+                       std::uintptr_t failed, const Array3& sizes, double tolerance, int most, int device,
+                       std::uintptr_t stream) {
+    (is_double ? polar_factor<double> : polar_factor<float>)(weight, weight_strides, reg, reg_on_device, polar, scratch,
+                                                             failed, sizes, tolerance, most, device, stream);
+}
+
+int regularized_inverse_largest(bool is_double, int device) {
+    const OnDevice on_device(device);
+    return is_double ? regularized_inverse_cuda_largest<double>(device)
+                     : regularized_inverse_cuda_largest<float>(device);
+}
+
 py::dict build_info() {
     py::dict info;
     info["compiler"] = TPK_COMPILER;
@@ -71,14 +134,26 @@ PYBIND11_MODULE(TPK_MODULE, m) {
           py::arg("carried_out"), py::arg("through_out"), py::arg("grad_u"), py::arg("sizes"), py::arg("nonlinearity"),
           py::arg("inverse"), py::arg("update"), py::arg("step"), py::arg("clip"), py::arg("device"),
           py::arg("stream"));
+    m.def("regularized_solve", &regularized_solve, py::kw_only(), py::arg("double"), py::arg("weight"),
+          py::arg("weight_strides"), py::arg("rhs"), py::arg("rhs_strides"), py::arg("reg"), py::arg("reg_on_device"),
+          py::arg("solved"), py::arg("failed"), py::arg("sizes"), py::arg("device"), py::arg("stream"));
+    m.def("regularized_polar", &regularized_polar, py::kw_only(), py::arg("double"), py::arg("weight"),
+          py::arg("weight_strides"), py::arg("reg"), py::arg("reg_on_device"), py::arg("polar"), py::arg("scratch"),
+          py::arg("failed"), py::arg("sizes"), py::arg("tolerance"), py::arg("most"), py::arg("device"),
+          py::arg("stream"));
+    m.def("regularized_inverse_largest", &regularized_inverse_largest, py::kw_only(), py::arg("double"),
+          py::arg("device"), "The order that the device's shared memory holds.");
     m.def("device_problem", &device_problem, "Why no device can be used; empty where one can.");
     m.def("build_info", &build_info);
     m.attr("rnn_largest") = rnn_cuda_largest;
 #ifdef TPK_EMULATE
     m.attr("device_type") = "cpu";
     m.def(
-        "emulate", [](int multiprocessors, bool reversed) { emulation::settings = {reversed, multiprocessors}; },
-        py::kw_only(), py::arg("multiprocessors"), py::arg("reversed"));
+        "emulate",
+        [](int multiprocessors, bool reversed, ptrdiff_t shared_limit) {
+            emulation::settings = {reversed, multiprocessors, shared_limit};
+        },
+        py::kw_only(), py::arg("multiprocessors") = 4, py::arg("reversed") = false, py::arg("shared_limit") = 232448);
 #else
     m.attr("device_type") = "cuda";
 #endif

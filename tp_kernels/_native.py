@@ -55,11 +55,16 @@ def cuda_available() -> Support:
     return not problem, problem
 
 
-def cuda_supports(tensor: torch.Tensor, **options: object) -> Support:
+def cuda_supports(
+    tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,), **options: object
+) -> Support:
     if tensor.device.type != cuda.device_type:
         return False, f"it computes on a CUDA device, and the tensors are on {tensor.device}"
-    if tensor.dtype != torch.float32:
-        return False, f"it computes float32, and the tensors are {str(tensor.dtype).removeprefix('torch.')}"
+    if tensor.dtype not in dtypes:
+        computes, found = (
+            " and ".join(str(dtype).removeprefix("torch.") for dtype in names) for names in (dtypes, [tensor.dtype])
+        )
+        return False, f"it computes {computes}, and the tensors are {found}"
     return True, ""
 
 

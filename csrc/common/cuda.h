@@ -14,6 +14,10 @@
 
 // A variable that a thread block shares.
 #define TPK_SHARED(type, name) __shared__ type name
+// All that a launch gave it, from an address that is a multiple of 16.
+#define TPK_DYNAMIC_SHARED(name)                   \
+    extern __shared__ float4 tpk_dynamic_shared[]; \
+    void* const name = tpk_dynamic_shared
 
 namespace tpk {
 
@@ -53,6 +57,14 @@ inline int multiprocessors(int device) {
     return count;
 }
 
+// Bytes of shared memory that a block may be given.
+inline ptrdiff_t shared_limit(int device) {
+    int bytes = 0;
+    check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+               "cudaDeviceGetAttribute");
+    return bytes;
+}
+
 // Throws where the launch itself fails; what fails later, on the device, the next call to CUDA reports.
 template <class... Arguments>
 void launch(const char* what, void (*kernel)(Arguments...), ptrdiff_t blocks, int threads, void* stream,
@@ -60,6 +72,19 @@ void launch(const char* what, void (*kernel)(Arguments...), ptrdiff_t blocks, in
     void* pointers[] = {&arguments...};
     check_cuda(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
                                 dim3(static_cast<unsigned>(threads)), pointers, 0, static_cast<cudaStream_t>(stream)),
+               what);
+}
+
+// The same with that many bytes of dynamic shared memory; beyond 48 KB a kernel has to be allowed them.
+template <class... Arguments>
+void launch_with_shared(const char* what, void (*kernel)(Arguments...), ptrdiff_t blocks, int threads, ptrdiff_t bytes,
+                        void* stream, Arguments... arguments) {
+    const void* function = reinterpret_cast<const void*>(kernel);
+    check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+               what);
+    void* pointers[] = {&arguments...};
+    check_cuda(cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
+                                pointers, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)),
                what);
 }
 

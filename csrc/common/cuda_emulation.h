@@ -36,6 +36,10 @@ struct alignas(16) float4 {
     float x, y, z, w;
 };
 
+struct alignas(16) double2 {
+    double x, y;
+};
+
 namespace tpk {
 namespace emulation {
 
@@ -63,16 +67,18 @@ struct Fiber {
 struct Settings {
     bool reversed = false;
     int multiprocessors = 4;
+    ptrdiff_t shared_limit = 232448;
 };
 inline Settings settings;
 
 class Block {
 public:
-    Block(dim3 index, unsigned threads, std::function<void()> body)
+    Block(dim3 index, unsigned threads, std::function<void()> body, size_t shared_size = shared_bytes)
         : index(index), body_(std::move(body)), all_{threads}, fibers_(threads) {
         if (threads % warp_size) throw std::logic_error("the emulation takes whole warps only");
         warps_.resize(threads / warp_size, Warp{Barrier{warp_size}, {}});
-        shared_.resize(shared_bytes / sizeof(float), std::numeric_limits<float>::quiet_NaN());
+        shared_.resize(shared_size / sizeof(float) + fence, std::numeric_limits<float>::quiet_NaN());
+        memset(&shared_[shared_.size() - fence], 0x5a, fence * sizeof(float));
     }
 
     void run() {
@@ -92,6 +98,9 @@ public:
             }
             if (!progress) throw std::runtime_error("emulation: threads wait at a barrier that others never reach");
         }
+        for (size_t i = shared_.size() - fence; i < shared_.size(); ++i)
+            if (memcmp(&shared_[i], &shared_.back(), sizeof(float)) != 0)
+                throw std::runtime_error("emulation: written beyond the end of shared memory");
     }
 
     void wait(Barrier& barrier) {
@@ -123,6 +132,8 @@ public:
     const dim3 index;
 
 private:
+    static constexpr size_t fence = 64;  // numbers after the end of shared memory
+
     void start(unsigned i) {
         Fiber& fiber = fibers_[i];
         fiber.thread = {i, 0, 0};
@@ -168,6 +179,7 @@ T& shared() {
 
 // One in each kernel.
 #define TPK_SHARED(type, name) type& name = ::tpk::emulation::shared<type>()
+#define TPK_DYNAMIC_SHARED(name) void* const name = ::tpk::emulation::Block::now->shared()
 #define threadIdx (::tpk::emulation::Block::current->thread)
 #define blockIdx (::tpk::emulation::Block::now->index)
 
@@ -176,6 +188,15 @@ inline void __syncthreads() { emulation::Block::now->wait_for_all(); }
 inline float __shfl_xor_sync(unsigned lanes, float value, int mask) {
     if (lanes != 0xffffffffu) throw std::logic_error("the emulation knows shuffles of whole warps only");
     return emulation::Block::now->shuffle(value, static_cast<unsigned>(mask));
+}
+
+// The two halves, one after the other.
+inline double __shfl_xor_sync(unsigned lanes, double value, int mask) {
+    float halves[2];
+    memcpy(halves, &value, sizeof value);
+    for (float& half : halves) half = __shfl_xor_sync(lanes, half, mask);
+    memcpy(&value, halves, sizeof value);
+    return value;
 }
 
 inline float __int_as_float(int bits) {
@@ -201,14 +222,25 @@ struct OnDevice {
 
 inline int multiprocessors(int) { return emulation::settings.multiprocessors; }
 
+inline ptrdiff_t shared_limit(int) { return emulation::settings.shared_limit; }
+
 template <class... Arguments>
-void launch(const char*, void (*kernel)(Arguments...), ptrdiff_t blocks, int threads, void*, Arguments... arguments) {
+void launch_with_shared(const char*, void (*kernel)(Arguments...), ptrdiff_t blocks, int threads, ptrdiff_t bytes,
+                        void*, Arguments... arguments) {
     static std::mutex one_at_a_time;
     const std::lock_guard<std::mutex> lock(one_at_a_time);
+    if (bytes > emulation::settings.shared_limit) throw std::runtime_error("emulation: too much shared memory");
     for (ptrdiff_t index = 0; index < blocks; ++index)
-        emulation::Block(dim3{static_cast<unsigned>(index)}, static_cast<unsigned>(threads), [&] {
-            kernel(arguments...);
-        }).run();
+        emulation::Block(
+            dim3{static_cast<unsigned>(index)}, static_cast<unsigned>(threads), [&] { kernel(arguments...); },
+            static_cast<size_t>(bytes))
+            .run();
+}
+
+template <class... Arguments>
+void launch(const char* what, void (*kernel)(Arguments...), ptrdiff_t blocks, int threads, void* stream,
+            Arguments... arguments) {
+    launch_with_shared(what, kernel, blocks, threads, emulation::shared_bytes, stream, arguments...);
 }
 
 }  // namespace tpk
