@@ -122,7 +122,7 @@ def _cuda_solve(weight: Tensor, rhs: Tensor, reg: Tensor) -> tuple[Tensor, Tenso
     batch, (m, n) = weight.shape[:-2], weight.shape[-2:]
     count = math.prod(batch)
     weight, rhs = weight.reshape(count, m, n), rhs.reshape(count, n, m)
-    solved, failed = weight.new_empty((count, n, m)), weight.new_empty((count,), dtype=torch.bool)
+    solved, failed = weight.new_empty((count, n, m)), torch.empty(count, dtype=torch.bool, device=weight.device)
     arguments, _alive = _cuda_arguments(weight, reg)
     _native.cuda.regularized_solve(
         rhs=_native.pointer(rhs),
@@ -139,7 +139,7 @@ def _cuda_polar(weight: Tensor, reg: Tensor) -> tuple[Tensor, Tensor]:
     batch, (m, n) = weight.shape[:-2], weight.shape[-2:]
     count = math.prod(batch)
     weight = weight.reshape(count, m, n)
-    polar, failed = weight.new_empty((count, n, m)), weight.new_empty((count,), dtype=torch.bool)
+    polar, failed = weight.new_empty((count, n, m)), torch.empty(count, dtype=torch.bool, device=weight.device)
     scratch = weight.new_empty((count, n, n))
     arguments, _alive = _cuda_arguments(weight, reg)
     _native.cuda.regularized_polar(
