@@ -115,10 +115,11 @@ def parse(report: str) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def readable(mangled: str) -> str:
-    """``rnn_forward_kernel<128, 1>`` of the symbol's name."""
-    name = re.search(r"([a-z_]+_kernel)", mangled)
+    """``rnn_forward_kernel<128, 1>`` of the symbol's name, ``regularized_solve_kernel<double, 32>``."""
+    name = re.search(r"([a-z_]+_kernel)I([fd]?)", mangled)
     values = re.findall(r"L[ib](\d+)E", mangled[name.end() :])
-    return f"{name[1]}<{', '.join(values)}>"
+    types = [{"f": "float", "d": "double"}[name[2]]] if name[2] else []
+    return f"{name[1]}<{', '.join(types + values)}>"
 
 
 if __name__ == "__main__":  # renews the table

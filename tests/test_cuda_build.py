@@ -32,6 +32,10 @@ def test_every_kernel_is_compiled_for_every_architecture(compiled):
     assert all(list(of_arch) == names for of_arch in kernels.values())
     assert len([name for name in names if name.startswith("rnn_forward")]) == 9
     assert len([name for name in names if name.startswith("rnn_backward")]) == 36
+    for kernel in ("regularized_solve_kernel", "regularized_polar_kernel"):
+        assert [name for name in names if name.startswith(kernel)] == [
+            f"{kernel}<{dtype}, {order}>" for dtype in ("double", "float") for order in (128, 32, 64)
+        ]
 
 
 def test_nothing_spills(compiled):
@@ -93,13 +97,20 @@ ptxas info    : Compiling entry function '_ZN3tpk3_GL19rnn_backward_kernelILi128
 ptxas info    : Function properties for x
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 30 registers, used 0 barriers, 544 bytes cmem[0]
+ptxas info    : Compiling entry function '_ZN3tpk3_GL24regularized_solve_kernelIdLi32EEEvNS_20RegularizedSolveCudaIT_EENS0_6LayoutIS3_EE' for 'sm_80'
+ptxas info    : Function properties for x
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 60 registers, used 1 barriers, 544 bytes cmem[0]
 """  # noqa: E501
 
 
 def test_reports_are_understood():
     """A spill would be seen."""
     assert parse(REPORT) == {
-        "sm_80": {"rnn_backward_kernel<128, 1, 0, 1>": {"registers": 30, "shared": 0, "local": 0}},
+        "sm_80": {
+            "regularized_solve_kernel<double, 32>": {"registers": 60, "shared": 0, "local": 0},
+            "rnn_backward_kernel<128, 1, 0, 1>": {"registers": 30, "shared": 0, "local": 0},
+        },
         "sm_90a": {"rnn_forward_kernel<32, 4>": {"registers": 40, "shared": 1024, "local": 24}},
     }
 

@@ -43,5 +43,37 @@ def rnn_bwd(
     device: int,
     stream: int,
 ) -> None: ...
+def regularized_solve(
+    *,
+    double: bool,
+    weight: int,
+    weight_strides: tuple[int, int, int],
+    rhs: int,
+    rhs_strides: tuple[int, int, int],
+    reg: float,
+    reg_on_device: int,
+    solved: int,
+    failed: int,
+    sizes: tuple[int, int, int],
+    device: int,
+    stream: int,
+) -> None: ...
+def regularized_polar(
+    *,
+    double: bool,
+    weight: int,
+    weight_strides: tuple[int, int, int],
+    reg: float,
+    reg_on_device: int,
+    polar: int,
+    scratch: int,
+    failed: int,
+    sizes: tuple[int, int, int],
+    tolerance: float,
+    most: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def regularized_inverse_largest(*, double: bool, device: int) -> int: ...
 def device_problem() -> str: ...
 def build_info() -> BuildInfo: ...

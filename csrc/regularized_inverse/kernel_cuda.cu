@@ -330,7 +330,7 @@ __device__ inline int padded_count(ptrdiff_t count, int rows) {
 }
 
 template <class T, int K>
-__global__ void __launch_bounds__(Square<K>::threads)
+__global__ void __launch_bounds__(Square<K>::threads, 1)
     regularized_solve_kernel(const RegularizedSolveCuda<T> f, const Layout<T> layout) {
     constexpr int threads = Square<K>::threads;
     TPK_DYNAMIC_SHARED(memory);
@@ -393,7 +393,7 @@ struct HalleyStep {
 // Halley's iteration from Z = [W; √r I] over a bound of its largest singular value. X, the first m rows of Z, is
 // transposed in `polar` from the start, the other n in `scratch`.
 template <class T, int K>
-__global__ void __launch_bounds__(Square<K>::threads)
+__global__ void __launch_bounds__(Square<K>::threads, 1)
     regularized_polar_kernel(const RegularizedPolarCuda<T> f, const Layout<T> layout) {
     constexpr int threads = Square<K>::threads;
     // Weights for smaller l would be faster, at a condition number 1 + c of more than 41 of what is factored.

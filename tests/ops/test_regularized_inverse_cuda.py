@@ -213,8 +213,9 @@ def test_smallest_reg(kind, shape, dtype):
 @pytest.mark.parametrize("reg", [1e-4, 1e-8])
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e2, 1e3])
 @pytest.mark.parametrize("shape", [(4, 1, 1), (4, 7, 5), (4, 33, 33)], ids=str)
-def test_polar_converges(shape, size, reg):
+def test_polar_converges(shape, size, reg, monkeypatch):
     """Against the decomposition in float32, s_max/√r up to 1e7: full rank, twelve decades, rank 1, zero."""
+    monkeypatch.setattr(op, "CUDA_LARGEST_COUNT", 10)
     gains = torch.logspace(0, -12, shape[-1], dtype=torch.float64)
     rank_1 = torch.eye(shape[-1], dtype=torch.float64)[0]
     weight = torch.stack([
@@ -226,6 +227,16 @@ def test_polar_converges(shape, size, reg):
     plain = tp.regularized_inverse(weight, reg, power=0.5, backend="reference")
     assert (errors(found, exact) <= 2 * errors(plain, exact) + FLOOR[torch.float32]).all()
     assert_small_residual(found[0], weight[0], float(torch.tensor(reg)), 0.5)
+
+
+@pytest.mark.parametrize(("reg", "steps"), [(0.25, 3), (1e-4, 5)], ids=str)
+def test_count_of_steps(reg, steps, monkeypatch):
+    """As the README says of 128 units: so many, and not one less."""
+    weight = matrices((128, 128), torch.float32)
+    monkeypatch.setattr(op, "CUDA_LARGEST_COUNT", steps)
+    assert_small_residual(inverse(weight, reg, 0.5), weight, float(torch.tensor(reg)), 0.5)
+    monkeypatch.setattr(op, "CUDA_LARGEST_COUNT", steps - 1)
+    assert inverse(weight, reg, 0.5, check_errors=False).isnan().all()
 
 
 @pytest.mark.parametrize("scale", [1e-17, 2e19])
