@@ -27,6 +27,14 @@ void rnn_fwd(std::uintptr_t input, const Array3& input_strides, std::uintptr_t w
     rnn_forward_cuda(f, device, at<void>(stream));
 }
 
+void rnn_activation(std::uintptr_t h, std::ptrdiff_t count, const std::string& nonlinearity, int device,
+                    std::uintptr_t stream) {
+    const Nonlinearity a = nonlinearity_of(nonlinearity);
+    py::gil_scoped_release release;
+    rnn_activation_cuda(at<float>(h), count, a, device, at<void>(stream));
+}
+
+template <void (*launcher)(const RnnBackward<float>&, int, void*)>
 void rnn_bwd(std::uintptr_t grad_h, const Array3& grad_h_strides, std::uintptr_t grad_last, std::uintptr_t h,
              std::uintptr_t weight, std::uintptr_t feedback, std::uintptr_t carried_in, std::uintptr_t through_in,
              std::uintptr_t carried_out, std::uintptr_t through_out, std::uintptr_t grad_u, const Array4& sizes,
@@ -51,7 +59,7 @@ void rnn_bwd(std::uintptr_t grad_h, const Array3& grad_h_strides, std::uintptr_t
     f.step = static_cast<float>(step);
     f.clip = static_cast<float>(clip);
     py::gil_scoped_release release;
-    rnn_backward_cuda(f, device, at<void>(stream));
+    launcher(f, device, at<void>(stream));
 }
 
 MatrixStrides matrix_strides(const Array3& s) { return {s[0], s[1], s[2]}; }
@@ -129,11 +137,17 @@ PYBIND11_MODULE(TPK_MODULE, m) {
     m.doc() = "CUDA kernels. Takes addresses: call them through tp_kernels, which checks the tensors.";
     m.def("rnn_fwd", &rnn_fwd, py::kw_only(), py::arg("input"), py::arg("input_strides"), py::arg("weight"),
           py::arg("h0"), py::arg("h"), py::arg("sizes"), py::arg("nonlinearity"), py::arg("device"), py::arg("stream"));
-    m.def("rnn_bwd", &rnn_bwd, py::kw_only(), py::arg("grad_h"), py::arg("grad_h_strides"), py::arg("grad_last"),
-          py::arg("h"), py::arg("weight"), py::arg("feedback"), py::arg("carried_in"), py::arg("through_in"),
-          py::arg("carried_out"), py::arg("through_out"), py::arg("grad_u"), py::arg("sizes"), py::arg("nonlinearity"),
-          py::arg("inverse"), py::arg("update"), py::arg("step"), py::arg("clip"), py::arg("device"),
-          py::arg("stream"));
+    m.def("rnn_activation", &rnn_activation, py::kw_only(), py::arg("h"), py::arg("count"), py::arg("nonlinearity"),
+          py::arg("device"), py::arg("stream"));
+    const auto def_backward = [&](const char* name, auto function) {
+        m.def(name, function, py::kw_only(), py::arg("grad_h"), py::arg("grad_h_strides"), py::arg("grad_last"),
+              py::arg("h"), py::arg("weight"), py::arg("feedback"), py::arg("carried_in"), py::arg("through_in"),
+              py::arg("carried_out"), py::arg("through_out"), py::arg("grad_u"), py::arg("sizes"),
+              py::arg("nonlinearity"), py::arg("inverse"), py::arg("update"), py::arg("step"), py::arg("clip"),
+              py::arg("device"), py::arg("stream"));
+    };
+    def_backward("rnn_bwd", &rnn_bwd<rnn_backward_cuda>);
+    def_backward("rnn_step", &rnn_bwd<rnn_step_cuda>);
     m.def("regularized_solve", &regularized_solve, py::kw_only(), py::arg("double"), py::arg("weight"),
           py::arg("weight_strides"), py::arg("rhs"), py::arg("rhs_strides"), py::arg("reg"), py::arg("reg_on_device"),
           py::arg("solved"), py::arg("failed"), py::arg("sizes"), py::arg("device"), py::arg("stream"));

@@ -43,6 +43,29 @@ def rnn_bwd(
     device: int,
     stream: int,
 ) -> None: ...
+def rnn_step(
+    *,
+    grad_h: int,
+    grad_h_strides: tuple[int, int, int],
+    grad_last: int,
+    h: int,
+    weight: int,
+    feedback: int,
+    carried_in: int,
+    through_in: int,
+    carried_out: int,
+    through_out: int,
+    grad_u: int,
+    sizes: tuple[int, int, int, int],
+    nonlinearity: str,
+    inverse: str,
+    update: str,
+    step: float,
+    clip: float,
+    device: int,
+    stream: int,
+) -> None: ...
+def rnn_activation(*, h: int, count: int, nonlinearity: str, device: int, stream: int) -> None: ...
 def regularized_solve(
     *,
     double: bool,

@@ -73,4 +73,8 @@ constexpr int rnn_cuda_largest = 128;
 void rnn_forward_cuda(const RnnForward<float>& f, int device, void* stream);
 void rnn_backward_cuda(const RnnBackward<float>& f, int device, void* stream);
 
+// One step without its products, any N. a(h), in place; and δ, with carried_out what the inverse's product takes of λ.
+void rnn_activation_cuda(float* h, ptrdiff_t count, Nonlinearity nonlinearity, int device, void* stream);
+void rnn_step_cuda(const RnnBackward<float>& f, int device, void* stream);
+
 }  // namespace tpk

@@ -254,7 +254,6 @@ def test_other_inverses_are_refused(rule):
 
 def test_what_else_is_refused():
     for case, dtype, reason in (
-        (RNNCase(N=129), FLOAT, "it keeps the weight of up to 128 units on one multiprocessor, and there are 129"),
         (SMALL, torch.float64, "it computes float32, and the tensors are float64"),
         (SMALL, torch.bfloat16, "it computes float32, and the tensors are bfloat16"),
     ):

@@ -8,7 +8,8 @@ from torch import Tensor
 from tp_kernels import _native, _triton
 from tp_kernels._backends import Backend, BackendTable, Support
 from tp_kernels._library import register
-from tp_kernels.ops.rnn import reference, triton_blocks
+from tp_kernels.ops.rnn import library_chain, reference, triton_blocks
+from tp_kernels.ops.rnn.cuda_paths import cuda_path
 from tp_kernels.rules import Sweep
 
 
@@ -135,9 +136,6 @@ def _cuda_supports(tensor: Tensor, *, size: int, sweep: Sweep | None = None, **o
     ok, reason = _native.cuda_supports(tensor)
     if not ok:
         return ok, reason
-    largest = _native.cuda.rnn_largest
-    if size > largest:
-        return False, f"it keeps the weight of up to {largest} units on one multiprocessor, and there are {size}"
     if sweep is not None and sweep.inverse not in _CUDA_INVERSES:
         return False, f"this version has no CUDA kernel for the inverse {sweep.inverse!r}"
     return True, ""
@@ -148,6 +146,9 @@ def _cuda_forward(u: Tensor, weight: Tensor, h0: Tensor | None, nonlinearity: st
     u, weight = unit_stride(u), weight.contiguous()
     h0 = None if h0 is None else h0.contiguous()
     h = u.new_empty(u.shape) if out is None else out
+    if cuda_path(h.shape[-1], h.dtype).name == "library chain":
+        library_chain.call(library_chain.forward, (h,), nonlinearity, (u, weight, h0))
+        return h
     _native.cuda.rnn_fwd(
         input=_native.pointer(u),
         input_strides=strides(u),
@@ -184,6 +185,11 @@ def _cuda_backward(
         None if tensor is None else tensor.contiguous() for tensor in (grad_last, feedback, carried, through)
     )
     grad_u, carried_out, through_out = backward_outputs(h, sweep)
+    if cuda_path(h.shape[-1], h.dtype).name == "library chain":
+        tensors = grad_h, grad_last, h, weight, feedback, carried, through
+        words = sweep._replace(first=0)  # the same sweep, wherever it starts
+        library_chain.call(library_chain.backward, (grad_u, carried_out, through_out), words, tensors)
+        return grad_u, carried_out, through_out
     _native.cuda.rnn_bwd(
         grad_h=_native.pointer(grad_h),
         grad_h_strides=strides(grad_h),
