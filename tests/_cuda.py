@@ -116,9 +116,11 @@ def parse(report: str) -> dict[str, dict[str, dict[str, int]]]:
 
 def readable(mangled: str) -> str:
     """``rnn_forward_kernel<128, 1>`` of the symbol's name, ``regularized_solve_kernel<double, 32>``."""
-    name = re.search(r"([a-z_]+_kernel)I([fd]?)", mangled)
+    name = re.search(r"([a-z_]+_kernel)(I[fd]?)?", mangled)
+    if not name[2]:
+        return name[1]
     values = re.findall(r"L[ib](\d+)E", mangled[name.end() :])
-    types = [{"f": "float", "d": "double"}[name[2]]] if name[2] else []
+    types = {"I": [], "If": ["float"], "Id": ["double"]}[name[2]]
     return f"{name[1]}<{', '.join(types + values)}>"
 
 

@@ -14,10 +14,8 @@
 
 // A variable that a thread block shares.
 #define TPK_SHARED(type, name) __shared__ type name
-// All that a launch gave it, from an address that is a multiple of 16.
-#define TPK_DYNAMIC_SHARED(name)                   \
-    extern __shared__ float4 tpk_dynamic_shared[]; \
-    void* const name = tpk_dynamic_shared
+// The memory that a launch asks for, as `float4* name`.
+#define TPK_DYNAMIC_SHARED(name) extern __shared__ float4 name[]
 
 namespace tpk {
 

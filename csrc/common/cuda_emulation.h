@@ -179,7 +179,7 @@ T& shared() {
 
 // One in each kernel.
 #define TPK_SHARED(type, name) type& name = ::tpk::emulation::shared<type>()
-#define TPK_DYNAMIC_SHARED(name) void* const name = ::tpk::emulation::Block::now->shared()
+#define TPK_DYNAMIC_SHARED(name) float4* const name = static_cast<float4*>(::tpk::emulation::Block::now->shared())
 #define threadIdx (::tpk::emulation::Block::current->thread)
 #define blockIdx (::tpk::emulation::Block::now->index)
 

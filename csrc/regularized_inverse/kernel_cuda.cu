@@ -96,8 +96,8 @@ struct Workspace {
     T* of_warps;
     int order, rows, stride;
 
-    __device__ Workspace(const Layout<T>& layout, void* memory)
-        : factor(static_cast<T*>(memory)),
+    __device__ Workspace(const Layout<T>& layout, float4* memory)
+        : factor(reinterpret_cast<T*>(memory)),
           z(factor + layout.factor()),
           columns(z + layout.order * layout.stride()),
           of_warps(columns + 2 * layout.order),
