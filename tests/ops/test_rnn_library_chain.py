@@ -75,8 +75,8 @@ def test_nothing_is_written_outside_of_the_outputs(case, fences):
 
 @pytest.mark.parametrize("rule", SWEPT)
 def test_a_sequence_in_two_parts(rule):
-    """State and what goes back handed on: the same up to rounding, which in the library's products may depend on where a
-    matrix lies in memory.
+    """State and what goes back handed on: the same up to rounding, which in the library's products may depend on where
+    a matrix lies in memory.
     """
     case = RNNCase(T=5, B=3, N=130)
     u, weight, h0 = (tensor.to(DEVICE) for tensor in case.tensors(FLOAT))
