@@ -5,6 +5,7 @@
 
 #include "bindings.h"
 #include "common/cuda.h"
+#include "regularized_inverse/kernel.h"
 #include "rnn/kernel.h"
 
 using namespace tpk;
@@ -84,6 +85,99 @@ bool needs_displacements(const std::string& dtype, const Array4& sizes, const st
     });
 }
 
+void rnn_activation(std::uintptr_t h, std::ptrdiff_t count, const std::string& nonlinearity, int device,
+                    std::uintptr_t stream) {
+    const Nonlinearity a = nonlinearity_of(nonlinearity);
+    py::gil_scoped_release release;
+    rnn_activation_cuda(at<float>(h), count, a, device, at<void>(stream));
+}
+
+// One step of the chain, without products: of the rule, only what happens to a number.
+void rnn_step(std::uintptr_t grad_h, const Array3& grad_h_strides, std::uintptr_t grad_last, std::uintptr_t h,
+              std::uintptr_t carried_in, std::uintptr_t through_in, std::uintptr_t carried_out, std::uintptr_t grad_u,
+              const Array4& sizes, const std::string& nonlinearity, const std::string& inverse,
+              const std::string& update, double step, double clip, int device, std::uintptr_t stream) {
+    RnnBackward<float> f = {};
+    f.grad_h = at<const float>(grad_h);
+    f.grad_h_strides = strides(grad_h_strides);
+    f.grad_last = at<const float>(grad_last);
+    f.h = at<const float>(h);
+    f.carried_in = at<const float>(carried_in);
+    f.through_in = at<const float>(through_in);
+    f.carried_out = at<float>(carried_out);
+    f.grad_u = at<float>(grad_u);
+    f.T_ = sizes[0], f.B = sizes[1], f.H = sizes[2], f.N = sizes[3];
+    f.nonlinearity = nonlinearity_of(nonlinearity);
+    f.inverse = inverse_of(inverse);
+    f.update = update_of(update);
+    f.step = static_cast<float>(step);
+    f.clip = static_cast<float>(clip);
+    py::gil_scoped_release release;
+    rnn_step_cuda(f, device, at<void>(stream));
+}
+
+MatrixStrides matrix_strides(const Array3& s) { return {s[0], s[1], s[2]}; }
+
+template <class T>
+void solve(std::uintptr_t weight, const Array3& weight_strides, std::uintptr_t rhs, const Array3& rhs_strides,
+           double reg, std::uintptr_t reg_on_device, std::uintptr_t solved, std::uintptr_t failed, const Array3& sizes,
+           int device, std::uintptr_t stream) {
+    const RegularizedSolveCuda<T> f = {at<const T>(weight),
+                                       matrix_strides(weight_strides),
+                                       at<const T>(rhs),
+                                       matrix_strides(rhs_strides),
+                                       static_cast<T>(reg),
+                                       at<const T>(reg_on_device),
+                                       at<T>(solved),
+                                       at<bool>(failed),
+                                       sizes[0],
+                                       sizes[1],
+                                       sizes[2]};
+    py::gil_scoped_release release;
+    regularized_solve_cuda(f, device, at<void>(stream));
+}
+
+void regularized_solve(bool is_double, std::uintptr_t weight, const Array3& weight_strides, std::uintptr_t rhs,
+                       const Array3& rhs_strides, double reg, std::uintptr_t reg_on_device, std::uintptr_t solved,
+                       std::uintptr_t failed, const Array3& sizes, int device, std::uintptr_t stream) {
+    (is_double ? solve<double> : solve<float>)(weight, weight_strides, rhs, rhs_strides, reg, reg_on_device, solved,
+                                               failed, sizes, device, stream);
+}
+
+template <class T>
+void polar_factor(std::uintptr_t weight, const Array3& weight_strides, double reg, std::uintptr_t reg_on_device,
+                  std::uintptr_t polar, std::uintptr_t scratch, std::uintptr_t failed, const Array3& sizes,
+                  double tolerance, int most, int device, std::uintptr_t stream) {
+    const RegularizedPolarCuda<T> f = {at<const T>(weight),
+                                       matrix_strides(weight_strides),
+                                       static_cast<T>(reg),
+                                       at<const T>(reg_on_device),
+                                       at<T>(polar),
+                                       at<T>(scratch),
+                                       at<bool>(failed),
+                                       sizes[0],
+                                       sizes[1],
+                                       sizes[2],
+                                       static_cast<T>(tolerance),
+                                       most};
+    py::gil_scoped_release release;
+    regularized_polar_cuda(f, device, at<void>(stream));
+}
+
+void regularized_polar(bool is_double, std::uintptr_t weight, const Array3& weight_strides, double reg,
+                       std::uintptr_t reg_on_device, std::uintptr_t polar, std::uintptr_t scratch,
+                       std::uintptr_t failed, const Array3& sizes, double tolerance, int most, int device,
+                       std::uintptr_t stream) {
+    (is_double ? polar_factor<double> : polar_factor<float>)(weight, weight_strides, reg, reg_on_device, polar, scratch,
+                                                             failed, sizes, tolerance, most, device, stream);
+}
+
+int regularized_inverse_largest(bool is_double, int device) {
+    const OnDevice on_device(device);
+    return is_double ? regularized_inverse_cuda_largest<double>(device)
+                     : regularized_inverse_cuda_largest<float>(device);
+}
+
 py::dict build_info() {
     py::dict info;
     info["compiler"] = TPK_COMPILER;
@@ -108,6 +202,21 @@ PYBIND11_MODULE(TPK_MODULE, m) {
           "Whether rnn_bwd needs memory for displacements, float32 and in the shape of h.", py::kw_only(),
           py::arg("dtype"), py::arg("sizes"), py::arg("inverse"), py::arg("update"), py::arg("tf32"),
           py::arg("device"));
+    m.def("rnn_activation", &rnn_activation, py::kw_only(), py::arg("h"), py::arg("count"), py::arg("nonlinearity"),
+          py::arg("device"), py::arg("stream"));
+    m.def("rnn_step", &rnn_step, py::kw_only(), py::arg("grad_h"), py::arg("grad_h_strides"), py::arg("grad_last"),
+          py::arg("h"), py::arg("carried_in"), py::arg("through_in"), py::arg("carried_out"), py::arg("grad_u"),
+          py::arg("sizes"), py::arg("nonlinearity"), py::arg("inverse"), py::arg("update"), py::arg("step"),
+          py::arg("clip"), py::arg("device"), py::arg("stream"));
+    m.def("regularized_solve", &regularized_solve, py::kw_only(), py::arg("double"), py::arg("weight"),
+          py::arg("weight_strides"), py::arg("rhs"), py::arg("rhs_strides"), py::arg("reg"), py::arg("reg_on_device"),
+          py::arg("solved"), py::arg("failed"), py::arg("sizes"), py::arg("device"), py::arg("stream"));
+    m.def("regularized_polar", &regularized_polar, py::kw_only(), py::arg("double"), py::arg("weight"),
+          py::arg("weight_strides"), py::arg("reg"), py::arg("reg_on_device"), py::arg("polar"), py::arg("scratch"),
+          py::arg("failed"), py::arg("sizes"), py::arg("tolerance"), py::arg("most"), py::arg("device"),
+          py::arg("stream"));
+    m.def("regularized_inverse_largest", &regularized_inverse_largest, py::kw_only(), py::arg("double"),
+          py::arg("device"), "The order that the device's shared memory holds.");
     m.def("device_problem", &device_problem, "Why no device can be used; empty where one can.");
     m.def("build_info", &build_info);
     py::dict largest;

@@ -115,9 +115,13 @@ def parse(report: str) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def readable(mangled: str) -> str:
-    """``rnn_forward_kernel<128, 1>`` of the symbol's name, ``rnn_forward_mma_kernel<bfloat16, 1, 64>``."""
-    name = re.search(r"([a-z_]+_kernel)I(?:NS\w?_\d+(\w+?)E|(f))?(?=L)", mangled)
-    types = [name[2] or "float32"] if name[2] or name[3] else []
+    """``rnn_forward_kernel<128, 1>`` of the symbol's name; ``rnn_forward_mma_kernel<bfloat16, 1, 64>``, and
+    ``rnn_activation_kernel`` of a kernel that is no template.
+    """
+    name = re.search(r"([a-z_]+_kernel)(I)?(?:NS\w?_\d+(\w+?)E|([fd]))?(?=L|E|$|v|P)", mangled)
+    if not name[2]:
+        return name[1]
+    types = [name[3] or {"f": "float32", "d": "float64"}[name[4]]] if name[3] or name[4] else []
     values = re.findall(r"L[ib](\d+)E", mangled[name.end() :])
     return f"{name[1]}<{', '.join(types + values)}>"
 

@@ -41,6 +41,11 @@ def test_every_kernel_is_compiled_for_every_architecture(compiled):
     assert count["rnn_backward_mma_kernel"] == 4 * (2 * 3 + 2 * 2) - 2 - 1
     assert count["rnn_cluster_forward_kernel"] == 6
     assert count["rnn_cluster_backward_kernel"] == 16
+    assert {"rnn_activation_kernel", "rnn_step_kernel"} < set(names)
+    for kernel in ("regularized_solve_kernel", "regularized_polar_kernel"):
+        assert [name for name in names if name.startswith(kernel)] == [
+            f"{kernel}<{dtype}, {order}>" for dtype in ("float32", "float64") for order in (128, 32, 64)
+        ]
 
 
 def threads(name: str) -> int:
@@ -56,7 +61,7 @@ def test_nothing_spills(compiled):
         for name, needs in kernels.items():
             assert needs["local"] == 0, f"{name} on {arch} keeps {needs['local']} bytes of a thread in memory"
             assert needs["shared"] <= SHARED_MEMORY, f"{name} on {arch}: {needs['shared']} bytes of shared memory"
-            if name.startswith("rnn"):
+            if "<" in name and name.startswith("rnn"):
                 assert threads(name) * needs["registers"] <= REGISTERS, (
                     f"{name} on {arch}: {needs['registers']} registers"
                 )
@@ -119,6 +124,10 @@ ptxas info    : Compiling entry function '_ZN3tpk3_GL22rnn_forward_mma_kernelIfL
 ptxas info    : Function properties for x
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 32 registers, used 1 barriers, 8192 bytes smem
+ptxas info    : Compiling entry function '_ZN3tpk3_GL24regularized_solve_kernelIdLi32EEEvNS_20RegularizedSolveCudaIT_EENS0_6LayoutIS3_EE' for 'sm_80'
+ptxas info    : Function properties for x
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 60 registers, used 1 barriers, 544 bytes cmem[0]
 """  # noqa: E501
 
 
@@ -126,6 +135,7 @@ def test_reports_are_understood():
     """A spill would be seen."""
     assert parse(REPORT) == {
         "sm_80": {
+            "regularized_solve_kernel<float64, 32>": {"registers": 60, "shared": 0, "local": 0},
             "rnn_backward_kernel<128, 1, 0, 1>": {"registers": 30, "shared": 0, "local": 0},
             "rnn_forward_mma_kernel<bfloat16, 1, 256>": {"registers": 31, "shared": 8192, "local": 0},
             "rnn_forward_mma_kernel<float32, 2, 64>": {"registers": 32, "shared": 8192, "local": 0},

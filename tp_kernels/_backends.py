@@ -30,15 +30,6 @@ class Backend:
     layer_forward: Callable | None = None
 
 
-def missing(reason: str) -> Backend:
-    """A back-end that this version does not have."""
-
-    def unavailable(*args: object) -> None:
-        raise BackendUnavailableError(reason)
-
-    return Backend(unavailable, unavailable, available=lambda: (False, reason))
-
-
 @dataclass(frozen=True)
 class BackendTable:
     """The back-ends of one op, and the measured order in which ``auto`` tries them on each kind of device."""

@@ -62,5 +62,57 @@ def rnn_needs_displacements(
     device: int,
 ) -> bool: ...
 def rnn_cluster_largest(device: int) -> int: ...
+def rnn_step(
+    *,
+    grad_h: int,
+    grad_h_strides: tuple[int, int, int],
+    grad_last: int,
+    h: int,
+    carried_in: int,
+    through_in: int,
+    carried_out: int,
+    grad_u: int,
+    sizes: tuple[int, int, int, int],
+    nonlinearity: str,
+    inverse: str,
+    update: str,
+    step: float,
+    clip: float,
+    device: int,
+    stream: int,
+) -> None: ...
+def rnn_activation(*, h: int, count: int, nonlinearity: str, device: int, stream: int) -> None: ...
+def regularized_solve(
+    *,
+    double: bool,
+    weight: int,
+    weight_strides: tuple[int, int, int],
+    rhs: int,
+    rhs_strides: tuple[int, int, int],
+    reg: float,
+    reg_on_device: int,
+    solved: int,
+    failed: int,
+    sizes: tuple[int, int, int],
+    device: int,
+    stream: int,
+) -> None: ...
+def regularized_polar(
+    *,
+    double: bool,
+    weight: int,
+    weight_strides: tuple[int, int, int],
+    reg: float,
+    reg_on_device: int,
+    polar: int,
+    scratch: int,
+    failed: int,
+    sizes: tuple[int, int, int],
+    tolerance: float,
+    most: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def regularized_inverse_largest(*, double: bool, device: int) -> int: ...
 def device_problem() -> str: ...
 def build_info() -> BuildInfo: ...

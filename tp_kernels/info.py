@@ -3,6 +3,7 @@
 import argparse
 import os
 import platform
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +15,9 @@ from tp_kernels import _native
 from tp_kernels._backends import NAMES, BackendTable
 from tp_kernels.ops.regularized_inverse import op as regularized_inverse
 from tp_kernels.ops.rnn import op as rnn
+from tp_kernels.ops.rnn.cuda_paths import LARGEST_ON_ONE, cuda_path
+
+_AS_ON_AN_H100 = 1024  # units of a cluster
 
 TABLES: tuple[BackendTable, ...] = (rnn.BACKENDS, regularized_inverse.BACKENDS)
 
@@ -77,16 +81,47 @@ def peak(dtype: torch.dtype, threads: int = 1) -> float:
     return best
 
 
+def cuda_path_of(shape: str) -> str:
+    """Which way the "cuda" back-end of ``rnn`` takes for ``"N=512,dtype=float32"``, and why.
+
+    Raises:
+        ValueError: not of that form.
+    """
+    given = re.fullmatch(r"N=(\d+)(?:,dtype=(\w+))?", shape)
+    dtype = getattr(torch, given[2] or "float32", None) if given else None
+    if not isinstance(dtype, torch.dtype) or int(given[1]) < 1:
+        raise ValueError(f"info: shape must be like 'N=512,dtype=float32', got {shape!r}")
+    here = _native.cuda_available()[0]
+    of_cluster = _native.cuda.rnn_cluster_largest(0) if here else _AS_ON_AN_H100
+    path = cuda_path(int(given[1]), dtype, of_cluster)
+    device = "" if here else " (of an H100: no device is here)"
+    if path is None:
+        largest = LARGEST_ON_ONE.get(dtype)
+        words = f"it keeps up to {largest} units of this dtype" if largest else "it does not compute this dtype"
+        return f"rnn cuda {shape}{device}: none: {words}"
+    return f"rnn cuda {shape}{device}: {path.name}: {path.reason}"
+
+
+def _shape(text: str) -> str:
+    try:
+        return cuda_path_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tp_kernels.info", description=__doc__.partition(":")[0])
     parser.add_argument("--peak", action="store_true", help="also measure this processor's multiply-add ceiling")
-    measure_peak = parser.parse_args(arguments).peak
+    parser.add_argument("--shape", type=_shape, help="also say which way the cuda back-end takes: N=512,dtype=float32")
+    options = parser.parse_args(arguments)
     for name, value in versions().items():
         print(f"{name:<16} {value}")
     print()
     for (op, name), answer in backends().items():
         print(f"{op:<20} {name:<10} {answer}")
-    if measure_peak:
+    if options.shape:
+        print(f"\n{options.shape}")
+    if options.peak:
         print()
         for threads in sorted({1, torch.get_num_threads()}):
             for dtype in (torch.float32, torch.float64):

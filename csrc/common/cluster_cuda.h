@@ -8,9 +8,6 @@
 #include <map>
 #include <mutex>
 
-// The memory that a launch asks for, as `float4* name`.
-#define TPK_DYNAMIC_SHARED(name) extern __shared__ float4 name[]
-
 namespace tpk {
 
 #ifdef __CUDACC__
@@ -35,27 +32,14 @@ __device__ inline void store_in_block(float* address, int rank, float value) {
 }
 #endif
 
-// Shared memory of a block, at most.
-inline size_t shared_memory(int device) {
-    int bytes = 0;
-    check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-               "cudaDeviceGetAttribute");
-    return static_cast<size_t>(bytes);
-}
-
 // A launch of clusters of that many blocks on the current device, for the runtime. A kernel has to be allowed more than
-// 8 blocks and more than 48 KB: always all that there is, or threads that launch the same kernel would get in each
-// other's way.
+// 8 blocks, and more than 48 KB.
 struct ClusterLaunch {
     cudaLaunchAttribute attribute = {};
     cudaLaunchConfig_t config = {};
 
     ClusterLaunch(const void* kernel, ptrdiff_t clusters, int blocks, int threads, size_t shared, void* stream) {
-        int device = 0;
-        check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(shared_memory(device))),
-                   "cudaFuncSetAttribute");
+        allow_shared_memory(kernel);
         check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
                    "cudaFuncSetAttribute");
         attribute.id = cudaLaunchAttributeClusterDimension;

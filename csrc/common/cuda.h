@@ -14,6 +14,8 @@
 
 // A variable that a thread block shares.
 #define TPK_SHARED(type, name) __shared__ type name
+// The memory that a launch asks for, as `float4* name`.
+#define TPK_DYNAMIC_SHARED(name) extern __shared__ float4 name[]
 
 namespace tpk {
 
@@ -53,6 +55,14 @@ inline int multiprocessors(int device) {
     return count;
 }
 
+// Bytes of shared memory that a block may be given.
+inline size_t shared_memory(int device) {
+    int bytes = 0;
+    check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+               "cudaDeviceGetAttribute");
+    return static_cast<size_t>(bytes);
+}
+
 // Throws where the launch itself fails; what fails later, on the device, the next call to CUDA reports.
 template <class... Arguments>
 void launch(const char* what, void (*kernel)(Arguments...), ptrdiff_t blocks, int threads, void* stream,
@@ -60,6 +70,28 @@ void launch(const char* what, void (*kernel)(Arguments...), ptrdiff_t blocks, in
     void* pointers[] = {&arguments...};
     check_cuda(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
                                 dim3(static_cast<unsigned>(threads)), pointers, 0, static_cast<cudaStream_t>(stream)),
+               what);
+}
+
+// A kernel has to be allowed more than 48 KB: always all that there is on the current device, or threads that launch
+// the same kernel would get in each other's way.
+inline void allow_shared_memory(const void* kernel) {
+    int device = 0;
+    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared_memory(device))),
+               "cudaFuncSetAttribute");
+}
+
+// The same with that many bytes of dynamic shared memory.
+template <class... Arguments>
+void launch_with_shared(const char* what, void (*kernel)(Arguments...), ptrdiff_t blocks, int threads, size_t bytes,
+                        void* stream, Arguments... arguments) {
+    const void* function = reinterpret_cast<const void*>(kernel);
+    allow_shared_memory(function);
+    void* pointers[] = {&arguments...};
+    check_cuda(cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
+                                pointers, bytes, static_cast<cudaStream_t>(stream)),
                what);
 }
 

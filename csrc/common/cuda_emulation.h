@@ -40,6 +40,10 @@ struct alignas(16) float4 {
     float x, y, z, w;
 };
 
+struct alignas(16) double2 {
+    double x, y;
+};
+
 namespace tpk {
 namespace emulation {
 
@@ -123,13 +127,14 @@ struct Cluster {
 
 class Block {
 public:
-    // bytes: of shared memory
+    // bytes: of shared memory; behind it lies a fence.
     Block(dim3 index, unsigned threads, size_t bytes, Cluster& cluster, std::function<void()> body)
         : index(index), cluster_(cluster), body_(std::move(body)), all_{threads}, any_{threads}, fibers_(threads) {
         if (threads % warp_size) throw std::logic_error("the emulation takes whole warps only");
         warps_.resize(threads / warp_size, Warp{Barrier{warp_size}, {}, {}, {}});
-        const float nan = float_of(0xffffffffu);  // in halves, too
+        const float nan = float_of(0xffffffffu), post = float_of(0x5a5a5a5au);  // NaN in halves, too
         shared_.resize(bytes / sizeof(float4), float4{nan, nan, nan, nan});
+        shared_.resize(shared_.size() + fence, float4{post, post, post, post});
     }
 
     // Up to where nothing goes on without other blocks. Whether anything went on.
@@ -154,6 +159,12 @@ public:
     }
 
     bool done() const { return done_ == fibers_.size(); }
+
+    void check_fence() const {
+        for (size_t i = shared_.size() - fence; i < shared_.size(); ++i)
+            if (memcmp(&shared_[i], &shared_.back(), sizeof(float4)) != 0)
+                throw std::runtime_error("emulation: written beyond the end of shared memory");
+    }
 
     void wait(Barrier& barrier) { wait(barrier, arrive(barrier)); }
 
@@ -182,7 +193,7 @@ public:
         if (!block.started_) throw std::runtime_error("emulation: a store into a block that has not started");
         if (block.done()) throw std::runtime_error("emulation: a store into a block that has ended");
         const ptrdiff_t offset = address - &shared_[0].x;
-        if (offset < 0 || offset >= static_cast<ptrdiff_t>(4 * shared_.size()))
+        if (offset < 0 || offset >= static_cast<ptrdiff_t>(4 * (shared_.size() - fence)))
             throw std::runtime_error("emulation: a store outside of shared memory");
         float* const there = &block.shared_[0].x + offset;
         if (settings.reversed && &block != this)
@@ -261,6 +272,8 @@ private:
         return float16_value(static_cast<uint16_t>(bits));
     }
 
+    static constexpr size_t fence = 16;  // float4 after the end of shared memory
+
     void start(unsigned i) {
         Fiber& fiber = fibers_[i];
         fiber.thread = {i, 0, 0};
@@ -322,6 +335,7 @@ void run(ptrdiff_t clusters, int blocks, int threads, size_t bytes, Body body) {
             }
             if (!progress) throw std::runtime_error("emulation: threads wait at a barrier that others never reach");
         }
+        for (const auto& block : cluster.blocks) block->check_fence();
     }
 }
 
@@ -335,6 +349,7 @@ T& shared() {
 
 // One in each kernel.
 #define TPK_SHARED(type, name) type& name = ::tpk::emulation::shared<type>()
+#define TPK_DYNAMIC_SHARED(name) float4* const name = static_cast<float4*>(::tpk::emulation::Block::now->shared())
 #define threadIdx (::tpk::emulation::Block::current->thread)
 #define blockIdx (::tpk::emulation::Block::now->index)
 
@@ -345,6 +360,15 @@ inline int __syncthreads_or(int value) { return emulation::Block::now->ask_all(v
 inline float __shfl_xor_sync(unsigned lanes, float value, int mask) {
     if (lanes != 0xffffffffu) throw std::logic_error("the emulation knows shuffles of whole warps only");
     return emulation::Block::now->shuffle(value, static_cast<unsigned>(mask));
+}
+
+// The two halves, one after the other.
+inline double __shfl_xor_sync(unsigned lanes, double value, int mask) {
+    float halves[2];
+    memcpy(halves, &value, sizeof value);
+    for (float& half : halves) half = __shfl_xor_sync(lanes, half, mask);
+    memcpy(&value, halves, sizeof value);
+    return value;
 }
 
 inline float __int_as_float(int bits) { return emulation::float_of(static_cast<uint32_t>(bits)); }
@@ -377,14 +401,21 @@ struct OnDevice {
 
 inline int multiprocessors(int) { return emulation::settings.multiprocessors; }
 
+inline size_t shared_memory(int) { return emulation::settings.shared_memory; }
+
 template <class... Arguments>
 void launch(const char*, void (*kernel)(Arguments...), ptrdiff_t blocks, int threads, void*, Arguments... arguments) {
     emulation::run(blocks, 1, threads, emulation::shared_bytes, [&] { kernel(arguments...); });
 }
 
-// --- clusters: common/cluster_cuda.h
+template <class... Arguments>
+void launch_with_shared(const char*, void (*kernel)(Arguments...), ptrdiff_t blocks, int threads, size_t bytes, void*,
+                        Arguments... arguments) {
+    if (bytes > emulation::settings.shared_memory) throw std::logic_error("emulation: too much shared memory");
+    emulation::run(blocks, 1, threads, bytes, [&] { kernel(arguments...); });
+}
 
-#define TPK_DYNAMIC_SHARED(name) float4* const name = static_cast<float4*>(::tpk::emulation::Block::now->shared())
+// --- clusters: common/cluster_cuda.h
 
 constexpr bool has_clusters = true;
 
@@ -393,8 +424,6 @@ inline void cluster_wait() { emulation::Block::now->wait_for_cluster(); }
 inline void store_in_block(float* address, int rank, float value) {
     emulation::Block::now->store(address, rank, value);
 }
-
-inline size_t shared_memory(int) { return emulation::settings.shared_memory; }
 
 template <class... Arguments>
 int largest_cluster(int, void (*)(Arguments...), int, size_t) {

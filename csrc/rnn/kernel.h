@@ -90,4 +90,8 @@ int rnn_cluster_largest(int device);  // N; 0 where the device has no clusters
 void rnn_forward_cluster(const RnnForward<float>& f, int device, void* stream);
 void rnn_backward_cluster(const RnnBackward<float>& f, int device, void* stream);
 
+// One step without its products, any N. a(h), in place; and δ, with carried_out what the inverse's product takes of λ.
+void rnn_activation_cuda(float* h, ptrdiff_t count, Nonlinearity nonlinearity, int device, void* stream);
+void rnn_step_cuda(const RnnBackward<float>& f, int device, void* stream);
+
 }  // namespace tpk

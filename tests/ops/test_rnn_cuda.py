@@ -313,7 +313,7 @@ def test_what_else_is_refused():
     for case, dtype, reason in (
         (
             *(RNNCase(N=257), torch.bfloat16),
-            "it keeps the weight of up to 256 units on one multiprocessor in bfloat16, and there are 257",
+            "it keeps the weight of up to 256 units in bfloat16, and there are 257",
         ),
         (SMALL, torch.float64, "it computes float32, bfloat16 and float16, and the tensors are float64"),
     ):

@@ -17,7 +17,6 @@ from _cuda_device import (
     tensors_of,
 )
 
-import tp_kernels as tp
 from conftest import assert_within_fences
 from tp_kernels import _native
 from tp_kernels.rules import Sweep
@@ -128,27 +127,6 @@ def test_a_sequence_in_two_parts(rule):
     emulate_for(case, 1)
     for what, *pair in zip(("h", "grad_u", "carried", "through"), *in_two_parts(case, SWEPT[rule]), strict=True):
         assert_identical(*pair, what)
-
-
-@pytest.mark.parametrize(
-    ("largest_cluster", "N", "held"),
-    [
-        (0, 129, "128 units on one multiprocessor in float32, of clusters the device has none"),
-        (8, 513, "512 units on a cluster of multiprocessors"),
-        (16, 1025, "1024 units on a cluster of multiprocessors"),
-    ],
-)
-def test_too_many_units_are_refused(largest_cluster, N, held):
-    if ON_GPU:
-        pytest.skip("the device's own clusters decide")
-    emulate(largest_cluster=largest_cluster)
-    with pytest.raises(tp.BackendUnavailableError) as caught:
-        tp.rnn(*RNNCase(N=N).tensors(FLOAT), backend="cuda")
-    assert str(caught.value) == (
-        f"rnn: backend 'cuda' cannot run this call: it keeps the weight of up to {held}, and there are {N}. "
-        "Use backend='auto' or 'reference'."
-    )
-    tp.rnn(*RNNCase(T=1, B=1, N=N - 1).tensors(FLOAT), backend="cuda")
 
 
 @pytest.mark.parametrize(

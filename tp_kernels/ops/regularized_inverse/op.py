@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tp_kernels import _native, _triton, _validate
-from tp_kernels._backends import Backend, BackendTable, Support, missing
+from tp_kernels._backends import Backend, BackendTable, Support
 from tp_kernels._library import register
 from tp_kernels.ops.regularized_inverse import reference
 
@@ -94,13 +94,107 @@ def _triton_supports(weight: Tensor) -> Support:
     return ok, reason
 
 
+CUDA_TOLERANCE = {torch.float32: 2.0**-10, torch.float64: 2.0**-18}
+"""On ``‖I - ZᵀZ‖_F`` before the last step of Halley's iteration, which takes an error e to e³/4."""
+
+CUDA_LARGEST_COUNT = 100
+"""Steps at most. One multiplies a small singular value by 11.8, and 10 do for √r = 1e-7 ‖W‖."""
+
+
+def _cuda_arguments(weight: Tensor, reg: Tensor) -> tuple[dict[str, Any], Tensor | None]:
+    """What both launchers are told, but for addresses of results; and a tensor that has to live as long."""
+    # One on the host is an argument of the launch; one on the device is read there, so that nothing waits for it.
+    on_device = None if reg.device.type == "cpu" else reg.to(weight.device, weight.dtype)
+    arguments = {
+        "double": _native.is_double(weight),
+        "weight": _native.pointer(weight),
+        "weight_strides": weight.stride(),
+        "reg": float(reg) if on_device is None else 0.0,
+        "reg_on_device": _native.pointer(on_device),
+        "sizes": tuple(weight.shape),
+        **_native.device_and_stream(weight),
+    }
+    return arguments, on_device
+
+
+def _cuda_solve(weight: Tensor, rhs: Tensor, reg: Tensor) -> tuple[Tensor, Tensor]:
+    """``_solve``, whichever strides."""
+    batch, (m, n) = weight.shape[:-2], weight.shape[-2:]
+    count = math.prod(batch)
+    weight, rhs = weight.reshape(count, m, n), rhs.reshape(count, n, m)
+    solved, failed = weight.new_empty((count, n, m)), torch.empty(count, dtype=torch.bool, device=weight.device)
+    arguments, _alive = _cuda_arguments(weight, reg)
+    _native.cuda.regularized_solve(
+        rhs=_native.pointer(rhs),
+        rhs_strides=rhs.stride(),
+        solved=_native.pointer(solved),
+        failed=_native.pointer(failed),
+        **arguments,
+    )
+    return solved.view(*batch, n, m), failed.view(batch)
+
+
+def _cuda_polar(weight: Tensor, reg: Tensor) -> tuple[Tensor, Tensor]:
+    """``_polar``, float64 too, whichever strides."""
+    batch, (m, n) = weight.shape[:-2], weight.shape[-2:]
+    count = math.prod(batch)
+    weight = weight.reshape(count, m, n)
+    polar, failed = weight.new_empty((count, n, m)), torch.empty(count, dtype=torch.bool, device=weight.device)
+    scratch = weight.new_empty((count, n, n))
+    arguments, _alive = _cuda_arguments(weight, reg)
+    _native.cuda.regularized_polar(
+        polar=_native.pointer(polar),
+        scratch=_native.pointer(scratch),
+        failed=_native.pointer(failed),
+        tolerance=CUDA_TOLERANCE[weight.dtype],
+        most=CUDA_LARGEST_COUNT,
+        **arguments,
+    )
+    return polar.view(*batch, n, m), failed.view(batch)
+
+
+def _cuda_forward(weight: Tensor, reg: Tensor, power: float) -> tuple[Tensor, Tensor]:
+    if weight.shape[-2] < weight.shape[-1]:
+        inverse, failed = _cuda_forward(weight.mT, reg, power)
+        return inverse.mT, failed
+    return _cuda_solve(weight, weight.mT, reg) if power == 1.0 else _cuda_polar(weight, reg)
+
+
+def _cuda_backward(grad: Tensor, weight: Tensor, inverse: Tensor, reg: Tensor, power: float) -> tuple[Tensor, Tensor]:
+    if power != 1.0:
+        return reference.backward(grad, weight, inverse, reg, power)
+    if weight.shape[-2] < weight.shape[-1]:
+        grad_weight, grad_reg = _cuda_backward(grad.mT, weight.mT, inverse.mT, reg, power)
+        return grad_weight.mT, grad_reg
+    _native.check_same_kind("regularized_inverse", weight, grad, inverse)
+    solved, _ = _cuda_solve(weight, grad, reg)
+    grad_weight, grad_reg = reference.inverse_gradients(solved, weight, inverse)
+    return grad_weight, grad_reg.sum().to(reg)
+
+
+def _cuda_supports(weight: Tensor) -> Support:
+    ok, reason = _native.cuda_supports(weight, dtypes=(torch.float32, torch.float64))
+    if ok and weight.dim() >= 2:
+        (m, n), double = weight.shape[-2:], _native.is_double(weight)
+        device = _native.device_and_stream(weight)["device"]
+        largest = _native.cuda.regularized_inverse_largest(double=double, device=device)
+        if min(m, n) > largest:
+            return False, (
+                f"it keeps a {'float64' if double else 'float32'} Gram matrix of order up to {largest} in the shared "
+                f"memory of one multiprocessor of this device, and these matrices are {m} x {n}; 'reference' takes "
+                "them to torch.linalg, which is cuSOLVER on a CUDA device"
+            )
+    return ok, reason
+
+
 BACKENDS = BackendTable(
     "regularized_inverse",
     {
         "reference": Backend(reference.forward, reference.backward),
         "cpu": Backend(_cpu_forward, _cpu_backward, _native.cpu_available, _native.cpu_supports),
         "triton": Backend(_triton_forward, reference.backward, _triton.available, _triton_supports),
-        "cuda": missing("this version has no CUDA kernel for it"),
+        # By name only, until it has run on a GPU.
+        "cuda": Backend(_cuda_forward, _cuda_backward, _native.cuda_available, _cuda_supports),
     },
     {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")},
 )

@@ -8,7 +8,8 @@ from torch import Tensor
 from tp_kernels import _native, _triton
 from tp_kernels._backends import Backend, BackendTable, Support
 from tp_kernels._library import register
-from tp_kernels.ops.rnn import reference, triton_blocks
+from tp_kernels.ops.rnn import library_chain, reference, triton_blocks
+from tp_kernels.ops.rnn.cuda_paths import CHAIN, LARGEST_ON_ONE, Path, cuda_path
 from tp_kernels.rules import Sweep
 
 
@@ -130,23 +131,19 @@ def sent_outputs(h: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor]:
 _CUDA_INVERSES = ("none", "identity", "weight", "layer", "jacobian")
 
 
+def _cuda_path(tensor: Tensor, size: int) -> Path | None:
+    place = _native.device_and_stream(tensor)
+    return cuda_path(size, tensor.dtype, _native.cuda.rnn_cluster_largest(place["device"]))
+
+
 def _cuda_supports(tensor: Tensor, *, size: int, sweep: Sweep | None = None, **options: object) -> Support:
     """``size``: N; ``sweep``: of a backward pass."""
-    ok, reason = _native.cuda_supports(tensor, (torch.float32, torch.bfloat16, torch.float16))
+    ok, reason = _native.cuda_supports(tensor, tuple(LARGEST_ON_ONE))
     if not ok:
         return ok, reason
-    dtype = _native.dtype_name(tensor.dtype)
-    largest = _native.cuda.rnn_largest[dtype]
-    if size > largest:
-        of_cluster = 0
-        if tensor.dtype == torch.float32:
-            of_cluster = _native.cuda.rnn_cluster_largest(_native.device_and_stream(tensor)["device"])
-        where = f"{of_cluster} units on a cluster of multiprocessors"
-        if not of_cluster:
-            where = f"{largest} units on one multiprocessor in {dtype}"
-            where += ", of clusters the device has none" if tensor.dtype == torch.float32 else ""
-        if size > of_cluster:
-            return False, f"it keeps the weight of up to {where}, and there are {size}"
+    dtype, largest = _native.dtype_name(tensor.dtype), LARGEST_ON_ONE[tensor.dtype]
+    if _cuda_path(tensor, size) is None:
+        return False, f"it keeps the weight of up to {largest} units in {dtype}, and there are {size}"
     if sweep is not None and sweep.inverse not in _CUDA_INVERSES:
         return False, f"this version has no CUDA kernel for the inverse {sweep.inverse!r}"
     if sweep is not None and sweep.inverse == "jacobian":
@@ -167,6 +164,9 @@ def _cuda_forward(u: Tensor, weight: Tensor, h0: Tensor | None, nonlinearity: st
     u, weight = unit_stride(u), weight.contiguous()
     h0 = None if h0 is None else h0.contiguous()
     h = u.new_empty(u.shape) if out is None else out
+    if _cuda_path(h, h.shape[-1]).name == CHAIN:
+        library_chain.call(library_chain.forward, (h,), nonlinearity, (u, weight, h0))
+        return h
     _native.cuda.rnn_fwd(
         input=_native.pointer(u),
         input_strides=strides(u),
@@ -204,6 +204,11 @@ def _cuda_backward(
         None if tensor is None else tensor.contiguous() for tensor in (grad_last, feedback, carried, through)
     )
     grad_u, carried_out, through_out = backward_outputs(h, sweep)
+    if _cuda_path(h, h.shape[-1]).name == CHAIN:
+        tensors = grad_h, grad_last, h, weight, feedback, carried, through
+        words = sweep._replace(first=0)  # the same sweep, wherever it starts
+        library_chain.call(library_chain.backward, (grad_u, carried_out, through_out), words, tensors)
+        return grad_u, carried_out, through_out
     missed = h.new_empty(h.shape[:-1]) if sweep.inverse == "jacobian" else None
     place = _native.device_and_stream(h)
     case = {"sizes": sizes(h), "inverse": sweep.inverse, "update": sweep.update, **_cuda_precision(h)}

@@ -1,0 +1,158 @@
+"""The recurrence on a CUDA device for any N: a product of the library and one kernel for the rest in each step.
+
+A step by itself is launches, microseconds each, that hold a GPU up. So a whole sequence is recorded in a CUDA graph,
+once for each shape and rule, and replayed. A graph's tensors have fixed addresses: its inputs are copied in, its
+results out, which is little beside T products. In a recording of the caller's own the chain runs as it is.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tp_kernels import _native
+from tp_kernels.rules import Sweep
+
+LARGEST_COUNT = 4
+"""Recordings that are kept, each with its inputs and results: the latest."""
+
+_recordings: dict[tuple, "Recording"] = {}  # the latest last
+
+
+def _multiply(x: Tensor, matrix: Tensor, out: Tensor, plus: Tensor | None = None) -> None:
+    """``out = plus + x · matrix``, head by head where there are heads."""
+    if x.dim() == 2:
+        torch.mm(x, matrix, out=out) if plus is None else torch.addmm(plus, x, matrix, out=out)
+        return
+    x, out = x.transpose(0, 1), out.transpose(0, 1)
+    torch.bmm(x, matrix, out=out) if plus is None else torch.baddbmm(plus.transpose(0, 1), x, matrix, out=out)
+
+
+def forward(h: Tensor, nonlinearity: str, u: Tensor, weight: Tensor, h0: Tensor | None) -> None:
+    """Fills h, contiguous, [T, B, N] or [T, B, H, N]."""
+    state = h0
+    for t in range(h.shape[0]):
+        if state is None:
+            h[t].copy_(u[t])
+        else:
+            _multiply(state, weight.mT, h[t], u[t])
+        state = h[t]
+        _native.cuda.rnn_activation(
+            h=_native.pointer(state),
+            count=state.numel(),
+            nonlinearity=nonlinearity,
+            **_native.device_and_stream(h),
+        )
+
+
+def backward(
+    results: tuple[Tensor, Tensor, Tensor],
+    sweep: Sweep,
+    grad_h: Tensor | None,
+    grad_last: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    feedback: Tensor | None,
+    carried: Tensor | None,
+    through: Tensor | None,
+) -> None:
+    """Fills δ, term(λ_1) and ``Wᵀ δ_1``. Everything but grad_h is contiguous, and that is so in its last axis."""
+    grad_u, carried_out, through_out = results
+    multiplies, adjoins = sweep.uses_inverse, sweep.update == "total"
+    # Without a product what is sent is the term itself, in place.
+    sent = h.new_empty(h.shape[1:]) if multiplies else carried_out
+    carried = None if sweep.inverse == "none" else carried
+    through = through if adjoins else None
+    T, B, N = h.shape[0], h.shape[1], h.shape[-1]
+    for t in reversed(range(T)):
+        grad = None if grad_h is None else grad_h[t]
+        _native.cuda.rnn_step(
+            grad_h=_native.pointer(grad),
+            grad_h_strides=(0, 0, 0) if grad is None else (0, grad.stride(0), grad.stride(1) if grad.dim() == 3 else 0),
+            grad_last=_native.pointer(grad_last if t == T - 1 else None),
+            h=_native.pointer(h[t]),
+            carried_in=_native.pointer(carried),
+            through_in=_native.pointer(through),
+            carried_out=_native.pointer(None if sweep.inverse == "none" else sent),
+            grad_u=_native.pointer(grad_u[t]),
+            sizes=(1, B, h.shape[2] if h.dim() == 4 else 1, N),
+            nonlinearity=sweep.nonlinearity,
+            inverse=sweep.inverse,
+            update=sweep.update,
+            step=sweep.step,
+            clip=sweep.clip,
+            **_native.device_and_stream(h),
+        )
+        if multiplies:
+            _multiply(sent, feedback.mT, carried_out)
+        if adjoins:
+            _multiply(grad_u[t], weight, through_out)
+        carried = None if sweep.inverse == "none" else carried_out
+        through = through_out if adjoins else None
+
+
+def call(
+    chain: Callable[..., None],
+    results: tuple[Tensor, ...],
+    words: Any,
+    tensors: tuple[Tensor | None, ...],
+) -> None:
+    """Fills the results: by a recording, or, off CUDA and in a recording of the caller's, step by step."""
+    device = results[0].device
+    if not records(device):
+        chain(results if len(results) > 1 else results[0], words, *tensors)
+        return
+    shapes = tuple(None if tensor is None else tensor.shape for tensor in (*results, *tensors))
+    key = chain, device, words, shapes
+    recording = _recordings.pop(key, None) or Recording(chain, results, words, tensors)
+    _recordings[key] = recording
+    if len(_recordings) > LARGEST_COUNT:
+        del _recordings[next(iter(_recordings))]
+    recording.replay(results, tensors)
+
+
+def records(device: torch.device) -> bool:
+    """Whether sequences on this device are recorded."""
+    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+
+
+class Recording:
+    """One chain, with tensors of its own."""
+
+    def __init__(
+        self,
+        chain: Callable[..., None],
+        results: tuple[Tensor, ...],
+        words: Any,
+        tensors: tuple[Tensor | None, ...],
+    ) -> None:
+        self.tensors = tuple(
+            None if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            for tensor in tensors
+        )
+        self.results = tuple(torch.empty_like(result) for result in results)
+        own = self.results if len(results) > 1 else self.results[0]
+        self._run = record(lambda: chain(own, words, *self.tensors), results[0].device)
+
+    def replay(self, results: tuple[Tensor, ...], tensors: tuple[Tensor | None, ...]) -> None:
+        for own, given in zip(self.tensors, tensors, strict=True):
+            if own is not None:
+                own.copy_(given)
+        self._run()
+        for given, own in zip(results, self.results, strict=True):
+            given.copy_(own)
+
+
+def record(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """What replays the function's kernels. It runs once before, off the recording, for the library to prepare."""
+    with torch.cuda.device(device):
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            function()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+    return graph.replay
