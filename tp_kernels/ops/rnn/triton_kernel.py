@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tp_kernels import _native, _triton
-from tp_kernels.ops.rnn import triton_blocks
+from tp_kernels.ops.rnn import reference, triton_blocks
 from tp_kernels.ops.rnn.backends import backward_outputs, sizes, strides, unit_stride
 from tp_kernels.rules import Sweep
 
@@ -245,7 +245,201 @@ def backward_kernel(
         tl.store(through_out + place, through.to(through_out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _is_finite(x):
+    """Whether every element of a row is, as a column."""
+    return tl.sum(tl.where(tl.abs(x) <= 3.4028234663852886e38, 0, 1), 1)[:, None] == 0  # false for NaN
+
+
+@triton.jit
+def _row_sum(x):
+    return tl.sum(x, 1)[:, None]
+
+
+@triton.jit
+def _solve(displacement, slope, gram, diagonal, reg, rtol, rounding, limit, PRECISION: tl.constexpr):
+    """y with ``(D K D + rI) y = λ`` for every row, by conjugate gradients under the diagonal as a preconditioner.
+
+    A row has scalars of its own and stops by itself: what the others of the tile still need changes none of its bits.
+    With ``rounding``, a row that has come down to its goal has its residual computed anew, in the place of a step, and
+    goes on from that where it is above the bound; it gives up where that did not come down.
+
+    slope: D, diagonal: that of K. Returns y, the iterations of each row, and 0 or, where it gave up, its relative
+    residual. A row that is not finite gets y = NaN.
+    """
+    usable = _is_finite(displacement) & _is_finite(slope) & (tl.sum(tl.where(gram == gram, 0, 1)) == 0)
+    # In the unit of its largest element, a power of two, no square of a row over- or underflows.
+    exponent = tl.max(tl.abs(displacement), 1)[:, None].to(tl.int32, bitcast=True) >> 23
+    exponent = tl.minimum(tl.maximum(exponent, 1), 253)
+    right = tl.where(usable, displacement * ((254 - exponent) << 23).to(tl.float32, bitcast=True), 0.0)
+    slope = tl.where(usable, slope, 0.0)
+    preconditioner = 1 / (slope * slope * diagonal + reg)
+    solution = tl.zeros_like(right)
+    residual = right
+    direction = preconditioner * residual
+    product = _row_sum(direction * residual)
+    whole = _row_sum(right * right)
+    bound = rtol * rtol * whole
+    goal = tl.where(rounding, 0.25 * bound, bound)
+    square = whole
+    checked = whole  # the residual's square when last computed anew
+    active = whole > 0
+    checking = whole < 0  # false: no row
+    gave_up = whole < 0
+    iterations = tl.zeros_like(whole).to(tl.int32)
+    while tl.max(active.to(tl.int32)) > 0:
+        vector = tl.where(checking, solution, direction)
+        image = tl.dot(slope * vector, gram, input_precision=PRECISION)
+        image = slope * image + reg * vector
+        curvature = _row_sum(direction * image)
+        length = product / curvature
+        # Else the matrix is not positive definite in this precision. All comparisons are false for NaN.
+        stepping = active & (checking == 0) & (curvature > 0) & (length > 0)
+        anew = active & checking
+        iterations += (active & (checking == 0)).to(tl.int32)
+        solution = tl.where(stepping, solution + length * direction, solution)
+        residual = tl.where(stepping, residual - length * image, tl.where(anew, right - image, residual))
+        square = _row_sum(residual * residual)
+        before = product
+        product = _row_sum(preconditioner * residual * residual)
+        turn = tl.where(stepping, product / before, 0.0)
+        direction = tl.where(active, preconditioner * residual + turn * direction, direction)
+        arrived = stepping & (square <= goal)
+        again = anew & (square > bound) & (square <= 0.25 * checked)
+        checked = tl.where(anew, square, checked)
+        goes_on = (stepping & (square > goal) & (iterations < limit)) | again
+        checking = arrived & rounding
+        solved = (arrived & (rounding == 0)) | (anew & (square <= bound))
+        gave_up = gave_up | (active & (goes_on == 0) & (checking == 0) & (solved == 0))
+        active = goes_on | checking
+    missed = tl.sqrt(square / whole)
+    missed = tl.where(gave_up, tl.where(missed == missed, missed, float("inf")), 0.0)
+    solution = tl.where(usable, solution * (exponent << 23).to(tl.float32, bitcast=True), float("nan"))
+    return solution, iterations, missed
+
+
+@triton.jit
+def _times_weight(vectors, vectors_mask, weight, N, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr):
+    """``v W`` for every row, with v and W from memory, a few units at a time: K has the place on chip."""
+    total = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    column = tl.arange(0, BLOCK_N)[None, :]
+    for first in range(0, N, CHUNK):
+        unit = first + tl.arange(0, CHUNK)
+        left = _load(vectors + unit[None, :], vectors_mask & (unit[None, :] < N))
+        right = _load(weight + unit[:, None] * N + column, (unit[:, None] < N) & (column < N))
+        total = tl.dot(left, right, total, input_precision="tf32x3")
+    return tl.where(column < N, total, 0.0)  # as in forward
+
+
+@triton.jit(do_not_specialize=["T", "B"])
+def jacobian_kernel(
+    grad_h,
+    grad_last,
+    h,
+    weight,
+    gram,
+    carried_in,
+    through_in,
+    delta_out,
+    carried_out,
+    through_out,
+    scaled,
+    iterations_out,
+    missed_out,
+    step_out,
+    T,
+    B,
+    N,
+    grad_time,
+    grad_batch,
+    grad_head,
+    step,
+    reg,
+    rtol,
+    NONLINEARITY: tl.constexpr,
+    UPDATE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """``backward_kernel`` for the inverse of the Jacobian: ``term = Wᵀ D y`` with ``(D K D + rI) y = λ``.
+
+    K is on chip, in float32 whatever the storage dtype is, since products of rounded vectors would keep residuals from
+    coming down. W is read anew at every step, for one product or two against those of all iterations with K.
+
+    As there, and: gram: [H, N, N], ``W Wᵀ`` in float32, NaN where W is not finite; scaled: [B, H, N], float32, scratch
+    for D y; iterations_out: [T, B, H], int32, or None; missed_out, step_out: [B, H], float32 and int32: the largest
+    relative residual of the steps whose solve gave up, and which of them, or 0.
+    """
+    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    row = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
+    column = tl.arange(0, BLOCK_N)[None, :]
+    inside = column < N
+    mask = (row < B) & inside
+    sample = row * heads + head
+    place = sample * N + column
+    weight += head * N * N
+    matrix = _matrix(gram, N, BLOCK_N, False, tl.float32)
+    diagonal = _load(gram + head * N * N + column * (N + 1), inside)
+    # Whether rounding errors, of float32 and of tf32x3, may be as large as rtol; so for NaN.
+    largest = tl.max(tl.sum(tl.abs(matrix), 1))
+    rounding = (4 * 4.76837158203125e-07 * (largest + reg) <= rtol * reg) == 0
+    limit = 4 * N + 50
+    carried = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    through = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    if carried_in is not None:
+        carried = _load(carried_in + place, mask)
+    if grad_last is not None:
+        carried += step * _load(grad_last + place, mask)
+    if through_in is not None:
+        through = _load(through_in + place, mask)
+    worst = tl.zeros((BLOCK_B, 1), tl.float32)
+    worst_step = tl.zeros((BLOCK_B, 1), tl.int32)
+    last = tl.cast(T - 1, tl.int64)
+    time = tl.cast(B, tl.int64) * heads
+    h_pointers = h + last * time * N + place
+    delta_rows = delta_out + last * time * N + sample * N
+    if iterations_out is not None:
+        iterations_pointers = iterations_out + last * time + sample
+    if grad_h is not None:
+        grad_pointers = grad_h + last * grad_time + row * grad_batch + head * grad_head + column
+    for t in range(T):
+        state = _load(h_pointers, mask)
+        h_pointers -= time * N
+        displacement = carried
+        if grad_h is not None:
+            displacement += step * _load(grad_pointers, mask)
+            grad_pointers -= grad_time
+        delta = _through_activation(displacement + through, state, NONLINEARITY)
+        tl.store(delta_rows + column, delta.to(delta_out.dtype.element_ty), mask=mask)
+        slope = _through_activation(tl.full((BLOCK_B, BLOCK_N), 1.0, tl.float32), state, NONLINEARITY)
+        solution, iterations, missed = _solve(
+            displacement, slope, matrix, diagonal, reg, rtol, rounding, limit, "tf32x3"
+        )
+        tl.store(scaled + place, slope * solution, mask=mask)
+        if iterations_out is not None:
+            tl.store(iterations_pointers, iterations, mask=row < B)
+            iterations_pointers -= time
+        worse = missed > worst
+        worst = tl.where(worse, missed, worst)
+        worst_step = tl.where(worse, T - 1 - t, worst_step)
+        tl.debug_barrier()  # every thread reads what others have written
+        carried = _times_weight(scaled + sample * N, row < B, weight, N, BLOCK_B, BLOCK_N, CHUNK)
+        if UPDATE == "total":
+            through = _times_weight(delta_rows, row < B, weight, N, BLOCK_B, BLOCK_N, CHUNK)
+        tl.debug_barrier()  # and has read it before the next step writes
+        delta_rows -= time * N
+    tl.store(carried_out + place, carried.to(carried_out.dtype.element_ty), mask=mask)
+    if UPDATE == "total":
+        tl.store(through_out + place, through.to(through_out.dtype.element_ty), mask=mask)
+    tl.store(missed_out + sample, worst, mask=row < B)
+    tl.store(step_out + sample, worst_step, mask=row < B)
+
+
 # --- launchers
+
+CHUNK = 16
+"""Units of W that ``jacobian_kernel`` multiplies at a time: what leaves room for K at N = 128."""
 
 _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -262,22 +456,24 @@ def options(block: triton_blocks.Block) -> dict[str, Any]:
     return {"num_warps": block.warps, "num_stages": 1, "maxnreg": block.registers, "enable_fp_fusion": True}
 
 
-def launch(kernel: Any, h: Tensor, *arguments: Any, **words: str) -> Any:
+def launch(kernel: Any, h: Tensor, *arguments: Any, **words: Any) -> Any:
     """For each tile of the batch and each head of h. Returns the compiled kernel, or None where there is no tile."""
     _, B, H, N = sizes(h)
     if B == 0:
         return None
-    block = triton_blocks.choose(N, B * H, h.dtype)
+    if kernel is jacobian_kernel:
+        block = triton_blocks.choose_jacobian(N, B * H)
+        words |= {"CHUNK": CHUNK}
+    else:
+        block = triton_blocks.choose(N, B * H, h.dtype)
+        words |= {
+            "OPERAND": tl.float32 if _triton.interpreted() else _OPERANDS[h.dtype],
+            "PRECISION": precision(h.dtype),
+        }
     on_device = contextlib.nullcontext() if _triton.interpreted() else torch.cuda.device(h.device)
     with on_device:
         return kernel[(triton.cdiv(B, block.rows), H)](
-            *arguments,
-            **words,
-            BLOCK_B=block.rows,
-            BLOCK_N=triton_blocks.padded(N),
-            OPERAND=tl.float32 if _triton.interpreted() else _OPERANDS[h.dtype],
-            PRECISION=precision(h.dtype),
-            **options(block),
+            *arguments, **words, BLOCK_B=block.rows, BLOCK_N=triton_blocks.padded(N), **options(block)
         )
 
 
@@ -305,7 +501,7 @@ def backward(
     sweep: Sweep,
     iterations: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``reference.backward``, for linearized rules without a solve.
+    """``reference.backward``, for linearized rules.
 
     The total update needs two matrices where the rule has an inverse. Where they do not both fit on chip, displacements
     are one sweep and their back-propagation another.
@@ -320,6 +516,10 @@ def backward(
     carried = carried if sweep.inverse != "none" else None
     through = through if sweep.update == "total" else None
     grad_u, carried_out, through_out = backward_outputs(h, sweep)
+    if sweep.inverse == "jacobian":
+        outputs = grad_u, carried_out, through_out
+        _jacobian_sweep_back(grad_h, grad_last, h, weight, carried, through, *outputs, sweep, iterations)
+        return outputs
     if sweep.update == "total" and sweep.uses_inverse and not triton_blocks.fits(h, matrices=2):
         displacements = torch.empty_like(h, dtype=torch.float32)
         outputs = displacements, carried_out, None
@@ -359,3 +559,34 @@ def _sweep_back(
         INVERSE=sweep.inverse,
         UPDATE=sweep.update,
     )
+
+
+def _jacobian_sweep_back(
+    grad_h: Tensor | None,
+    grad_last: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    carried: Tensor | None,
+    through: Tensor | None,
+    grad_u: Tensor,
+    carried_out: Tensor,
+    through_out: Tensor | None,
+    sweep: Sweep,
+    iterations: Tensor | None,
+) -> None:
+    T, B, H, N = sizes(h)
+    double = weight.double()  # torch may have been told to multiply float32 as tf32
+    gram = (double @ double.mT).float() + (0 * weight).sum(dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    scaled = h.new_empty((B, H, N), dtype=torch.float32)
+    missed = h.new_empty((B, H), dtype=torch.float32)
+    step = h.new_empty((B, H), dtype=torch.int32)
+    launch(
+        *(jacobian_kernel, h, grad_h, grad_last, h, weight, gram, carried, through, grad_u, carried_out, through_out),
+        *(scaled, iterations, missed, step, T, B, N, *strides(grad_h), sweep.step, sweep.reg, sweep.rtol),
+        NONLINEARITY=sweep.nonlinearity,
+        UPDATE=sweep.update,
+    )
+    if missed.numel() and (largest := float(missed.max())) > 0:  # waits for the kernel, once
+        b, head = divmod(int(missed.argmax()), H)
+        t = sweep.first + int(step[b, head])
+        raise reference.unsolved(t, b, head if h.dim() == 4 else None, largest, sweep, h.dtype)
