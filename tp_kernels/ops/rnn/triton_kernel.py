@@ -257,17 +257,49 @@ def _row_sum(x):
 
 
 @triton.jit
-def _solve(displacement, slope, gram, diagonal, reg, rtol, rounding, limit, PRECISION: tl.constexpr):
+def _rows_of_gram(pointer, N, BLOCK_N: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr):
+    """Every STEP-th row of K, from FIRST on."""
+    row, column = FIRST + STEP * tl.arange(0, BLOCK_N // STEP)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    return _load(pointer + row * N + column, (row < N) & (column < N))
+
+
+@triton.jit
+def _times_gram(vectors, even, odd, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+    """``v K`` for every row. From N = 128 on in two products, each with half of the operands in registers at a time."""
+    if BLOCK_N >= 128:
+        left, right = tl.split(tl.reshape(vectors, (BLOCK_B, BLOCK_N // 2, 2)))
+        image = tl.dot(left, even, input_precision="tf32x3")
+        image = tl.dot(right, odd, image, input_precision="tf32x3")
+    else:
+        image = tl.dot(vectors, even, input_precision="tf32x3")
+    return image
+
+
+@triton.jit
+def _solve(
+    displacement,
+    slope,
+    even,
+    odd,
+    diagonal,
+    norm,
+    reg,
+    rtol,
+    limit,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """y with ``(D K D + rI) y = λ`` for every row, by conjugate gradients under the diagonal as a preconditioner.
 
     A row has scalars of its own and stops by itself: what the others of the tile still need changes none of its bits.
-    With ``rounding``, a row that has come down to its goal has its residual computed anew, in the place of a step, and
-    goes on from that where it is above the bound; it gives up where that did not come down.
+    Where rounding errors may be as large as rtol, a row that has come down to its goal has its residual computed anew,
+    in the place of a step. It goes on from that where it is above the bound, and gives up where that did not come down.
 
-    slope: D, diagonal: that of K. Returns y, the iterations of each row, and 0 or, where it gave up, its relative
-    residual. A row that is not finite gets y = NaN.
+    slope: D; even, odd: rows of K, as in ``_times_gram``; diagonal, norm: its diagonal and its largest sum of a row,
+    NaN where W is not finite. Returns y, the iterations of each row, and its relative residual where it gave up, else 0. A row not finite gets y = NaN.
     """
-    usable = _is_finite(displacement) & _is_finite(slope) & (tl.sum(tl.where(gram == gram, 0, 1)) == 0)
+    usable = _is_finite(displacement) & _is_finite(slope) & (norm == norm)
+    rounding = (4 * 4.76837158203125e-07 * (norm + reg) <= rtol * reg) == 0  # 2⁻²¹: float32 as tf32x3
     # In the unit of its largest element, a power of two, no square of a row over- or underflows.
     exponent = tl.max(tl.abs(displacement), 1)[:, None].to(tl.int32, bitcast=True) >> 23
     exponent = tl.minimum(tl.maximum(exponent, 1), 253)
@@ -289,7 +321,7 @@ def _solve(displacement, slope, gram, diagonal, reg, rtol, rounding, limit, PREC
     iterations = tl.zeros_like(whole).to(tl.int32)
     while tl.max(active.to(tl.int32)) > 0:
         vector = tl.where(checking, solution, direction)
-        image = tl.dot(slope * vector, gram, input_precision=PRECISION)
+        image = _times_gram(slope * vector, even, odd, BLOCK_B, BLOCK_N)
         image = slope * image + reg * vector
         curvature = _row_sum(direction * image)
         length = product / curvature
@@ -319,13 +351,16 @@ def _solve(displacement, slope, gram, diagonal, reg, rtol, rounding, limit, PREC
 
 
 @triton.jit
-def _times_weight(vectors, vectors_mask, weight, N, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr):
-    """``v W`` for every row, with v and W from memory, a few units at a time: K has the place on chip."""
+def _times_weight(vectors, place, there, weight, N, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr):
+    """``v W`` for every row, with v and W from memory, a few units at a time: K has the place on chip.
+
+    place: where each row begins; there: which rows there are.
+    """
     total = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
     column = tl.arange(0, BLOCK_N)[None, :]
     for first in range(0, N, CHUNK):
         unit = first + tl.arange(0, CHUNK)
-        left = _load(vectors + unit[None, :], vectors_mask & (unit[None, :] < N))
+        left = _load(vectors + place + unit[None, :], there & (unit[None, :] < N))
         right = _load(weight + unit[:, None] * N + column, (unit[:, None] < N) & (column < N))
         total = tl.dot(left, right, total, input_precision="tf32x3")
     return tl.where(column < N, total, 0.0)  # as in forward
@@ -338,6 +373,7 @@ def jacobian_kernel(
     h,
     weight,
     gram,
+    norms,
     carried_in,
     through_in,
     delta_out,
@@ -367,73 +403,73 @@ def jacobian_kernel(
     K is on chip, in float32 whatever the storage dtype is, since products of rounded vectors would keep residuals from
     coming down. W is read anew at every step, for one product or two against those of all iterations with K.
 
-    As there, and: gram: [H, N, N], ``W Wᵀ`` in float32, NaN where W is not finite; scaled: [B, H, N], float32, scratch
-    for D y; iterations_out: [T, B, H], int32, or None; missed_out, step_out: [B, H], float32 and int32: the largest
+    As there, and: gram: [H, N, N], ``W Wᵀ`` in float32; norms: [H], float32: as in ``_solve``; scaled: [B, H, N],
+    float32, scratch for D y; iterations_out: [T, B, H], int32, or None; missed_out, step_out: [B, H], float32 and
+    int32: the largest
     relative residual of the steps whose solve gave up, and which of them, or 0.
     """
     head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    row = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
+    first = tl.program_id(0) * BLOCK_B
+    local_row = tl.arange(0, BLOCK_B)[:, None]
     column = tl.arange(0, BLOCK_N)[None, :]
-    inside = column < N
-    mask = (row < B) & inside
-    sample = row * heads + head
+    inside, there = column < N, first + local_row < B
+    mask = there & inside
+    # What differs between the elements of a tile is small: 64 bits for each would be registers that are short.
+    sample = local_row * heads
     place = sample * N + column
+    first_sample = first.to(tl.int64) * heads + head
+    start = first_sample * N
     weight += head * N * N
-    matrix = _matrix(gram, N, BLOCK_N, False, tl.float32)
-    diagonal = _load(gram + head * N * N + column * (N + 1), inside)
-    # Whether rounding errors, of float32 and of tf32x3, may be as large as rtol; so for NaN.
-    largest = tl.max(tl.sum(tl.abs(matrix), 1))
-    rounding = (4 * 4.76837158203125e-07 * (largest + reg) <= rtol * reg) == 0
-    limit = 4 * N + 50
+    gram += head * N * N
+    if BLOCK_N >= 128:
+        even = _rows_of_gram(gram, N, BLOCK_N, 0, 2)
+        odd = _rows_of_gram(gram, N, BLOCK_N, 1, 2)
+    else:
+        even = _rows_of_gram(gram, N, BLOCK_N, 0, 1)
+        odd = even
+    diagonal = _load(gram + column * (N + 1), inside)
+    norm = tl.load(norms + head + tl.zeros((1, 1), tl.int32))
     carried = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
     through = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
     if carried_in is not None:
-        carried = _load(carried_in + place, mask)
+        carried = _load(carried_in + start + place, mask)
     if grad_last is not None:
-        carried += step * _load(grad_last + place, mask)
+        carried += step * _load(grad_last + start + place, mask)
     if through_in is not None:
-        through = _load(through_in + place, mask)
+        through = _load(through_in + start + place, mask)
     worst = tl.zeros((BLOCK_B, 1), tl.float32)
     worst_step = tl.zeros((BLOCK_B, 1), tl.int32)
-    last = tl.cast(T - 1, tl.int64)
     time = tl.cast(B, tl.int64) * heads
-    h_pointers = h + last * time * N + place
-    delta_rows = delta_out + last * time * N + sample * N
-    if iterations_out is not None:
-        iterations_pointers = iterations_out + last * time + sample
-    if grad_h is not None:
-        grad_pointers = grad_h + last * grad_time + row * grad_batch + head * grad_head + column
-    for t in range(T):
-        state = _load(h_pointers, mask)
-        h_pointers -= time * N
+    for back in range(T):
+        t = tl.cast(T - 1, tl.int64) - back
+        now = t * time * N + start
+        state = _load(h + now + place, mask)
         displacement = carried
         if grad_h is not None:
-            displacement += step * _load(grad_pointers, mask)
-            grad_pointers -= grad_time
+            rows = (first + local_row).to(tl.int64) * grad_batch
+            displacement += step * _load(grad_h + t * grad_time + head * grad_head + rows + column, mask)
         delta = _through_activation(displacement + through, state, NONLINEARITY)
-        tl.store(delta_rows + column, delta.to(delta_out.dtype.element_ty), mask=mask)
+        tl.store(delta_out + now + place, delta.to(delta_out.dtype.element_ty), mask=mask)
         slope = _through_activation(tl.full((BLOCK_B, BLOCK_N), 1.0, tl.float32), state, NONLINEARITY)
         solution, iterations, missed = _solve(
-            displacement, slope, matrix, diagonal, reg, rtol, rounding, limit, "tf32x3"
+            displacement, slope, even, odd, diagonal, norm, reg, rtol, 4 * N + 50, BLOCK_B, BLOCK_N
         )
-        tl.store(scaled + place, slope * solution, mask=mask)
+        tl.store(scaled + start + place, slope * solution, mask=mask)
         if iterations_out is not None:
-            tl.store(iterations_pointers, iterations, mask=row < B)
-            iterations_pointers -= time
+            tl.store(iterations_out + t * time + first_sample + sample, iterations, mask=there)
         worse = missed > worst
         worst = tl.where(worse, missed, worst)
-        worst_step = tl.where(worse, T - 1 - t, worst_step)
+        worst_step = tl.where(worse, T - 1 - back, worst_step)
         tl.debug_barrier()  # every thread reads what others have written
-        carried = _times_weight(scaled + sample * N, row < B, weight, N, BLOCK_B, BLOCK_N, CHUNK)
+        carried = _times_weight(scaled + start, sample * N, there, weight, N, BLOCK_B, BLOCK_N, CHUNK)
         if UPDATE == "total":
-            through = _times_weight(delta_rows, row < B, weight, N, BLOCK_B, BLOCK_N, CHUNK)
+            through = _times_weight(delta_out + now, sample * N, there, weight, N, BLOCK_B, BLOCK_N, CHUNK)
         tl.debug_barrier()  # and has read it before the next step writes
-        delta_rows -= time * N
-    tl.store(carried_out + place, carried.to(carried_out.dtype.element_ty), mask=mask)
+    tl.store(carried_out + start + place, carried.to(carried_out.dtype.element_ty), mask=mask)
     if UPDATE == "total":
-        tl.store(through_out + place, through.to(through_out.dtype.element_ty), mask=mask)
-    tl.store(missed_out + sample, worst, mask=row < B)
-    tl.store(step_out + sample, worst_step, mask=row < B)
+        tl.store(through_out + start + place, through.to(through_out.dtype.element_ty), mask=mask)
+    tl.store(missed_out + first_sample + sample, worst, mask=there)
+    tl.store(step_out + first_sample + sample, worst_step, mask=there)
 
 
 # --- launchers
@@ -576,13 +612,15 @@ def _jacobian_sweep_back(
 ) -> None:
     T, B, H, N = sizes(h)
     double = weight.double()  # torch may have been told to multiply float32 as tf32
-    gram = (double @ double.mT).float() + (0 * weight).sum(dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    gram = (double @ double.mT).float()
+    norms = gram.abs().sum(-1).amax(-1) + (0 * double).sum(dim=(-2, -1))  # NaN where W is not finite
     scaled = h.new_empty((B, H, N), dtype=torch.float32)
     missed = h.new_empty((B, H), dtype=torch.float32)
     step = h.new_empty((B, H), dtype=torch.int32)
     launch(
-        *(jacobian_kernel, h, grad_h, grad_last, h, weight, gram, carried, through, grad_u, carried_out, through_out),
-        *(scaled, iterations, missed, step, T, B, N, *strides(grad_h), sweep.step, sweep.reg, sweep.rtol),
+        *(jacobian_kernel, h, grad_h, grad_last, h, weight, gram, norms.float(), carried, through),
+        *(grad_u, carried_out, through_out, scaled, iterations, missed, step, T, B, N, *strides(grad_h)),
+        *(sweep.step, sweep.reg, sweep.rtol),
         NONLINEARITY=sweep.nonlinearity,
         UPDATE=sweep.update,
     )
