@@ -45,8 +45,7 @@ class Shape(NamedTuple):
             names = ("grad_h", "grad_last", "h", "weight", "carried_in", "through_in")
             types = dict.fromkeys((*names, "delta_out", "carried_out", "through_out"), pointer)
             types |= dict.fromkeys(("gram", "norms", "scaled", "missed_out"), "*fp32")
-            types |= dict.fromkeys(("iterations_out", "step_out"), "*i32")
-            types |= _integers(("T", "B", "N", "grad_time", "grad_batch", "grad_head"))
+            types |= _integers(("T", "B", "N", "grad_time", "grad_batch", "grad_head")) | {"iterations_out": "*i32"}
             types |= dict.fromkeys(("step", "reg", "rtol"), "fp32")
             words |= {"UPDATE": self.update, "CHUNK": triton_kernel.CHUNK}
             return triton_kernel.jacobian_kernel, types, words, options

@@ -138,7 +138,7 @@ def steps_back(
             through = _apply(weight.mT, delta)
         yield t, displacement, adjoint, delta, carried, through
     if residuals:
-        _check_residuals(torch.stack(residuals[::-1]), sweep, h.dtype)
+        check_residuals(torch.stack(residuals[::-1]), sweep, h.dtype)
 
 
 def _through_activation(adjoint: Tensor, h: Tensor, nonlinearity: str) -> Tensor:
@@ -196,8 +196,8 @@ def _jacobian_term(displacement: Tensor, h: Tensor, weight: Tensor, sweep: Sweep
     return term.to(h.dtype), torch.where(info == 0, residual, torch.inf)
 
 
-def _check_residuals(residuals: Tensor, sweep: Sweep, dtype: torch.dtype) -> None:
-    """``residuals``: [T, B] or [T, B, H]."""
+def check_residuals(residuals: Tensor, sweep: Sweep, dtype: torch.dtype) -> None:
+    """Raises where the solve of "jacobian" missed its residual. ``residuals``: [T, B] or [T, B, H]."""
     if residuals.numel() and residuals.max() > sweep.rtol:
         t, b, *head = torch.unravel_index(residuals.argmax(), residuals.shape)
         where = (int(t) + sweep.first, int(b), int(head[0]) if head else None)

@@ -246,12 +246,6 @@ def backward_kernel(
 
 
 @triton.jit
-def _is_finite(x):
-    """Whether every element of a row is, as a column."""
-    return tl.sum(tl.where(tl.abs(x) <= 3.4028234663852886e38, 0, 1), 1)[:, None] == 0  # false for NaN
-
-
-@triton.jit
 def _row_sum(x):
     return tl.sum(x, 1)[:, None]
 
@@ -286,19 +280,23 @@ def _solve(
     reg,
     rtol,
     limit,
+    scratch,
+    place,
+    mask,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """y with ``(D K D + rI) y = λ`` for every row, by conjugate gradients under the diagonal as a preconditioner.
 
     A row has scalars of its own and stops by itself: what the others of the tile still need changes none of its bits.
-    Where rounding errors may be as large as rtol, a row that has come down to its goal has its residual computed anew,
-    in the place of a step. It goes on from that where it is above the bound, and gives up where that did not come down.
+    Where rounding errors may be as large as rtol, a row that stops has its residual computed anew, in the place of a
+    step. It goes on from that where it is above the bound, and gives up where that did not come down.
 
     slope: D; even, odd: rows of K, as in ``_times_gram``; diagonal, norm: its diagonal and its largest sum of a row,
-    NaN where W is not finite. Returns y, the iterations of each row, and its relative residual where it gave up, else 0. A row not finite gets y = NaN.
+    NaN where W is not finite; scratch, place, mask: memory for a tile. Returns y, the iterations of each row, and
+    its relative residual where it gave up, else 0. A row that is not finite gets y = NaN.
     """
-    usable = _is_finite(displacement) & _is_finite(slope) & (norm == norm)
+    usable = (_row_sum(0 * displacement + 0 * slope) == 0) & (norm == norm)  # false for NaN, which 0 · ∞ is too
     rounding = (4 * 4.76837158203125e-07 * (norm + reg) <= rtol * reg) == 0  # 2⁻²¹: float32 as tf32x3
     # In the unit of its largest element, a power of two, no square of a row over- or underflows.
     exponent = tl.max(tl.abs(displacement), 1)[:, None].to(tl.int32, bitcast=True) >> 23
@@ -307,6 +305,7 @@ def _solve(
     slope = tl.where(usable, slope, 0.0)
     preconditioner = 1 / (slope * slope * diagonal + reg)
     solution = tl.zeros_like(right)
+    tl.store(scratch + place, right, mask=mask)  # seldom needed: not in registers
     residual = right
     direction = preconditioner * residual
     product = _row_sum(direction * residual)
@@ -330,20 +329,22 @@ def _solve(
         anew = active & checking
         iterations += (active & (checking == 0)).to(tl.int32)
         solution = tl.where(stepping, solution + length * direction, solution)
-        residual = tl.where(stepping, residual - length * image, tl.where(anew, right - image, residual))
+        residual = tl.where(stepping, residual - length * image, residual)
+        if tl.max(anew.to(tl.int32)) > 0:
+            residual = tl.where(anew, _load(scratch + place, mask) - image, residual)
         square = _row_sum(residual * residual)
         before = product
         product = _row_sum(preconditioner * residual * residual)
         turn = tl.where(stepping, product / before, 0.0)
         direction = tl.where(active, preconditioner * residual + turn * direction, direction)
-        arrived = stepping & (square <= goal)
         again = anew & (square > bound) & (square <= 0.25 * checked)
         checked = tl.where(anew, square, checked)
-        goes_on = (stepping & (square > goal) & (iterations < limit)) | again
-        checking = arrived & rounding
-        solved = (arrived & (rounding == 0)) | (anew & (square <= bound))
-        gave_up = gave_up | (active & (goes_on == 0) & (checking == 0) & (solved == 0))
-        active = goes_on | checking
+        goes_on = stepping & (square > goal) & (iterations < limit)
+        stops = active & (checking == 0) & (goes_on == 0)
+        gave_up = gave_up | (stops & (rounding == 0) & ((square <= goal) == 0))
+        gave_up = gave_up | (anew & (again == 0) & ((square <= bound) == 0))
+        checking = stops & rounding
+        active = goes_on | again | checking
     missed = tl.sqrt(square / whole)
     missed = tl.where(gave_up, tl.where(missed == missed, missed, float("inf")), 0.0)
     solution = tl.where(usable, solution * (exponent << 23).to(tl.float32, bitcast=True), float("nan"))
@@ -382,7 +383,6 @@ def jacobian_kernel(
     scaled,
     iterations_out,
     missed_out,
-    step_out,
     T,
     B,
     N,
@@ -403,10 +403,9 @@ def jacobian_kernel(
     K is on chip, in float32 whatever the storage dtype is, since products of rounded vectors would keep residuals from
     coming down. W is read anew at every step, for one product or two against those of all iterations with K.
 
-    As there, and: gram: [H, N, N], ``W Wᵀ`` in float32; norms: [H], float32: as in ``_solve``; scaled: [B, H, N],
-    float32, scratch for D y; iterations_out: [T, B, H], int32, or None; missed_out, step_out: [B, H], float32 and
-    int32: the largest
-    relative residual of the steps whose solve gave up, and which of them, or 0.
+    As there, and: gram: [H, N, N], ``W Wᵀ`` in float32; norms: [H], float32: as in ``_solve``; scaled: [2, B, H, N],
+    float32, scratch, used in turn; iterations_out: [T, B, H], int32, or None; missed_out: [T, B, H], float32: the
+    relative residual of each solve that gave up, else 0.
     """
     head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     first = tl.program_id(0) * BLOCK_B
@@ -437,8 +436,6 @@ def jacobian_kernel(
         carried += step * _load(grad_last + start + place, mask)
     if through_in is not None:
         through = _load(through_in + start + place, mask)
-    worst = tl.zeros((BLOCK_B, 1), tl.float32)
-    worst_step = tl.zeros((BLOCK_B, 1), tl.int32)
     time = tl.cast(B, tl.int64) * heads
     for back in range(T):
         t = tl.cast(T - 1, tl.int64) - back
@@ -451,25 +448,34 @@ def jacobian_kernel(
         delta = _through_activation(displacement + through, state, NONLINEARITY)
         tl.store(delta_out + now + place, delta.to(delta_out.dtype.element_ty), mask=mask)
         slope = _through_activation(tl.full((BLOCK_B, BLOCK_N), 1.0, tl.float32), state, NONLINEARITY)
+        turn = scaled + (t % 2) * time * N + start  # what is read at one step is not written at the next
         solution, iterations, missed = _solve(
-            displacement, slope, even, odd, diagonal, norm, reg, rtol, 4 * N + 50, BLOCK_B, BLOCK_N
+            displacement,
+            slope,
+            even,
+            odd,
+            diagonal,
+            norm,
+            reg,
+            rtol,
+            4 * N + 50,
+            turn,
+            place,
+            mask,
+            BLOCK_B,
+            BLOCK_N,
         )
-        tl.store(scaled + start + place, slope * solution, mask=mask)
+        tl.store(turn + place, slope * solution, mask=mask)
         if iterations_out is not None:
             tl.store(iterations_out + t * time + first_sample + sample, iterations, mask=there)
-        worse = missed > worst
-        worst = tl.where(worse, missed, worst)
-        worst_step = tl.where(worse, T - 1 - back, worst_step)
+        tl.store(missed_out + t * time + first_sample + sample, missed, mask=there)
         tl.debug_barrier()  # every thread reads what others have written
-        carried = _times_weight(scaled + start, sample * N, there, weight, N, BLOCK_B, BLOCK_N, CHUNK)
+        carried = _times_weight(turn, sample * N, there, weight, N, BLOCK_B, BLOCK_N, CHUNK)
         if UPDATE == "total":
             through = _times_weight(delta_out + now, sample * N, there, weight, N, BLOCK_B, BLOCK_N, CHUNK)
-        tl.debug_barrier()  # and has read it before the next step writes
     tl.store(carried_out + start + place, carried.to(carried_out.dtype.element_ty), mask=mask)
     if UPDATE == "total":
         tl.store(through_out + start + place, through.to(through_out.dtype.element_ty), mask=mask)
-    tl.store(missed_out + first_sample + sample, worst, mask=there)
-    tl.store(step_out + first_sample + sample, worst_step, mask=there)
 
 
 # --- launchers
@@ -614,17 +620,13 @@ def _jacobian_sweep_back(
     double = weight.double()  # torch may have been told to multiply float32 as tf32
     gram = (double @ double.mT).float()
     norms = gram.abs().sum(-1).amax(-1) + (0 * double).sum(dim=(-2, -1))  # NaN where W is not finite
-    scaled = h.new_empty((B, H, N), dtype=torch.float32)
-    missed = h.new_empty((B, H), dtype=torch.float32)
-    step = h.new_empty((B, H), dtype=torch.int32)
+    scaled = h.new_empty((2, B, H, N), dtype=torch.float32)
+    missed = h.new_empty(h.shape[:-1], dtype=torch.float32)
     launch(
         *(jacobian_kernel, h, grad_h, grad_last, h, weight, gram, norms.float(), carried, through),
-        *(grad_u, carried_out, through_out, scaled, iterations, missed, step, T, B, N, *strides(grad_h)),
+        *(grad_u, carried_out, through_out, scaled, iterations, missed, T, B, N, *strides(grad_h)),
         *(sweep.step, sweep.reg, sweep.rtol),
         NONLINEARITY=sweep.nonlinearity,
         UPDATE=sweep.update,
     )
-    if missed.numel() and (largest := float(missed.max())) > 0:  # waits for the kernel, once
-        b, head = divmod(int(missed.argmax()), H)
-        t = sweep.first + int(step[b, head])
-        raise reference.unsolved(t, b, head if h.dim() == 4 else None, largest, sweep, h.dtype)
+    reference.check_residuals(missed, sweep, h.dtype)  # waits for the kernel, once
