@@ -258,14 +258,32 @@ def _rows_of_gram(pointer, N, BLOCK_N: tl.constexpr, FIRST: tl.constexpr, STEP: 
 
 
 @triton.jit
+def _upper_half(x):
+    """x cut to the eleven bits of a tf32: what is left fits another."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _add_product(v, k, total):
+    """``total + v k``, as tf32x3 does it, but for what that adds for the sake of infinities, and registers with it."""
+    upper_v, upper_k = _upper_half(v), _upper_half(k)
+    total = tl.dot(upper_v, upper_k, total, input_precision="tf32")
+    total = tl.dot(upper_v, k - upper_k, total, input_precision="tf32")
+    return tl.dot(v - upper_v, upper_k, total, input_precision="tf32")
+
+
+@triton.jit
 def _times_gram(vectors, even, odd, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
-    """``v K`` for every row. From N = 128 on in two products, each with half of the operands in registers at a time."""
+    """``v K`` for every row. From N = 128 on in two products, each with half of the operands in registers at a time:
+    even and odd rows of K. Below, ``even`` is all of K.
+    """
+    image = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
     if BLOCK_N >= 128:
         left, right = tl.split(tl.reshape(vectors, (BLOCK_B, BLOCK_N // 2, 2)))
-        image = tl.dot(left, even, input_precision="tf32x3")
-        image = tl.dot(right, odd, image, input_precision="tf32x3")
+        image = _add_product(left, even, image)
+        image = _add_product(right, odd, image)
     else:
-        image = tl.dot(vectors, even, input_precision="tf32x3")
+        image = _add_product(vectors, even, image)
     return image
 
 
