@@ -433,6 +433,22 @@ def test_auto(device):
     assert wide is not BACKENDS.backends["triton"]
 
 
+def test_auto_takes_one_back_end_for_both_passes(device, monkeypatch):
+    """Not the first with forward and another one for backward; without gradients the first with forward."""
+    monkeypatch.setitem(BACKENDS.preference, device, ("triton", "reference"))
+    leaves = [tensor.to(device) for tensor in RNNCase(T=4, B=3, N=33).tensors(torch.float32)]
+    rule = tp.TargetProp(inverse="layer", mode="difference")
+    states = {name: tp.rnn(*leaves, rule=rule, backend=name) for name in ("auto", "triton", "reference")}
+    assert not torch.equal(states["triton"], states["reference"])
+    assert_identical(states["auto"], states["triton"], "h without gradients")
+    leaves[0].requires_grad_()
+    h = tp.rnn(*leaves, rule=rule, backend="auto")
+    assert_identical(h.detach(), states["reference"], "h")
+    assert torch.autograd.grad(h.sum(), leaves[0])[0].isfinite().all()
+    rule = tp.TargetProp(inverse="jacobian")
+    assert_identical(tp.rnn(*leaves, rule=rule, backend="auto").detach(), states["triton"], "h of a rule it has")
+
+
 # --- on a GPU only
 
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="there is no GPU that this torch can use")

@@ -95,6 +95,11 @@ def fits(tensor: torch.Tensor, matrices: int, size: int | None = None) -> bool:
     return shared_memory(size, tensor.dtype, matrices) <= _limit(tensor.device)
 
 
+def jacobian_fits(device: torch.device, size: int) -> bool:
+    """Whether ``W Wᵀ`` of that size stays on chip."""
+    return jacobian_shared_memory(size) <= _limit(device)
+
+
 def supports(tensor: torch.Tensor, size: int = 1, sweep: Sweep | None = None) -> Support:
     """``size``: N; ``sweep``: of a backward pass."""
     ok, reason = _triton.supports(tensor)
@@ -107,7 +112,7 @@ def supports(tensor: torch.Tensor, size: int = 1, sweep: Sweep | None = None) ->
     if sweep is not None and sweep.inverse not in INVERSES:
         return False, f"it has no inverse={sweep.inverse!r} yet"
     if sweep is not None and sweep.inverse == "jacobian":
-        largest = max(n for n in JACOBIAN_SIZES if jacobian_shared_memory(n) <= _limit(tensor.device))
+        largest = max(n for n in JACOBIAN_SIZES if jacobian_fits(tensor.device, n))
         if size > largest:
             return False, (
                 f"inverse='jacobian' is solved in float32 with W Wᵀ on chip, N <= {largest} on {tensor.device}, "
