@@ -2,9 +2,9 @@
 
     python scripts/autotune_triton.py            # writes tp_kernels/ops/rnn/triton_blocks.json; minutes
 
-Timed is a forward pass and a backward pass of ``TargetProp()`` over T = 128 steps, and for the kernel of "jacobian", whose
-blocks are one table for all dtypes, such a backward pass in float32. A block that spills registers here
-is left out; whether it spills on other GPUs, ``tests/test_triton_aot.py`` says.
+Timed is a forward pass and a backward pass of ``TargetProp()`` over T = 128 steps, and for the kernel of "jacobian",
+whose blocks are one table for all dtypes, its backward pass in float32. A block that spills registers here is left out;
+whether it spills on other GPUs, ``tests/test_triton_aot.py`` says.
 """
 
 import json
