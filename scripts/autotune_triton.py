@@ -2,8 +2,9 @@
 
     python scripts/autotune_triton.py            # writes tp_kernels/ops/rnn/triton_blocks.json; minutes
 
-Timed is a forward pass and a backward pass of ``TargetProp()`` over T = 128 steps. A block that spills registers here
-is left out; whether it spills on other GPUs, ``tests/test_triton_aot.py`` says.
+Timed is a forward pass and a backward pass of ``TargetProp()`` over T = 128 steps, and for the kernel of "jacobian",
+whose blocks are one table for all dtypes, its backward pass in float32. A block that spills registers here is left out;
+whether it spills on other GPUs, ``tests/test_triton_aot.py`` says.
 """
 
 import json
@@ -21,19 +22,21 @@ CANDIDATES = [Block(rows, warps) for rows in (16, 32, 64) for warps in (1, 2, 4,
 DTYPES = {"float32": torch.float32, "half": torch.bfloat16}
 
 
-def milliseconds(block: Block, N: int, B: int, dtype: torch.dtype) -> float:
+def milliseconds(block: Block, N: int, B: int, dtype: torch.dtype, inverse: str) -> float:
     """Infinite where the block does not fit, or spills."""
     generator = torch.Generator("cuda").manual_seed(0)
     u = torch.randn(STEPS, B, N, device="cuda", generator=generator).to(dtype)
     weight = (torch.randn(N, N, device="cuda", generator=generator) / N**0.5).to(dtype)
-    choose, launch, spills = triton_blocks.choose, triton_kernel.launch, []
+    launch, spills = triton_kernel.launch, []
+    name = "choose_jacobian" if inverse == "jacobian" else "choose"
+    choose, states = getattr(triton_blocks, name), u.tanh()
 
     def step() -> None:
-        h = triton_kernel.forward(u, weight, None, "tanh")
+        h = states if inverse == "jacobian" else triton_kernel.forward(u, weight, None, "tanh")
         arguments = None, u[0], h, weight, weight, None, None, None, None
-        triton_kernel.backward(*arguments, Sweep("tanh", "weight"))
+        triton_kernel.backward(*arguments, Sweep("tanh", inverse))
 
-    triton_blocks.choose = lambda *given: block
+    setattr(triton_blocks, name, lambda *given: block)
     triton_kernel.launch = lambda *given, **words: spills.append(launch(*given, **words).n_spills)
     try:
         step()
@@ -44,14 +47,15 @@ def milliseconds(block: Block, N: int, B: int, dtype: torch.dtype) -> float:
         print(f"    {block}: {error}")
         return float("inf")
     finally:
-        triton_blocks.choose, triton_kernel.launch = choose, launch
+        setattr(triton_blocks, name, choose)
+        triton_kernel.launch = launch
 
 
-def best(N: int, dtype: torch.dtype) -> list[list[int]]:
+def best(N: int, dtype: torch.dtype, inverse: str = "weight") -> list[list[int]]:
     """From which number of rows on, then the block."""
     entries: list[list[int]] = []
     for B in BATCHES:
-        times = {block: milliseconds(block, N, B, dtype) for block in CANDIDATES}
+        times = {block: milliseconds(block, N, B, dtype, inverse) for block in CANDIDATES}
         block = min(times, key=times.get)
         print(f"  N={N} B={B}: {block}, {times[block]:.3f} ms", flush=True)
         if not entries or entries[-1][1:] != list(block):
@@ -69,6 +73,13 @@ def main() -> None:
             str(n): best(n, dtype) if triton_blocks.fits(probe, 1, n) else triton_blocks.table()[name][str(n)]
             for n in triton_blocks.SIZES[dtype]
         }
+    print("jacobian")
+    blocks["jacobian"] = {
+        str(n): best(n, torch.float32, "jacobian")
+        if triton_blocks.jacobian_fits(torch.device("cuda"), n)
+        else triton_blocks.table()["jacobian"][str(n)]
+        for n in triton_blocks.JACOBIAN_SIZES
+    }
     lines = []
     for name, entries in blocks.items():
         inner = ",\n".join(f'      "{n}": {json.dumps(entry)}' for n, entry in entries.items())

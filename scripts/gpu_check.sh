@@ -65,7 +65,7 @@ if "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())';
     # In float32 all contenders are held to float32, cuDNN as well.
     export NVIDIA_TF32_OVERRIDE=0
     map=("$python" -m tp_kernels.regimes map --device cuda --seconds 3 --no-memory --step-limit 3)
-    stage bench 50 "${map[@]}" --T 784 --N 64,128 --B 16,512 --contenders tp,tp-local,bp,nn.RNN,eager --out "$out/float32"
+    stage bench 60 "${map[@]}" --T 784 --N 64,128 --B 16,512 --contenders tp,tp-local,tp-jacobian,bp,nn.RNN,eager --out "$out/float32"
     stage bench-bf16 30 "${map[@]}" --T 784 --N 128,256 --B 16,512 --dtype bfloat16 --contenders tp,bp,nn.RNN --out "$out/bf16"
     stage bench-inverse 20 "$python" scripts/gpu_inverse.py "$out/inverse.json"
     stage bench-compile 30 "${map[@]}" --T 64 --N 64 --B 16 --contenders tp,bp,nn.RNN,eager,compile --out "$out/compile"

@@ -39,14 +39,17 @@ class Shape(NamedTuple):
         from tp_kernels.ops.rnn import triton_kernel
 
         pointer = POINTERS[self.dtype]
-        words = {
-            "BLOCK_B": self.block.rows,
-            "BLOCK_N": self.padded,
-            "OPERAND": getattr(tl, self.dtype),
-            "PRECISION": self.precision,
-            "NONLINEARITY": self.nonlinearity,
-        }
+        words = {"BLOCK_B": self.block.rows, "BLOCK_N": self.padded, "NONLINEARITY": self.nonlinearity}
         options = triton_kernel.options(self.block)
+        if self.inverse == "jacobian":
+            names = ("grad_h", "grad_last", "h", "weight", "carried_in", "through_in")
+            types = dict.fromkeys((*names, "delta_out", "carried_out", "through_out"), pointer)
+            types |= dict.fromkeys(("gram", "norms", "scaled", "missed_out"), "*fp32")
+            types |= _integers(("T", "B", "N", "grad_time", "grad_batch", "grad_head")) | {"iterations_out": "*i32"}
+            types |= dict.fromkeys(("step", "reg", "rtol"), "fp32")
+            words |= {"UPDATE": self.update, "CHUNK": triton_kernel.CHUNK}
+            return triton_kernel.jacobian_kernel, types, words, options
+        words |= {"OPERAND": getattr(tl, self.dtype), "PRECISION": self.precision}
         if self.kernel == "forward":
             names = ("u", "weight", "h0", "h")
             sizes = ("T", "B", "N", "u_time", "u_batch", "u_head")
@@ -94,12 +97,12 @@ def resources(shape: Shape | Polar, capability: int) -> dict[str, int]:
     kernel, types, words, options = shape.source()
     place = {name: (kernel.arg_names.index(name),) for name in (*types, *words)}
     # As at run time with aligned memory and an N that is a multiple of 16: the widest loads, the most registers.
-    odd = ("T", "B", "step", "clip", "column_stride", "largest_count", "tolerance")
+    odd = ("T", "B", "column_stride", "largest_count")
     source = ASTSource(
         kernel,
         {name: types.get(name, "constexpr") for name in kernel.arg_names},
         {place[name]: value for name, value in words.items()},
-        {place[name]: [["tt.divisibility", 16]] for name in types if name not in odd},
+        {place[name]: [["tt.divisibility", 16]] for name, kind in types.items() if kind != "fp32" and name not in odd},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -30,6 +30,8 @@ WORDS = (
     *(("backward", word, "layer", "total") for word in ("relu", "identity")),
     *(("backward", "tanh", inverse, update) for inverse in ("identity", "weight") for update in ("total", "local")),
     ("backward", "tanh", "layer", "local"),
+    ("backward", "relu", "jacobian", "total"),
+    ("backward", "tanh", "jacobian", "local"),
 )
 
 
@@ -45,6 +47,11 @@ def shapes() -> list[tuple[Shape | Polar, int]]:
                     continue  # instruction for instruction those of bfloat16
                 for capability, limit in SHARED_MEMORY.items():
                     listed += [(shape, capability) for shape in _heaviest(name, dtype, n, block, capability, limit)]
+            if padded in triton_blocks.table()["jacobian"] and (name != "float16" or n >= 64):
+                for _, *numbers in triton_blocks.table()["jacobian"][padded]:
+                    shape = Shape("backward", name, n, Block(*numbers), inverse="jacobian")
+                    fitting = (at for at, limit in SHARED_MEMORY.items() if _needs(shape) <= limit)
+                    listed += [(shape, capability) for capability in fitting]
             if n == 64:
                 listed += [(Shape(kind, name, n, Block(16, 4), *words), 90) for kind, *words in WORDS]
     block = Block(*triton_blocks.table()["float32"]["128"][0][1:])
@@ -52,6 +59,14 @@ def shapes() -> list[tuple[Shape | Polar, int]]:
     polar = [Polar("float32", block, power) for block in ((16, 1), (32, 4)) for power in (1.0, 0.5)]
     listed += [(shape, capability) for shape in polar for capability in SHARED_MEMORY]
     return listed + [(Polar(name, (32, 4), 1.0), 90) for name in ("bfloat16", "float16")]
+
+
+def _needs(shape: Shape) -> int:
+    """The shared memory that ``triton_blocks`` says, when it decides."""
+    if shape.inverse == "jacobian":
+        return triton_blocks.jacobian_shared_memory(shape.padded)
+    two = shape.inverse in ("layer", "weight") and shape.update == "total"
+    return triton_blocks.shared_memory(shape.padded, DTYPES[shape.dtype], 2 if two else 1)
 
 
 def _heaviest(name: str, dtype: torch.dtype, n: int, block: Block, capability: int, limit: int) -> list[Shape]:
@@ -86,14 +101,12 @@ def test_nothing_spills(found):
 
 
 def test_shared_memory_is_there(found):
-    """Within the GPU's limit, and within what ``triton_blocks`` says when it decides."""
+    """Within the GPU's limit, and within what ``triton_blocks`` says."""
     for (shape, capability), use in zip(shapes(), found.values(), strict=True):
         if isinstance(shape, Polar):
             assert use["shared"] <= SHARED_MEMORY[capability], f"{shape} on sm_{capability}"
             continue
-        two = shape.inverse in ("layer", "weight") and shape.update == "total"
-        said = triton_blocks.shared_memory(shape.padded, DTYPES[shape.dtype], 2 if two else 1)
-        assert use["shared"] <= min(said, SHARED_MEMORY[capability]), f"{shape} on sm_{capability}"
+        assert use["shared"] <= min(_needs(shape), SHARED_MEMORY[capability]), f"{shape} on sm_{capability}"
 
 
 def test_nothing_grew(found):

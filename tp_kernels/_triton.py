@@ -26,10 +26,27 @@ def import_error() -> str | None:
     return None
 
 
+@functools.cache
+def _interpreter_error() -> str | None:
+    """Why Triton's interpreter cannot run; ``None`` where it can."""
+    import numpy
+    import triton
+
+    old = torch.torch_version.TorchVersion(triton.__version__) < "3.7"
+    if old and torch.torch_version.TorchVersion(numpy.__version__) >= "2.4":
+        return (
+            f"the interpreter of triton {triton.__version__} makes numbers of arrays, which NumPy {numpy.__version__} "
+            "refuses; python -m pip install 'numpy<2.4' or 'triton>=3.7'"
+        )
+    return None
+
+
 def available() -> Support:
     error = import_error()
     if error is not None:
         return False, f"triton could not be imported ({error}); python -m pip install 'tp_kernels[triton]'"
+    if interpreted() and _interpreter_error() is not None:
+        return False, _interpreter_error()
     if not interpreted() and not torch.cuda.is_available():
         return False, "it computes on a CUDA device, and this torch can use none"
     return True, ""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from _cases import HEAD_CASES, LAYOUTS, RULES, TILE_CASES, TIME_CASES, RNNCase
 from _checks import rnn_backward_check, rnn_forward_check, tanh_check
-from _compare import assert_identical, assert_near, assert_same_pattern
+from _compare import assert_identical, assert_near, assert_same_pattern, assert_solved
 from _oracle import extended
 
 import tp_kernels as tp
@@ -40,7 +40,7 @@ CASES = (
 )
 GPU_CASES = tuple(case for case in TILE_CASES[::7] + TIME_CASES + HEAD_CASES if case.N <= 128) if ON_GPU else ()
 SWEPT = {name: rule for name, rule in RULES.items() if Sweep.of(rule, "tanh").inverse in triton_blocks.INVERSES}
-FEW = ("bp", "weight-total", "layer-local", "identity-total")  # in half precision and on many cases
+FEW = ("bp", "weight-total", "layer-local", "identity-total", "jacobian-total")  # in half precision and on many cases
 BACKWARD = [
     pytest.param(case, rule, dtype, id=f"{case}-{rule}-{name}")
     for case in CASES + GPU_CASES
@@ -123,7 +123,7 @@ def test_gradients(case, rule, device):
         assert_near(pair[0], extended(pair[1]), what, condition)
 
 
-@pytest.mark.parametrize("rule", ["bp", "weight-total", "layer-local", "identity-local"])
+@pytest.mark.parametrize("rule", ["bp", "weight-total", "layer-local", "identity-local", "jacobian-local"])
 def test_half_precision_gradients(rule, dtype, device):
     rule = replace(SWEPT[rule], clip=0.1) if rule != "bp" else SWEPT[rule]
     found = gradients(SMALL, rule, dtype, device)
@@ -219,6 +219,109 @@ def test_expanded_gradients(loss, device):
         assert_identical(*pair, what)
 
 
+# --- the solve of "jacobian"
+
+
+def solved(ratio: float, dtype: torch.dtype, case: RNNCase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Sweep]:
+    """A gradient at every step, h and W, with ``r = ratio ‖W‖²``, ‖W‖ = 1."""
+    _, weight, _ = case.tensors(torch.float64)
+    weight /= torch.linalg.matrix_norm(weight, 2)[..., None, None]
+    h = case.gradient(torch.float64, seed=4).tanh()
+    return case.gradient(dtype), h.to(dtype), weight.to(dtype), Sweep("tanh", "jacobian", reg=ratio)
+
+
+@pytest.mark.parametrize("case", [RNNCase(T=4, B=18, N=33), RNNCase(T=3, B=3, H=2, N=20)], ids=str)
+def test_iterations_of_jacobian(case, dtype, device):
+    """Those of the CPU's float32, but for one more or less where a residual is rounded about rtol."""
+    grad, h, weight, sweep = solved(0.05, dtype, case)
+    nothing = [None] * 5
+    found = ops.rnn_iterations(*(x.to(device) for x in (grad, grad[0], h, weight)), *nothing, *sweep, "triton").cpu()
+    assert found.shape == h.shape[:-1]
+    assert found.dtype == torch.int32
+    assert 5 < found.max() < 30
+    if not BACKENDS.backends["cpu"].available()[0]:
+        absent("cpu", BACKENDS.backends["cpu"].available()[1])
+    expected = ops.rnn_iterations(*(x.float() for x in (grad, grad[0], h, weight)), *nothing, *sweep, "cpu")
+    assert (found - expected).abs().max() <= 1
+    grad[:, 1] = 0
+    none = ops.rnn_iterations(grad.to(device), None, h.to(device), weight.to(device), *nothing, *sweep, "triton")
+    assert none[:, 1].eq(0).all()
+    assert none[:, 0].ne(0).all()
+
+
+@pytest.mark.parametrize("ratio", [1e-3, 0.1], ids=str)
+def test_jacobian_solves_the_equation_that_defines_it(ratio, device):
+    """To rtol, where the recursion of residuals is trusted and where they are computed anew (small r)."""
+    lam, h, weight, sweep = solved(ratio, torch.float32, RNNCase(T=1, B=5, N=33))
+    sweep = sweep._replace(update="local")
+    tensors = (tensor.to(device) for tensor in (lam, h, weight))
+    _, found, _ = ops.rnn_bwd(next(tensors), None, *tensors, *[None] * 5, *sweep, "triton")
+    jacobian = (1 - h[0].double().square())[..., None] * weight.double()
+    assert_solved(found.cpu(), lam[0], jacobian, ratio, sweep.rtol)
+
+
+@pytest.mark.parametrize("H", [None, 2])
+def test_what_cannot_be_solved_raises(H, device):
+    """With the words of the other back-ends; ``first`` counts."""
+    grad, h, weight, sweep = solved(1e-6, torch.float32, RNNCase(T=3, B=18, N=33, H=H))
+    sweep = sweep._replace(nonlinearity="identity", rtol=1e-6, first=7, update="local")
+    late = torch.zeros_like(grad)
+    late[0, 17] = grad[0, 17]
+    head = "" if H is None else ", head [01]"
+    text = (
+        "rnn: inverse='jacobian' could not be solved in float32 at reg=1e-06: worst at time step 7, sample 17"
+        rf"{head}, with a relative residual of \S+, above rtol=1e-06; use a larger reg, a larger rtol or float64"
+    )
+    for function in (ops.rnn_bwd, ops.rnn_iterations):
+        with pytest.raises(torch.linalg.LinAlgError, match=f"^{text}$"):
+            function(late.to(device), None, h.to(device), weight.to(device), *[None] * 5, *sweep, "triton")
+
+
+def test_a_weight_too_large_to_square_raises(device):
+    """W Wᵀ overflows although all numbers are finite."""
+    grad, h, weight, sweep = solved(0.25, torch.float32, SMALL)
+    tensors = (tensor.to(device) for tensor in (grad, h, 1e25 * weight))
+    with pytest.raises(torch.linalg.LinAlgError, match="could not be solved in float32"):
+        ops.rnn_bwd(next(tensors), None, *tensors, *[None] * 5, *sweep, "triton")
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])
+def test_jacobian_of_any_magnitude(scale, device):
+    """To the bit: the solve is in a unit of its own."""
+    grad, h, weight, sweep = solved(0.25, torch.float32, SMALL)
+    h, weight = h.to(device), weight.to(device)
+    arguments = None, h, weight, *[None] * 5, *sweep, "triton"
+    one, other = (ops.rnn_bwd((factor * grad).to(device), *arguments) for factor in (1, scale))
+    for what, *pair in zip(("grad_u", "carried", "through"), other, one, strict=True):
+        assert_identical(pair[0] / scale, pair[1], what)
+
+
+def test_samples_of_jacobian_are_independent(dtype, device):
+    """To the bit: alone, and beside a row that needs more iterations, or is not finite."""
+    grad, h, weight, sweep = solved(0.05, dtype, RNNCase(T=3, B=18, N=17))
+    grad, h, weight = grad.to(device), h.to(device), weight.to(device)
+    together = ops.rnn_bwd(grad, None, h, weight, *[None] * 5, *sweep, "triton")
+    spoilt = grad.clone()
+    spoilt[2, 3, 4] = torch.nan
+    others = torch.arange(18, device=device) != 3
+    found = ops.rnn_bwd(spoilt, None, h, weight, *[None] * 5, *sweep, "triton")
+    assert found[1][3].isnan().all()
+    assert_identical(found[0][:, others], together[0][:, others], "grad_u")
+    for b in (0, 17):
+        alone = ops.rnn_bwd(grad[:, b : b + 1], None, h[:, b : b + 1], weight, *[None] * 5, *sweep, "triton")
+        assert_identical(alone[0], together[0][:, b : b + 1], f"sample {b}")
+        assert_identical(alone[1], together[1][b : b + 1], f"sample {b}")
+
+
+def test_jacobian_of_a_weight_that_is_not_finite(device):
+    grad, h, weight, sweep = solved(0.25, torch.float32, SMALL)
+    weight[1, 2] = torch.inf
+    tensors = (tensor.to(device) for tensor in (grad, h, weight))
+    found, carried, _ = ops.rnn_bwd(next(tensors), None, *tensors, *[None] * 5, *sweep, "triton")
+    assert carried.isnan().all()
+    assert found[-1].isfinite().all()
+
+
 # --- contract
 
 
@@ -284,17 +387,42 @@ def test_what_it_refuses(device):
         assert refused(300, torch.bfloat16) == (
             f"the weight has to fit on chip, N <= 256 in bfloat16 on {place}, and N = 300"
         )
+        assert refused(200, torch.bfloat16, "jacobian") == (
+            f"inverse='jacobian' is solved in float32 with W Wᵀ on chip, N <= 128 on {place}, and N = 200"
+        )
     assert refused(dtype=torch.float64) == "it computes float32, bfloat16 and float16, and the tensors are float64"
     assert refused(on="meta").endswith("and the tensors are on meta")
-    for inverse in ("jacobian", "difference", "direct"):
+    for inverse in ("difference", "direct"):
         assert refused(inverse=inverse) == f"it has no inverse={inverse!r} yet"
     u, weight, _ = (tensor.to(device) for tensor in SMALL.tensors(torch.float32))
-    with pytest.raises(tp.BackendUnavailableError, match="it has no inverse='jacobian' yet"):
-        ops.rnn_bwd(u, None, u, weight, *[None] * 5, *Sweep("tanh", "jacobian"), "triton")
+    with pytest.raises(tp.BackendUnavailableError, match="it has no inverse='direct' yet"):
+        ops.rnn_bwd(u, None, u, weight, None, None, None, u, None, *Sweep("tanh", "direct"), "triton")
     with pytest.raises(TypeError, match=r"rnn: feedback must be a torch.Tensor with inverse='layer', got None"):
         ops.rnn_bwd(u, None, u, weight, *[None] * 5, *Sweep("tanh", "layer"), "triton")
     with pytest.raises(TypeError, match=r"rnn: all tensors must be torch.float32 on"):
         ops.rnn_fwd(u, weight.half(), None, "tanh", "triton")
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_rule_it_has_not_fails_at_the_call(compiled, device):
+    """And not in backward; without gradients no rule is asked for."""
+    rule = tp.TargetProp(inverse="layer", mode="direct")
+
+    def function(*leaves: torch.Tensor) -> torch.Tensor:
+        return tp.rnn(*leaves, rule=rule, backend="triton")
+
+    called = torch.compile(function, fullgraph=True) if compiled else function
+    tensors = [tensor.to(device) for tensor in SMALL.tensors(torch.float32)]
+    expected = tp.rnn(*tensors, backend="triton")
+    assert_identical(called(*tensors), expected, "h")
+    tensors[1].requires_grad_()
+    with pytest.raises(tp.BackendUnavailableError, match="backend 'triton' cannot run this call: it has no inverse='d"):
+        called(*tensors)
+    with torch.no_grad():
+        assert_identical(called(*tensors), expected, "h")
+    layer = tp.nn.RNN(4, 5, rule=rule, backend="triton").to(device)
+    with pytest.raises(tp.BackendUnavailableError, match="it has no inverse='direct' yet"):
+        layer(torch.ones(2, 3, 4, device=device))
 
 
 def test_auto(device):
@@ -303,6 +431,22 @@ def test_auto(device):
     assert chosen is BACKENDS.backends["triton"] if ON_GPU else chosen is not BACKENDS.backends["triton"]
     wide = BACKENDS.resolve("auto", torch.ones(1, device=device, dtype=torch.float64), size=5)
     assert wide is not BACKENDS.backends["triton"]
+
+
+def test_auto_takes_one_back_end_for_both_passes(device, monkeypatch):
+    """Not the first with forward and another one for backward; without gradients the first with forward."""
+    monkeypatch.setitem(BACKENDS.preference, device, ("triton", "reference"))
+    leaves = [tensor.to(device) for tensor in RNNCase(T=4, B=3, N=33).tensors(torch.float32)]
+    rule = tp.TargetProp(inverse="layer", mode="difference")
+    states = {name: tp.rnn(*leaves, rule=rule, backend=name) for name in ("auto", "triton", "reference")}
+    assert not torch.equal(states["triton"], states["reference"])
+    assert_identical(states["auto"], states["triton"], "h without gradients")
+    leaves[0].requires_grad_()
+    h = tp.rnn(*leaves, rule=rule, backend="auto")
+    assert_identical(h.detach(), states["reference"], "h")
+    assert torch.autograd.grad(h.sum(), leaves[0])[0].isfinite().all()
+    rule = tp.TargetProp(inverse="jacobian")
+    assert_identical(tp.rnn(*leaves, rule=rule, backend="auto").detach(), states["triton"], "h of a rule it has")
 
 
 # --- on a GPU only

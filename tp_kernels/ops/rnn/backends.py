@@ -267,11 +267,23 @@ BACKENDS = BackendTable(
     },
     {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")},
 )
-"""``resolve`` is told what support depends on: ``size``, N, and in backward ``sweep``."""
+"""``resolve`` is told what support depends on: ``size``, N, and ``sweep``, of the backward pass."""
 
 
-def _forward(u: Tensor, weight: Tensor, h0: Tensor | None, nonlinearity: str, backend: str) -> Tensor:
-    return BACKENDS.resolve(backend, u, size=u.shape[-1]).forward(u, weight, h0, nonlinearity)
+def for_both_passes(backend: str, tensor: Tensor, size: int, nonlinearity: str, inverse: str) -> Backend:
+    """The back-end of a forward pass whose backward pass will be with that inverse: the one that backward resolves to.
+
+    It fails here, at the user's call, where the back-end asked for could not do backward. "none", which every back-end
+    can, is also that of a call without gradients.
+    """
+    return BACKENDS.resolve(backend, tensor, size=size, sweep=Sweep(nonlinearity, inverse))
+
+
+def _forward(
+    u: Tensor, weight: Tensor, h0: Tensor | None, nonlinearity: str, backend: str, inverse: str = "none"
+) -> Tensor:
+    chosen = for_both_passes(backend, u, u.shape[-1], nonlinearity, inverse)
+    return chosen.forward(u, weight, h0, nonlinearity)
 
 
 def _backward(
@@ -318,9 +330,9 @@ _BACKWARD_ARGUMENTS = (
 )
 
 register(
-    "rnn_fwd(Tensor u, Tensor weight, Tensor? h0, str nonlinearity, str backend) -> Tensor",
+    "rnn_fwd(Tensor u, Tensor weight, Tensor? h0, str nonlinearity, str backend, str inverse='none') -> Tensor",
     _forward,
-    lambda u, weight, h0, nonlinearity, backend: u.new_empty(u.shape),
+    lambda u, *rest: u.new_empty(u.shape),
 )
 register(
     f"rnn_bwd({_BACKWARD_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",

@@ -14,7 +14,7 @@ from torch.nn import functional
 from tp_kernels import _validate
 from tp_kernels._library import register
 from tp_kernels.ops.rnn import parallel
-from tp_kernels.ops.rnn.backends import BACKENDS, SWEEP, sent_outputs
+from tp_kernels.ops.rnn.backends import BACKENDS, SWEEP, for_both_passes, sent_outputs
 from tp_kernels.rules import Rule, Sweep, TargetProp, resolve
 
 
@@ -39,9 +39,10 @@ def _layer_forward(
     h0: Tensor | None,
     nonlinearity: str,
     backend: str,
+    inverse: str = "none",
 ) -> Tensor:
     T, B, N = x.shape[0], x.shape[1], weight.shape[-1]
-    chosen = BACKENDS.resolve(backend, x, size=N)
+    chosen = for_both_passes(backend, x, N, nonlinearity, inverse)
     # In the sweep the projection of few sequences would be products of a few rows; as one product it has T·B of them.
     if chosen.layer_forward is not None and (B >= 4 or 4 * x.shape[2] <= N):
         return chosen.layer_forward(x, projection, bias, weight, h0, nonlinearity)
@@ -121,7 +122,7 @@ def _fake_layer_backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 register(
     "rnn_layer_fwd(Tensor x, Tensor projection, Tensor? bias, Tensor weight, Tensor? h0, str nonlinearity, "
-    "str backend) -> Tensor",
+    "str backend, str inverse='none') -> Tensor",
     _layer_forward,
     lambda x, projection, bias, weight, *rest: x.new_empty((x.shape[0], x.shape[1], weight.shape[-1])),
 )
@@ -153,10 +154,11 @@ def _states(
     start: Tensor | None,
     nonlinearity: str,
     backend: str,
+    inverse: str,
 ) -> Tensor:
     if projection is None:
-        return torch.ops.tp_kernels.rnn_fwd(x, weight, start, nonlinearity, backend)
-    return torch.ops.tp_kernels.rnn_layer_fwd(x, projection, bias, weight, start, nonlinearity, backend)
+        return torch.ops.tp_kernels.rnn_fwd(x, weight, start, nonlinearity, backend, inverse)
+    return torch.ops.tp_kernels.rnn_layer_fwd(x, projection, bias, weight, start, nonlinearity, backend, inverse)
 
 
 class RNNFunction(torch.autograd.Function):
@@ -181,10 +183,12 @@ class RNNFunction(torch.autograd.Function):
         power: float | None,
         sweep: Sweep,
         backend: str,
+        needs_backward: bool,
     ) -> tuple[Tensor | None, Tensor]:
-        nonlinearity = sweep.nonlinearity
+        # Without gradients any back-end will do that has the forward pass.
+        choice = sweep.nonlinearity, backend, sweep.inverse if needs_backward else "none"
         if checkpoint_every is None:
-            kept = sequence = _states(x, projection, bias, weight, h0, nonlinearity, backend)
+            kept = sequence = _states(x, projection, bias, weight, h0, *choice)
             last = sequence[-1].clone()
         else:
             T, N, last, ends, sequence = x.shape[0], weight.shape[-1], h0, [], None
@@ -192,7 +196,7 @@ class RNNFunction(torch.autograd.Function):
                 sequence = x.new_empty((*x.shape[:-1], N))
             for first in range(0, T, checkpoint_every):
                 steps = slice(first, first + checkpoint_every)
-                h = _states(x[steps], projection, bias, weight, last, nonlinearity, backend)
+                h = _states(x[steps], projection, bias, weight, last, *choice)
                 last = h[-1].clone()
                 ends.append(last)
                 if return_sequence:
@@ -254,7 +258,8 @@ class RNNFunction(torch.autograd.Function):
                 first = i * ctx.checkpoint_every
                 steps = slice(first, first + ctx.checkpoint_every)
                 start = kept[i - 1] if i else h0
-                h = _states(x[steps], projection, bias, weight, start, sweep.nonlinearity, backend)
+                choice = sweep.nonlinearity, backend, sweep.inverse
+                h = _states(x[steps], projection, bias, weight, start, *choice)
                 grad = None if grad_h is None else grad_h[steps]
                 part, carried, through = gradients_of(first, h, start, x[steps], grad, grad_last, carried, through)
                 grad_last = None  # the last state is the last chunk's
@@ -265,7 +270,7 @@ class RNNFunction(torch.autograd.Function):
             gradients[0] = grad_x
         gradients.append(through if sweep.update == "total" else carried)  # of the first state
         needed = ctx.needs_input_grad[:5]
-        return (*(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), *[None] * 7)
+        return (*(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), *[None] * 8)
 
 
 def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
@@ -293,9 +298,11 @@ def rnn_layer(
     """
     power = rule.power if isinstance(rule, TargetProp) else None
     sweep = Sweep.of(rule, nonlinearity)
+    trained = (tensor for tensor in (x, projection, bias, weight, h0) if tensor is not None)
+    needs_backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
     return RNNFunction.apply(
         *(x, projection, bias, weight, h0, feedback, checkpoint_every, return_sequence, displacements, power, sweep),
-        backend,
+        *(backend, needs_backward),
     )
 
 
@@ -339,7 +346,8 @@ def rnn(
     Raises:
         TypeError: an argument of another kind or dtype than stated.
         ValueError: a shape, device or word other than stated, T = 0, or ``feedback`` with a rule that has no P.
-        BackendUnavailableError: a back-end asked for by name that cannot run this call.
+        BackendUnavailableError: a back-end asked for by name that cannot run this call, or, where gradients are
+            needed, the rule's backward pass.
         torch.linalg.LinAlgError: in backward, a Gram matrix of ``weight`` is not numerically positive definite, or a
             solve of ``inverse="jacobian"`` does not come down to the rule's rtol.
 

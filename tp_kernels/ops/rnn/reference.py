@@ -197,7 +197,10 @@ def _jacobian_term(displacement: Tensor, h: Tensor, weight: Tensor, sweep: Sweep
 
 
 def check_residuals(residuals: Tensor, sweep: Sweep, dtype: torch.dtype) -> None:
-    """Raise where one of them, [T, B] or [T, B, H], is above rtol. On a GPU, reading them waits for it."""
+    """Raises where the solve of "jacobian" missed its residual. On a GPU, reading them waits for it.
+
+    ``residuals``: [T, B] or [T, B, H].
+    """
     if residuals.numel() and residuals.max() > sweep.rtol:
         t, b, *head = torch.unravel_index(residuals.argmax(), residuals.shape)
         where = (int(t) + sweep.first, int(b), int(head[0]) if head else None)

@@ -22,7 +22,10 @@ SIZES = {
 }
 """The padded N that are compiled, and tested for registers."""
 
-INVERSES = ("none", "identity", "weight", "layer")
+JACOBIAN_SIZES = SIZES[torch.float32]
+"""Those of the solve of "jacobian", which is in float32 for every dtype."""
+
+INVERSES = ("none", "identity", "weight", "layer", "jacobian")
 _INTERPRETER_SHARED = 227 * 1024  # as if on an H100
 
 
@@ -45,13 +48,22 @@ def padded(N: int) -> int:
 
 @functools.cache
 def table() -> dict[str, dict[str, list[list[int]]]]:
-    """By dtype and padded N: from which number of rows (B · H) on, then the block's rows and warps."""
+    """By dtype, or "jacobian", and padded N: from which number of rows (B · H) on, then the block's rows and warps."""
     return json.loads(TABLE.read_text())["blocks"]
 
 
 def choose(N: int, rows: int, dtype: torch.dtype) -> Block:
-    entries = table()[name(dtype)][str(padded(N))]
-    return next(Block(*block) for smallest, *block in reversed(entries) if rows >= smallest)
+    return _choose(name(dtype), N, rows)
+
+
+def choose_jacobian(N: int, rows: int) -> Block:
+    """For the kernel of "jacobian", of every dtype."""
+    return _choose("jacobian", N, rows)
+
+
+def _choose(entry: str, N: int, rows: int) -> Block:
+    blocks = table()[entry][str(padded(N))]
+    return next(Block(*block) for smallest, *block in reversed(blocks) if rows >= smallest)
 
 
 def name(dtype: torch.dtype) -> str:
@@ -63,6 +75,12 @@ def shared_memory(N: int, dtype: torch.dtype, matrices: int) -> int:
     """Bytes of shared memory that a program needs at most: the matrices, both halves of each float32, and tiles."""
     n = padded(N)
     return n * n * matrices * (8 if dtype == torch.float32 else 2) + 24 * 1024
+
+
+def jacobian_shared_memory(N: int) -> int:
+    """The same for the kernel of "jacobian": ``W Wᵀ`` in float32, and a few rows of W at a time."""
+    n = padded(N)
+    return 8 * n * n + 8 * 16 * n + 16 * 1024
 
 
 def _limit(device: torch.device) -> int:
@@ -77,6 +95,11 @@ def fits(tensor: torch.Tensor, matrices: int, size: int | None = None) -> bool:
     return shared_memory(size, tensor.dtype, matrices) <= _limit(tensor.device)
 
 
+def jacobian_fits(device: torch.device, size: int) -> bool:
+    """Whether ``W Wᵀ`` of that size stays on chip."""
+    return jacobian_shared_memory(size) <= _limit(device)
+
+
 def supports(tensor: torch.Tensor, size: int = 1, sweep: Sweep | None = None) -> Support:
     """``size``: N; ``sweep``: of a backward pass."""
     ok, reason = _triton.supports(tensor)
@@ -88,4 +111,11 @@ def supports(tensor: torch.Tensor, size: int = 1, sweep: Sweep | None = None) ->
         return False, f"the weight has to fit on chip, N <= {largest} in {dtype} on {tensor.device}, and N = {size}"
     if sweep is not None and sweep.inverse not in INVERSES:
         return False, f"it has no inverse={sweep.inverse!r} yet"
+    if sweep is not None and sweep.inverse == "jacobian":
+        largest = max(n for n in JACOBIAN_SIZES if jacobian_fits(tensor.device, n))
+        if size > largest:
+            return False, (
+                f"inverse='jacobian' is solved in float32 with W Wᵀ on chip, N <= {largest} on {tensor.device}, "
+                f"and N = {size}"
+            )
     return True, ""

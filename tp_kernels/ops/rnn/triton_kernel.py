@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tp_kernels import _native, _triton
-from tp_kernels.ops.rnn import triton_blocks
+from tp_kernels.ops.rnn import reference, triton_blocks
 from tp_kernels.ops.rnn.backends import backward_outputs, sizes, strides, unit_stride
 from tp_kernels.rules import Sweep
 
@@ -245,7 +245,261 @@ def backward_kernel(
         tl.store(through_out + place, through.to(through_out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _row_sum(x):
+    return tl.sum(x, 1)[:, None]
+
+
+@triton.jit
+def _rows_of_gram(pointer, N, BLOCK_N: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr):
+    """Every STEP-th row of K, from FIRST on."""
+    row, column = FIRST + STEP * tl.arange(0, BLOCK_N // STEP)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    return _load(pointer + row * N + column, (row < N) & (column < N))
+
+
+@triton.jit
+def _upper_half(x):
+    """x cut to the eleven bits of a tf32: what is left fits another."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _add_product(v, k, total):
+    """``total + v k``, as tf32x3 does it, but for what that adds for the sake of infinities, and registers with it."""
+    upper_v, upper_k = _upper_half(v), _upper_half(k)
+    total = tl.dot(upper_v, upper_k, total, input_precision="tf32")
+    total = tl.dot(upper_v, k - upper_k, total, input_precision="tf32")
+    return tl.dot(v - upper_v, upper_k, total, input_precision="tf32")
+
+
+@triton.jit
+def _times_gram(vectors, even, odd, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+    """``v K`` for every row. From N = 128 on in two products, each with half of the operands in registers at a time:
+    even and odd rows of K. Below, ``even`` is all of K.
+    """
+    image = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    if BLOCK_N >= 128:
+        left, right = tl.split(tl.reshape(vectors, (BLOCK_B, BLOCK_N // 2, 2)))
+        image = _add_product(left, even, image)
+        image = _add_product(right, odd, image)
+    else:
+        image = _add_product(vectors, even, image)
+    return image
+
+
+@triton.jit
+def _solve(
+    displacement,
+    slope,
+    even,
+    odd,
+    diagonal,
+    norm,
+    reg,
+    rtol,
+    limit,
+    scratch,
+    place,
+    mask,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """y with ``(D K D + rI) y = λ`` for every row, by conjugate gradients under the diagonal as a preconditioner.
+
+    A row has scalars of its own and stops by itself: what the others of the tile still need changes none of its bits.
+    Where rounding errors may be as large as rtol, a row that stops has its residual computed anew, in the place of a
+    step. It goes on from that where it is above the bound, and gives up where that did not come down.
+
+    slope: D; even, odd: rows of K, as in ``_times_gram``; diagonal, norm: its diagonal and its largest sum of a row,
+    NaN where W is not finite; scratch, place, mask: memory for a tile. Returns y, the iterations of each row, and
+    its relative residual where it gave up, else 0. A row that is not finite gets y = NaN.
+    """
+    usable = (_row_sum(0 * displacement + 0 * slope) == 0) & (norm == norm)  # false for NaN, which 0 · ∞ is too
+    rounding = (4 * 4.76837158203125e-07 * (norm + reg) <= rtol * reg) == 0  # 2⁻²¹: float32 as tf32x3
+    # In the unit of its largest element, a power of two, no square of a row over- or underflows.
+    exponent = tl.max(tl.abs(displacement), 1)[:, None].to(tl.int32, bitcast=True) >> 23
+    exponent = tl.minimum(tl.maximum(exponent, 1), 253)
+    right = tl.where(usable, displacement * ((254 - exponent) << 23).to(tl.float32, bitcast=True), 0.0)
+    slope = tl.where(usable, slope, 0.0)
+    preconditioner = 1 / (slope * slope * diagonal + reg)
+    solution = tl.zeros_like(right)
+    tl.store(scratch + place, right, mask=mask)  # seldom needed: not in registers
+    residual = right
+    direction = preconditioner * residual
+    product = _row_sum(direction * residual)
+    whole = _row_sum(right * right)
+    bound = rtol * rtol * whole
+    goal = tl.where(rounding, 0.25 * bound, bound)
+    square = whole
+    checked = whole  # the residual's square when last computed anew
+    active = whole > 0
+    checking = whole < 0  # false: no row
+    gave_up = whole < 0
+    iterations = tl.zeros_like(whole).to(tl.int32)
+    while tl.max(active.to(tl.int32)) > 0:
+        vector = tl.where(checking, solution, direction)
+        image = _times_gram(slope * vector, even, odd, BLOCK_B, BLOCK_N)
+        image = slope * image + reg * vector
+        curvature = _row_sum(direction * image)
+        length = product / curvature
+        # Else the matrix is not positive definite in this precision. All comparisons are false for NaN.
+        stepping = active & (checking == 0) & (curvature > 0) & (length > 0)
+        anew = active & checking
+        iterations += (active & (checking == 0)).to(tl.int32)
+        solution = tl.where(stepping, solution + length * direction, solution)
+        residual = tl.where(stepping, residual - length * image, residual)
+        if tl.max(anew.to(tl.int32)) > 0:
+            residual = tl.where(anew, _load(scratch + place, mask) - image, residual)
+        square = _row_sum(residual * residual)
+        before = product
+        product = _row_sum(preconditioner * residual * residual)
+        turn = tl.where(stepping, product / before, 0.0)
+        direction = tl.where(active, preconditioner * residual + turn * direction, direction)
+        again = anew & (square > bound) & (square <= 0.25 * checked)
+        checked = tl.where(anew, square, checked)
+        goes_on = stepping & (square > goal) & (iterations < limit)
+        stops = active & (checking == 0) & (goes_on == 0)
+        gave_up = gave_up | (stops & (rounding == 0) & ((square <= goal) == 0))
+        gave_up = gave_up | (anew & (again == 0) & ((square <= bound) == 0))
+        checking = stops & rounding
+        active = goes_on | again | checking
+    missed = tl.sqrt(square / whole)
+    missed = tl.where(gave_up, tl.where(missed == missed, missed, float("inf")), 0.0)
+    solution = tl.where(usable, solution * (exponent << 23).to(tl.float32, bitcast=True), float("nan"))
+    return solution, iterations, missed
+
+
+@triton.jit
+def _times_weight(vectors, place, there, weight, N, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr):
+    """``v W`` for every row, with v and W from memory, a few units at a time: K has the place on chip.
+
+    place: where each row begins; there: which rows there are.
+    """
+    total = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    column = tl.arange(0, BLOCK_N)[None, :]
+    for first in range(0, N, CHUNK):
+        unit = first + tl.arange(0, CHUNK)
+        left = _load(vectors + place + unit[None, :], there & (unit[None, :] < N))
+        right = _load(weight + unit[:, None] * N + column, (unit[:, None] < N) & (column < N))
+        total = tl.dot(left, right, total, input_precision="tf32x3")
+    return tl.where(column < N, total, 0.0)  # as in forward
+
+
+@triton.jit(do_not_specialize=["T", "B"])
+def jacobian_kernel(
+    grad_h,
+    grad_last,
+    h,
+    weight,
+    gram,
+    norms,
+    carried_in,
+    through_in,
+    delta_out,
+    carried_out,
+    through_out,
+    scaled,
+    iterations_out,
+    missed_out,
+    T,
+    B,
+    N,
+    grad_time,
+    grad_batch,
+    grad_head,
+    step,
+    reg,
+    rtol,
+    NONLINEARITY: tl.constexpr,
+    UPDATE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """``backward_kernel`` for the inverse of the Jacobian: ``term = Wᵀ D y`` with ``(D K D + rI) y = λ``.
+
+    K is on chip, in float32 whatever the storage dtype is, since products of rounded vectors would keep residuals from
+    coming down. W is read anew at every step, for one product or two against those of all iterations with K.
+
+    As there, and: gram: [H, N, N], ``W Wᵀ`` in float32; norms: [H], float32: as in ``_solve``; scaled: [2, B, H, N],
+    float32, scratch, used in turn; iterations_out: [T, B, H], int32, or None; missed_out: [T, B, H], float32: the
+    relative residual of each solve that gave up, else 0.
+    """
+    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    first = tl.program_id(0) * BLOCK_B
+    local_row = tl.arange(0, BLOCK_B)[:, None]
+    column = tl.arange(0, BLOCK_N)[None, :]
+    inside, there = column < N, first + local_row < B
+    mask = there & inside
+    # What differs between the elements of a tile is small: 64 bits for each would be registers that are short.
+    sample = local_row * heads
+    place = sample * N + column
+    first_sample = first.to(tl.int64) * heads + head
+    start = first_sample * N
+    weight += head * N * N
+    gram += head * N * N
+    if BLOCK_N >= 128:
+        even = _rows_of_gram(gram, N, BLOCK_N, 0, 2)
+        odd = _rows_of_gram(gram, N, BLOCK_N, 1, 2)
+    else:
+        even = _rows_of_gram(gram, N, BLOCK_N, 0, 1)
+        odd = even
+    diagonal = _load(gram + column * (N + 1), inside)
+    norm = tl.load(norms + head + tl.zeros((1, 1), tl.int32))
+    carried = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    through = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    if carried_in is not None:
+        carried = _load(carried_in + start + place, mask)
+    if grad_last is not None:
+        carried += step * _load(grad_last + start + place, mask)
+    if through_in is not None:
+        through = _load(through_in + start + place, mask)
+    time = tl.cast(B, tl.int64) * heads
+    for back in range(T):
+        t = tl.cast(T - 1, tl.int64) - back
+        now = t * time * N + start
+        state = _load(h + now + place, mask)
+        displacement = carried
+        if grad_h is not None:
+            rows = (first + local_row).to(tl.int64) * grad_batch
+            displacement += step * _load(grad_h + t * grad_time + head * grad_head + rows + column, mask)
+        delta = _through_activation(displacement + through, state, NONLINEARITY)
+        tl.store(delta_out + now + place, delta.to(delta_out.dtype.element_ty), mask=mask)
+        slope = _through_activation(tl.full((BLOCK_B, BLOCK_N), 1.0, tl.float32), state, NONLINEARITY)
+        turn = scaled + (t % 2) * time * N + start  # what is read at one step is not written at the next
+        solution, iterations, missed = _solve(
+            displacement,
+            slope,
+            even,
+            odd,
+            diagonal,
+            norm,
+            reg,
+            rtol,
+            4 * N + 50,
+            turn,
+            place,
+            mask,
+            BLOCK_B,
+            BLOCK_N,
+        )
+        tl.store(turn + place, slope * solution, mask=mask)
+        if iterations_out is not None:
+            tl.store(iterations_out + t * time + first_sample + sample, iterations, mask=there)
+        tl.store(missed_out + t * time + first_sample + sample, missed, mask=there)
+        tl.debug_barrier()  # every thread reads what others have written
+        carried = _times_weight(turn, sample * N, there, weight, N, BLOCK_B, BLOCK_N, CHUNK)
+        if UPDATE == "total":
+            through = _times_weight(delta_out + now, sample * N, there, weight, N, BLOCK_B, BLOCK_N, CHUNK)
+    tl.store(carried_out + start + place, carried.to(carried_out.dtype.element_ty), mask=mask)
+    if UPDATE == "total":
+        tl.store(through_out + start + place, through.to(through_out.dtype.element_ty), mask=mask)
+
+
 # --- launchers
+
+CHUNK = 16
+"""Units of W that ``jacobian_kernel`` multiplies at a time: what leaves room for K at N = 128."""
 
 _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -262,22 +516,24 @@ def options(block: triton_blocks.Block) -> dict[str, Any]:
     return {"num_warps": block.warps, "num_stages": 1, "maxnreg": block.registers, "enable_fp_fusion": True}
 
 
-def launch(kernel: Any, h: Tensor, *arguments: Any, **words: str) -> Any:
+def launch(kernel: Any, h: Tensor, *arguments: Any, **words: Any) -> Any:
     """For each tile of the batch and each head of h. Returns the compiled kernel, or None where there is no tile."""
     _, B, H, N = sizes(h)
     if B == 0:
         return None
-    block = triton_blocks.choose(N, B * H, h.dtype)
+    if kernel is jacobian_kernel:
+        block = triton_blocks.choose_jacobian(N, B * H)
+        words |= {"CHUNK": CHUNK}
+    else:
+        block = triton_blocks.choose(N, B * H, h.dtype)
+        words |= {
+            "OPERAND": tl.float32 if _triton.interpreted() else _OPERANDS[h.dtype],
+            "PRECISION": precision(h.dtype),
+        }
     on_device = contextlib.nullcontext() if _triton.interpreted() else torch.cuda.device(h.device)
     with on_device:
         return kernel[(triton.cdiv(B, block.rows), H)](
-            *arguments,
-            **words,
-            BLOCK_B=block.rows,
-            BLOCK_N=triton_blocks.padded(N),
-            OPERAND=tl.float32 if _triton.interpreted() else _OPERANDS[h.dtype],
-            PRECISION=precision(h.dtype),
-            **options(block),
+            *arguments, **words, BLOCK_B=block.rows, BLOCK_N=triton_blocks.padded(N), **options(block)
         )
 
 
@@ -305,7 +561,7 @@ def backward(
     sweep: Sweep,
     iterations: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``reference.backward``, for linearized rules without a solve.
+    """``reference.backward``, for linearized rules.
 
     The total update needs two matrices where the rule has an inverse. Where they do not both fit on chip, displacements
     are one sweep and their back-propagation another.
@@ -320,6 +576,10 @@ def backward(
     carried = carried if sweep.inverse != "none" else None
     through = through if sweep.update == "total" else None
     grad_u, carried_out, through_out = backward_outputs(h, sweep)
+    if sweep.inverse == "jacobian":
+        outputs = grad_u, carried_out, through_out
+        _jacobian_sweep_back(grad_h, grad_last, h, weight, carried, through, *outputs, sweep, iterations)
+        return outputs
     if sweep.update == "total" and sweep.uses_inverse and not triton_blocks.fits(h, matrices=2):
         displacements = torch.empty_like(h, dtype=torch.float32)
         outputs = displacements, carried_out, None
@@ -359,3 +619,32 @@ def _sweep_back(
         INVERSE=sweep.inverse,
         UPDATE=sweep.update,
     )
+
+
+def _jacobian_sweep_back(
+    grad_h: Tensor | None,
+    grad_last: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    carried: Tensor | None,
+    through: Tensor | None,
+    grad_u: Tensor,
+    carried_out: Tensor,
+    through_out: Tensor | None,
+    sweep: Sweep,
+    iterations: Tensor | None,
+) -> None:
+    T, B, H, N = sizes(h)
+    double = weight.double()  # torch may have been told to multiply float32 as tf32
+    gram = (double @ double.mT).float()
+    norms = gram.abs().sum(-1).amax(-1) + (0 * double).sum(dim=(-2, -1))  # NaN where W is not finite
+    scaled = h.new_empty((2, B, H, N), dtype=torch.float32)
+    missed = h.new_empty(h.shape[:-1], dtype=torch.float32)
+    launch(
+        *(jacobian_kernel, h, grad_h, grad_last, h, weight, gram, norms.float(), carried, through),
+        *(grad_u, carried_out, through_out, scaled, iterations, missed, T, B, N, *strides(grad_h)),
+        *(sweep.step, sweep.reg, sweep.rtol),
+        NONLINEARITY=sweep.nonlinearity,
+        UPDATE=sweep.update,
+    )
+    reference.check_residuals(missed, sweep, h.dtype)  # waits for the kernel, once
