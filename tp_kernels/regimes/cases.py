@@ -106,6 +106,14 @@ CONTENDERS = {
         Contender(
             "tp-refresh8", "tp", "TP, P every 8 steps", TargetProp(), _layer(TargetProp(), refresh=8), True, period=8
         ),
+        Contender(
+            "tp-jacobian",
+            "tp",
+            "TP, inverse of the Jacobian",
+            TargetProp(inverse="jacobian"),
+            _layer(TargetProp(inverse="jacobian")),
+            True,
+        ),
         Contender("bp", "bp", "BP, same kernels", BackProp(), _layer(BackProp()), fused=True),
         Contender("tp-keep64", "tp", "TP, checkpoints", TargetProp(), _layer(TargetProp(), **_CHECKPOINTS), True),
         Contender("bp-keep64", "bp", "BP, checkpoints", BackProp(), _layer(BackProp(), **_CHECKPOINTS), True),
