@@ -77,10 +77,18 @@ if "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())';
     fi
     if "$python" -c 'import torch, tp_kernels._cuda' 2>/dev/null; then
         export TPK_REQUIRE_BACKENDS=reference,cuda
-        stage cuda-tests 150 "$python" -m pytest tests/ops/test_rnn_cuda.py -q --junit-xml="$out/cuda-tests.xml"
+        map+=(--backend cuda)
+        cuda_tests=(tests/ops/test_*_cuda*.py tests/ops/test_rnn_library_chain.py)
+        stage cuda-tests 150 "$python" -m pytest "${cuda_tests[@]}" -q --junit-xml="$out/cuda-tests.xml"
+        stage cuda-bench 40 "${map[@]}" --T 784 --N 64,128,256,512 --B 16 --contenders tp,bp,nn.RNN --out "$out/cuda"
+        stage cuda-inverse 20 "$python" scripts/gpu_inverse.py "$out/inverse.json"
+        stage cuda-bf16 20 "${map[@]}" --T 784 --N 128,256 --B 16,512 --dtype bfloat16 --contenders tp,bp,nn.RNN \
+            --out "$out/cuda-bf16"
         if command -v compute-sanitizer >/dev/null; then
-            stage cuda-sanitizer 60 compute-sanitizer --error-exitcode 1 "$python" -m pytest -q tests/ops/test_rnn_cuda.py \
-                -k "(test_forward or test_backward) and (T5-B7 or T3-B5-H3) and not layer"
+            stage cuda-sanitizer 60 compute-sanitizer --error-exitcode 1 "$python" -m pytest -q "${cuda_tests[@]}" \
+                -k "(test_forward or test_backward) and (T5-B7 or T3-B5-H3 or T3-B3-N129 or 33) and not layer"
+            stage cuda-races 60 compute-sanitizer --tool racecheck --error-exitcode 1 "$python" -m pytest -q \
+                "${cuda_tests[@]}" -k "(test_forward or test_backward) and (T3-B5-H3 or T3-B3-N129) and not layer"
         fi
     else
         skip cuda-tests "there is no module tp_kernels._cuda"
@@ -92,7 +100,7 @@ else
 fi
 
 echo
-for folder in float32 bf16 compile; do
+for folder in float32 bf16 compile cuda cuda-bf16; do
     if [[ -f $out/$folder/ratios.md ]]; then
         printf '%s\n' "$folder: time of TP over that of each" && cat "$out/$folder/ratios.md" && echo
     fi

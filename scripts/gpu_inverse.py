@@ -1,4 +1,5 @@
-"""``regularized_inverse`` on the GPU at hand, Triton against the reference: ``scripts/gpu_inverse.py out.json``.
+"""``regularized_inverse`` on the GPU at hand, each kernel there is against the reference:
+``scripts/gpu_inverse.py out.json``.
 
 Times one forward pass for a layer (one matrix) and for many heads. The result is checked on the same matrices first.
 """
@@ -11,6 +12,9 @@ import torch
 import triton
 
 import tp_kernels as tp
+from tp_kernels.ops.regularized_inverse.op import BACKENDS
+
+KERNELS = [name for name in ("triton", "cuda") if BACKENDS.backends[name].available()[0]]
 
 
 def row(batch: int, N: int, power: float) -> dict[str, object]:
@@ -21,8 +25,8 @@ def row(batch: int, N: int, power: float) -> dict[str, object]:
         return tp.regularized_inverse(matrices, reg, power=power, backend=backend)
 
     exact = inverse("reference", weight.double())
-    errors = {name: float((inverse(name) - exact).norm() / exact.norm()) for name in ("triton", "reference")}
-    passed = errors["triton"] <= 2 * errors["reference"] + 1e-5
+    errors = {name: float((inverse(name) - exact).norm() / exact.norm()) for name in (*KERNELS, "reference")}
+    passed = all(errors[name] <= 2 * errors["reference"] + 1e-5 for name in KERNELS)
     times = {
         f"{name}_ms": triton.testing.do_bench(lambda name=name: inverse(name)) if passed else None for name in errors
     }
@@ -36,8 +40,9 @@ def main() -> None:
         print(found)
     if not all(found["passed"] for found in rows):
         raise SystemExit("no time without a passed check")
-    ratios = sorted(found["triton_ms"] / found["reference_ms"] for found in rows)
-    print(f"triton / reference, time: {ratios[0]:.2f} to {ratios[-1]:.2f}")
+    for name in KERNELS:
+        ratios = sorted(found[f"{name}_ms"] / found["reference_ms"] for found in rows)
+        print(f"{name} / reference, time: {ratios[0]:.2f} to {ratios[-1]:.2f}")
 
 
 if __name__ == "__main__":

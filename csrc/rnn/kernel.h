@@ -61,8 +61,6 @@ struct RnnBackward {
     T* grad_u;
     int32_t* iterations;  // [T][B][H], of the solve of "jacobian", or null
     Unsolved* unsolved;   // the worst; not on a CUDA device
-    // [T][B][H], on a CUDA device: where the solve of "jacobian" gave up its relative residual, else 0.
-    Number* missed;
     ptrdiff_t T_, B, H, N;
     Nonlinearity nonlinearity;
     Inverse inverse;
@@ -70,6 +68,8 @@ struct RnnBackward {
     Number step, clip, reg, rtol;
     ptrdiff_t first;  // the number of the first step, for "unsolved"
     int threads;
+    // [T][B][H], on a CUDA device: where the solve of "jacobian" gave up its relative residual, else 0.
+    Number* missed;
 };
 
 // On a CUDA device, of float, bfloat16 and float16: no projection, no inverse "difference" or "direct", "jacobian" of
