@@ -1,7 +1,7 @@
 """What the tests of the CUDA kernels share: the device, a GPU or an emulated one, and calls of ``rnn`` on it."""
 
 import torch
-from _cases import RNNCase
+from _cases import RULES, RNNCase
 from _compare import assert_same_pattern
 
 import tp_kernels as tp
@@ -13,6 +13,12 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 FLOAT = torch.float32
 Rules = dict[str, tp.BackProp | tp.TargetProp]
 ops = torch.ops.tp_kernels
+SWEPT = {
+    name: rule
+    for name, rule in RULES.items()
+    if Sweep.of(rule, "tanh").inverse in ("none", "identity", "weight", "layer")
+}
+"""What every path of ``rnn`` on a CUDA device has."""
 
 
 def emulate(**settings: object) -> None:

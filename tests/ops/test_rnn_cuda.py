@@ -15,6 +15,7 @@ from _cuda_device import (
     DEVICE,
     FLOAT,
     ON_GPU,
+    SWEPT,
     check_not_finite,
     emulate,
     everything,
@@ -51,11 +52,6 @@ if ON_GPU:  # the last are too many for tiles of 1 or 2 rows, or of 4
     CASES += tuple(case for case in TILE_CASES + TIME_CASES + HEAD_CASES if case.N <= 128)
     CASES += (RNNCase(T=3, B=301, N=33), RNNCase(T=3, B=1001, N=100), RNNCase(T=2, B=701, H=2, N=17))
     CASES += (RNNCase(T=65, B=1001, N=64), RNNCase(T=3, B=1001, N=128, nonlinearity="relu"))
-SWEPT = {
-    name: rule
-    for name, rule in RULES.items()
-    if Sweep.of(rule, "tanh").inverse in ("none", "identity", "weight", "layer")
-}
 REFUSED = sorted(name for name in set(RULES) - set(SWEPT) if not name.startswith("jacobian"))
 PARTS = ("h", "grad_u", "carried", "through")
 FEW = ("bp", "weight-total", "layer-local", "identity-total")  # in half precision

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from _cases import RULES, RNNCase
+from _cases import RNNCase
 from _checks import rnn_backward_check, rnn_forward_check
 from _compare import assert_identical
 from _cuda_device import (
     DEVICE,
     FLOAT,
     ON_GPU,
+    SWEPT,
     check_not_finite,
     emulate,
     everything,
@@ -35,11 +36,6 @@ CASES = (
 )
 if ON_GPU:
     CASES += ((RNNCase(T=50, B=51, N=200), 2), (RNNCase(T=3, B=301, N=300), 4), (RNNCase(T=9, B=33, N=1000), 4))
-SWEPT = {
-    name: rule
-    for name, rule in RULES.items()
-    if Sweep.of(rule, "tanh").inverse in ("none", "identity", "weight", "layer")
-}
 
 
 def emulate_for(case: RNNCase, rows: int, reversed: bool = False) -> None:

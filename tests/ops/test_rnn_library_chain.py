@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from _cases import LAYOUTS, RULES, RNNCase
+from _cases import LAYOUTS, RNNCase
 from _checks import rnn_backward_check, rnn_forward_check
 from _compare import assert_near
-from _cuda_device import DEVICE, FLOAT, ON_GPU, emulate, everything, ops
+from _cuda_device import DEVICE, FLOAT, ON_GPU, SWEPT, emulate, everything, ops
 from _oracle import extended
 
 from conftest import assert_within_fences
@@ -16,11 +16,6 @@ from tp_kernels.ops.rnn import library_chain
 from tp_kernels.ops.rnn.cuda_paths import LARGEST_ON_ONE, cuda_path
 from tp_kernels.rules import Sweep
 
-SWEPT = {
-    name: rule
-    for name, rule in RULES.items()
-    if Sweep.of(rule, "tanh").inverse in ("none", "identity", "weight", "layer")
-}
 CASES = (
     RNNCase(T=1, B=1, N=129),
     RNNCase(T=4, B=3, N=130),
