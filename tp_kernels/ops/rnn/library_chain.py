@@ -1,10 +1,11 @@
 """The recurrence on a CUDA device for any N: a product of the library and one kernel for the rest in each step.
 
 A step by itself is launches, microseconds each, that hold a GPU up. So a whole sequence is recorded in a CUDA graph,
-once for each shape and rule, and replayed. A graph's tensors have fixed addresses: its inputs are copied in, its
-results out, which is little beside T products. In a recording of the caller's own the chain runs as it is.
+once for each shape, rule and stream, and replayed. A graph's tensors have fixed addresses: its inputs are copied in,
+its results out, which is little beside T products. In a recording of the caller's own the chain runs as it is.
 """
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ LARGEST_COUNT = 4
 """Recordings that are kept, each with its inputs and results: the latest."""
 
 _recordings: dict[tuple, "Recording"] = {}  # the latest last
+_one_at_a_time = threading.Lock()  # what a thread copies in has to be there still when it replays
 
 
 def _multiply(x: Tensor, matrix: Tensor, out: Tensor, plus: Tensor | None = None) -> None:
@@ -104,12 +106,14 @@ def call(
         chain(results if len(results) > 1 else results[0], words, *tensors)
         return
     shapes = tuple(None if tensor is None else tensor.shape for tensor in (*results, *tensors))
-    key = chain, device, words, shapes
-    recording = _recordings.pop(key, None) or Recording(chain, results, words, tensors)
-    _recordings[key] = recording
-    if len(_recordings) > LARGEST_COUNT:
-        del _recordings[next(iter(_recordings))]
-    recording.replay(results, tensors)
+    # Two streams must not have the same memory at the same time.
+    key = chain, device, _native.device_and_stream(results[0])["stream"], words, shapes
+    with _one_at_a_time:
+        recording = _recordings.pop(key, None) or Recording(chain, results, words, tensors)
+        _recordings[key] = recording
+        if len(_recordings) > LARGEST_COUNT:
+            del _recordings[next(iter(_recordings))]
+        recording.replay(results, tensors)
 
 
 def records(device: torch.device) -> bool:
