@@ -10,6 +10,11 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 Support = tuple[bool, str]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As reasons and errors name it: "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 class BackendUnavailableError(RuntimeError):
     """A back-end that was asked for by name cannot run this call. The message gives the reason and the remedy."""
 

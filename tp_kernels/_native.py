@@ -4,7 +4,7 @@ import os
 
 import torch  # before the native module, so that one OpenMP runtime is loaded
 
-from tp_kernels._backends import Support
+from tp_kernels._backends import Support, dtype_name
 
 try:
     import tp_kernels._cpu as cpu
@@ -44,7 +44,7 @@ def cpu_supports(tensor: torch.Tensor, **options: object) -> Support:
     if tensor.device.type != "cpu":
         return False, f"it computes on the CPU, and the tensors are on {tensor.device}"
     if tensor.dtype not in _CPU_DTYPES:
-        return False, f"it computes float32 and float64, and the tensors are {str(tensor.dtype).removeprefix('torch.')}"
+        return False, f"it computes float32 and float64, and the tensors are {dtype_name(tensor.dtype)}"
     return True, ""
 
 
@@ -82,10 +82,6 @@ def check_same_kind(op: str, first: torch.Tensor, *others: torch.Tensor | None) 
             raise TypeError(
                 f"{op}: all tensors must be {first.dtype} on {first.device}, got {other.dtype} on {other.device}"
             )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def pointer(tensor: torch.Tensor | None) -> int:

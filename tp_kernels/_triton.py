@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from tp_kernels._backends import Support
+from tp_kernels._backends import Support, dtype_name
 
 SMALLEST_CAPABILITY = (8, 0)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -65,7 +65,5 @@ def supports(tensor: torch.Tensor) -> Support:
             f"it needs a compute capability of {needed[0]}.{needed[1]}, and {tensor.device} has {found[0]}.{found[1]}"
         )
     if tensor.dtype not in DTYPES:
-        return False, (
-            f"it computes float32, bfloat16 and float16, and the tensors are {str(tensor.dtype).removeprefix('torch.')}"
-        )
+        return False, (f"it computes float32, bfloat16 and float16, and the tensors are {dtype_name(tensor.dtype)}")
     return True, ""

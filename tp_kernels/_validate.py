@@ -4,15 +4,11 @@ import math
 
 import torch
 
-from tp_kernels._backends import NAMES
+from tp_kernels._backends import NAMES, dtype_name
 from tp_kernels.rules import Rule, TargetProp, uses_inverse
 
 NONLINEARITIES = ("tanh", "relu", "identity")
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _shape(tensor: torch.Tensor) -> str:
@@ -34,14 +30,15 @@ def floating_tensor(op: str, argument: str, value: object) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {argument} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in _FLOATING:
-        expected = ", ".join(map(_name, _FLOATING))
-        raise TypeError(f"{op}: {argument} must be of dtype {expected}, got {_name(value.dtype)}")
+        expected = ", ".join(map(dtype_name, _FLOATING))
+        raise TypeError(f"{op}: {argument} must be of dtype {expected}, got {dtype_name(value.dtype)}")
 
 
 def same_kind(op: str, argument: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     if value.dtype != other.dtype:
         raise TypeError(
-            f"{op}: {argument} must have the dtype of {other_name}, {_name(other.dtype)}, got {_name(value.dtype)}"
+            f"{op}: {argument} must have the dtype of {other_name}, {dtype_name(other.dtype)}, "
+            f"got {dtype_name(value.dtype)}"
         )
     if value.device != other.device:
         raise ValueError(f"{op}: {argument} must be on the device of {other_name}, {other.device}, got {value.device}")
@@ -64,7 +61,7 @@ def regularization(op: str, value: float | torch.Tensor, dtype: torch.dtype | No
     elif dtype is not None:
         factored = torch.float64 if dtype == torch.float64 else torch.float32
         if factored == torch.float32 and not 2.0**-150 < value < 2.0**128 - 2.0**103:  # what rounds to 0 or infinity
-            raise ValueError(f"{op}: reg must be positive and finite in {_name(factored)}, got {value!r}")
+            raise ValueError(f"{op}: reg must be positive and finite in {dtype_name(factored)}, got {value!r}")
 
 
 def regularized_inverse(
@@ -119,7 +116,9 @@ def numbers_of_rule(op: str, rule: Rule, nonlinearity: str, dtype: torch.dtype) 
     smallest = torch.finfo(dtype).eps
     if rule.inverse == "layer" and nonlinearity == "tanh" and rule.clip < smallest:
         # 1 - clip(h)² would be 0 where h rounds to 1
-        raise ValueError(f"{op}: rule must have clip of at least {smallest:.3g} in {_name(dtype)}, got {rule.clip!r}")
+        raise ValueError(
+            f"{op}: rule must have clip of at least {smallest:.3g} in {dtype_name(dtype)}, got {rule.clip!r}"
+        )
 
 
 def feedback(op: str, value: object, weight: torch.Tensor, weight_name: str, rule: Rule) -> None:

@@ -12,7 +12,7 @@ import torch
 
 import tp_kernels
 from tp_kernels import _native
-from tp_kernels._backends import NAMES, BackendTable
+from tp_kernels._backends import NAMES, BackendTable, dtype_name
 from tp_kernels.ops.regularized_inverse import op as regularized_inverse
 from tp_kernels.ops.rnn import op as rnn
 from tp_kernels.ops.rnn.cuda_paths import LARGEST_ON_ONE, cuda_path
@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
         print()
         for threads in sorted({1, torch.get_num_threads()}):
             for dtype in (torch.float32, torch.float64):
-                name = f"peak {str(dtype).removeprefix('torch.')}"
+                name = f"peak {dtype_name(dtype)}"
                 print(f"{name:<16} {peak(dtype, threads) / 1e9:.1f} GFLOP/s, {threads} thread{'s' * (threads > 1)}")
 
 

@@ -7,7 +7,7 @@ import torch
 from _cases import LAYOUTS, RNNCase
 from _checks import rnn_backward_check, rnn_forward_check
 from _compare import assert_near
-from _cuda_device import DEVICE, FLOAT, ON_GPU, SWEPT, emulate, everything, ops
+from _cuda_device import DEVICE, FLOAT, ON_GPU, SWEPT, emulate, everything, in_two_parts, ops
 from _oracle import extended
 
 from conftest import assert_within_fences
@@ -67,18 +67,10 @@ def test_a_sequence_in_two_parts(rule):
     """State and what goes back handed on: the same up to rounding, which in the library's products may depend on where
     a matrix lies in memory.
     """
-    case = RNNCase(T=5, B=3, N=130)
-    u, weight, h0 = (tensor.to(DEVICE) for tensor in case.tensors(FLOAT))
-    grad, sweep = case.gradient(FLOAT).to(DEVICE), Sweep.of(SWEPT[rule], "tanh")
-    h = ops.rnn_fwd(u, weight, h0, "tanh", "cuda")
-    assert_near(ops.rnn_fwd(u[2:], weight, h[1].clone(), "tanh", "cuda").cpu(), extended(h[2:].cpu()), "h")
-    whole = ops.rnn_bwd(grad, None, h, weight, weight, None, None, None, None, *sweep, "cuda")
-    later, carried, through = ops.rnn_bwd(grad[2:], None, h[2:], weight, weight, None, None, None, None, *sweep, "cuda")
-    sent = (tensor if tensor.numel() else None for tensor in (carried, through))
-    first = ops.rnn_bwd(grad[:2], None, h[:2], weight, weight, *sent, None, None, *sweep, "cuda")
-    assert_near(torch.cat([first[0], later]).cpu(), extended(whole[0].cpu()), "grad_u", condition=10)
-    for what, found, expected in zip(("carried", "through"), first[1:], whole[1:], strict=True):
-        assert_near(found.cpu(), extended(expected.cpu()), what, condition=10)
+    parts = in_two_parts(RNNCase(T=5, B=3, N=130), SWEPT[rule])
+    for what, found, expected in zip(("h", "grad_u", "carried", "through"), *parts, strict=True):
+        condition = 1 if what == "h" else 10
+        assert_near(found.cpu(), extended(expected.cpu()), what, condition=condition)
 
 
 @pytest.mark.parametrize("case", [SMALL, HEADS, RNNCase(T=3, B=5, N=130, h0=False)], ids=str)

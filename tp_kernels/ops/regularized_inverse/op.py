@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tp_kernels import _native, _triton, _validate
-from tp_kernels._backends import Backend, BackendTable, Support
+from tp_kernels._backends import Backend, BackendTable, Support, dtype_name
 from tp_kernels._library import register
 from tp_kernels.ops.regularized_inverse import reference
 
@@ -209,7 +209,7 @@ def compute(weight: Tensor, reg: Tensor, power: float, check_errors: bool, backe
         where = f" of batch entry {index[0] if len(index) == 1 else index}" if index else ""
         raise torch.linalg.LinAlgError(
             f"regularized_inverse: the Gram matrix{where} is not numerically positive definite in "
-            f"{str(weight.dtype).removeprefix('torch.')} at reg={float(reg):g}; use a larger reg or float64"
+            f"{dtype_name(weight.dtype)} at reg={float(reg):g}; use a larger reg or float64"
         )
     return inverse.contiguous()
 

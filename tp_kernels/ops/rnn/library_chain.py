@@ -31,8 +31,9 @@ def _multiply(x: Tensor, matrix: Tensor, out: Tensor, plus: Tensor | None = None
     torch.bmm(x, matrix, out=out) if plus is None else torch.baddbmm(plus.transpose(0, 1), x, matrix, out=out)
 
 
-def forward(h: Tensor, nonlinearity: str, u: Tensor, weight: Tensor, h0: Tensor | None) -> None:
+def forward(results: tuple[Tensor], nonlinearity: str, u: Tensor, weight: Tensor, h0: Tensor | None) -> None:
     """Fills h, contiguous, [T, B, N] or [T, B, H, N]."""
+    (h,) = results
     state = h0
     for t in range(h.shape[0]):
         if state is None:
@@ -103,7 +104,7 @@ def call(
     """Fills the results: by a recording, or, off CUDA and in a recording of the caller's, step by step."""
     device = results[0].device
     if not records(device):
-        chain(results if len(results) > 1 else results[0], words, *tensors)
+        chain(results, words, *tensors)
         return
     shapes = tuple(None if tensor is None else tensor.shape for tensor in (*results, *tensors))
     # Two streams must not have the same memory at the same time.
@@ -136,8 +137,7 @@ class Recording:
             for tensor in tensors
         )
         self.results = tuple(torch.empty_like(result) for result in results)
-        own = self.results if len(results) > 1 else self.results[0]
-        self._run = record(lambda: chain(own, words, *self.tensors), results[0].device)
+        self._run = record(lambda: chain(self.results, words, *self.tensors), results[0].device)
 
     def replay(self, results: tuple[Tensor, ...], tensors: tuple[Tensor | None, ...]) -> None:
         for own, given in zip(self.tensors, tensors, strict=True):

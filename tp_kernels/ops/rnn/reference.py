@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from tp_kernels._backends import dtype_name
 from tp_kernels.rules import Sweep
 
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "identity": lambda z: z}
@@ -213,7 +214,7 @@ def unsolved(
     """What to raise where the solve of "jacobian" missed its residual, steps and samples counted from 0."""
     sample = f"sample {b}" if head is None else f"sample {b}, head {head}"
     return torch.linalg.LinAlgError(
-        f"rnn: inverse='jacobian' could not be solved in {str(dtype).removeprefix('torch.')} at reg={sweep.reg:g}: "
+        f"rnn: inverse='jacobian' could not be solved in {dtype_name(dtype)} at reg={sweep.reg:g}: "
         f"worst at time step {t}, {sample}, with a relative residual of {residual:.3g}, above rtol={sweep.rtol:g}; "
         "use a larger reg, a larger rtol or float64"
     )

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from tp_kernels import _triton
-from tp_kernels._backends import Support
+from tp_kernels._backends import Support, dtype_name
 from tp_kernels.rules import Sweep
 
 TABLE = Path(__file__).with_suffix(".json")
@@ -107,7 +107,7 @@ def supports(tensor: torch.Tensor, size: int = 1, sweep: Sweep | None = None) ->
         return ok, reason
     largest = max(n for n in SIZES[tensor.dtype] if fits(tensor, 1, n))
     if size > largest:
-        dtype = str(tensor.dtype).removeprefix("torch.")
+        dtype = dtype_name(tensor.dtype)
         return False, f"the weight has to fit on chip, N <= {largest} in {dtype} on {tensor.device}, and N = {size}"
     if sweep is not None and sweep.inverse not in INVERSES:
         return False, f"it has no inverse={sweep.inverse!r} yet"
