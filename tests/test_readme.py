@@ -48,6 +48,9 @@ def test_commands_of_the_findings_are_those_of_the_records(command):
     assert {record["contender"] for record in finals} == set(arguments.contenders)
     for name in ("task", "T"):
         assert {record[name] for record in finals} == set(getattr(arguments, name))
-    for name, value in (("initialization", "default"), ("optimizer", "adam"), ("schedule", "constant")):
-        assert {record.get(name, "constant") for record in finals} == {getattr(arguments, name) or value}
+    defaults = {"initialization": "default", "optimizer": "adam", "schedule": "constant", "clipping": "together"}
+    for name, value in defaults.items():
+        assert {record.get(name, value) for record in finals} == {getattr(arguments, name) or value}
     assert {record["max_steps"] for record in finals} == {arguments.steps}
+    assert {record["seed"] for record in finals} == set(range(arguments.seeds or 3))
+    assert len({record["seed"] for record in records if record["phase"] == "search"}) == (arguments.search_seeds or 1)

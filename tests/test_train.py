@@ -296,6 +296,20 @@ def test_the_gradient_is_clipped_to_its_global_norm(nets) -> None:
     assert {spec_of("bp").clip, small_plan(optimizer="sgd").settings[0].search("bp")[0].clip} == {1.0, None}
 
 
+def test_readout_and_layer_are_clipped_apart(nets) -> None:
+    sgd = {"optimizer": "sgd", "steps": 1, "floor": 1, "evaluate_every": 1, "clip": 1e-3}
+    for clipping in train.CLIPPINGS:
+        train.run(spec_of("bp", step_sizes=StepSizes(all=0.5), clipping=clipping, **sgd))
+    norms = []
+    for net in nets:
+        parts = [[move.flatten() for name, move in moves(net).items() if name.startswith(part)] for part in net[1]]
+        norms.append([torch.cat(part).norm().item() / 0.5 for part in parts])
+    together, apart = norms
+    assert math.hypot(*together) == pytest.approx(1e-3, rel=1e-2)
+    assert max(together) < 1e-3 > min(together)
+    assert apart == pytest.approx([1e-3, 1e-3], rel=1e-2)
+
+
 def test_a_curve_tells_how_saturated_the_states_are_and_how_large_weight_and_gradient(nets) -> None:
     """Recomputed from the net at the end, and, for the only step taken, from its gradient."""
     spec = spec_of("bp", steps=1, floor=1, evaluate_every=1)
@@ -410,7 +424,8 @@ def test_grids_of_different_lengths_are_refused() -> None:
 
 def test_a_final_seed_must_not_be_one_of_the_search() -> None:
     with pytest.raises(ValueError, match=r"search_seeds must differ from seeds \(0, 1\), got \(1,\)"):
-        small_plan(search_seeds=1)
+        small_plan(search_seeds=[1])
+    assert small_plan(search_seeds=2).settings[0].search_seeds == (100, 101)
 
 
 def test_overrides_make_every_combination() -> None:
@@ -462,6 +477,7 @@ def test_the_papers_settings() -> None:
         ({"task": "sorting"}, ValueError, "task must be one of .*got 'sorting'"),
         ({"contenders": ["tp", "sgd"]}, ValueError, "contenders must be one of .*got 'sgd'"),
         ({"optimizer": "lbfgs"}, ValueError, "optimizer must be one of 'adam', 'sgd', got 'lbfgs'"),
+        ({"clipping": "none"}, ValueError, "clipping must be one of 'together', 'apart', got 'none'"),
         ({"schedule": "linear"}, ValueError, "schedule must be one of 'constant', 'cosine', got 'linear'"),
         ({"initialization": "zero"}, ValueError, "initialization must be one of .*got 'zero'"),
         ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),

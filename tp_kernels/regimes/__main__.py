@@ -179,9 +179,13 @@ def parser() -> argparse.ArgumentParser:
     race.add_argument("--B", type=integers, help="batch sizes")
     race.add_argument("--contenders", type=words(tuple(train.CONTENDERS)), metavar="A,B", help="out of the list below")
     race.add_argument("--seeds", type=integer, help="number of seeds of the final runs")
+    race.add_argument("--search-seeds", type=integer, help="number of seeds of each point of the search")
     race.add_argument("--step-sizes", type=numbers, metavar="X,Y", help="the search grid")
     race.add_argument("--optimizer", choices=train.OPTIMIZERS)
     race.add_argument("--schedule", choices=train.SCHEDULES, help="of the step sizes")
+    race.add_argument(
+        "--clipping", choices=train.CLIPPINGS, help="of the gradient with adam: readout and layer together or apart"
+    )
     race.add_argument("--initialization", choices=train.INITIALIZATIONS, help="of the recurrent weight")
     race.add_argument("--steps", type=integer, help="training steps of one run at most")
     race.add_argument("--evaluate-every", type=integer, help="training steps between two evaluations")
@@ -266,8 +270,8 @@ def _mention_others(store: Store, here: dict) -> None:
 
 
 _RACE_FLAGS = (
-    *("task", "T", "N", "B", "contenders", "seeds", "step_sizes", "optimizer", "schedule", "initialization"),
-    *("steps", "evaluate_every", "bar", "reg", "gamma", "device", "data"),
+    *("task", "T", "N", "B", "contenders", "seeds", "search_seeds", "step_sizes", "optimizer", "schedule"),
+    *("clipping", "initialization", "steps", "evaluate_every", "bar", "reg", "gamma", "device", "data"),
 )
 
 

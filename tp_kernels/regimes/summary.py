@@ -278,7 +278,7 @@ def races_of(records: Iterable[dict]) -> list[list[dict]]:
     for record in records:
         if record["kind"] == "run":
             names = ("task", "T", "N", "B", "optimizer", "initialization", "bar", "device", "max_steps")
-            values = (*(record.get(name) for name in names), schedule_of(record))
+            values = (*(record.get(name) for name in names), schedule_of(record), clipping_of(record))
             races.setdefault(tuple(map(str, values)), []).append(record)
     return list(races.values())
 
@@ -286,6 +286,11 @@ def races_of(records: Iterable[dict]) -> list[list[dict]]:
 def schedule_of(record: dict) -> str:
     """Records from before there were schedules do not name theirs."""
     return record.get("schedule", "constant")
+
+
+def clipping_of(record: dict) -> str:
+    """Records from before there was a choice do not name theirs."""
+    return record.get("clipping", "together")
 
 
 def finals_of(race: list[dict]) -> dict[str, list[dict]]:
@@ -333,6 +338,8 @@ def race_name(race: list[dict]) -> str:
     first = race[0]
     schedule = schedule_of(first)
     optimizer = first["optimizer"] if schedule == "constant" else f"{first['optimizer']} with a {schedule} schedule"
+    if clipping_of(first) == "apart":
+        optimizer += ", readout and layer clipped apart"
     return f"{first['task']}, {shape(first)}, {optimizer}, {first['initialization']} initialization"
 
 

@@ -26,10 +26,12 @@ RUNNING_WINDOW = 3
 OPTIMIZERS = ("adam", "sgd")
 INITIALIZATIONS = ("default", "orthogonal", "rotation")
 SCHEDULES = ("constant", "cosine")
+CLIPPINGS = ("together", "apart")
 # How far "rotation" is from the identity: its largest angles are about 2√2 times as much, in radians.
 _ROTATION_ANGLE = 0.1
 # Adam's gradient is clipped to this global norm; SGD's is not, as in the paper.
 _CLIP = {"adam": 1.0, "sgd": None}
+_FIRST_SEARCH_SEED = 100
 # Batches and random feedback come from streams of their own: the seed alone also draws the weights.
 _BATCH_SEED = 1_000_000
 _FEEDBACK_SEED = 2_000_000
@@ -133,7 +135,8 @@ class RaceSpec:
 
     ``steps`` is the most it takes; with ``stop_at_bar`` it stops once the bar is passed and ``floor`` steps are done.
     The schedule "cosine" takes the step sizes down to zero over ``steps``.
-    ``clip`` is the largest global norm of the gradient. The phase decides the set that accuracy is measured on:
+    ``clip`` is the largest norm of the gradient: of all of it with the clipping "together", of the readout's and of the
+    layer's with "apart". The phase decides the set that accuracy is measured on:
     "search" the validation set, "final" the test set.
     """
 
@@ -149,6 +152,7 @@ class RaceSpec:
     step_sizes: StepSizes
     grid: tuple[StepSizes, ...]
     clip: float | None
+    clipping: str
     seed: int
     phase: str
     steps: int
@@ -178,6 +182,7 @@ class Setting:
     B: int
     optimizer: str
     schedule: str
+    clipping: str
     initialization: str
     steps: int
     floor: int
@@ -273,13 +278,14 @@ _BASE = {
     "B": 20,
     "optimizer": "adam",
     "schedule": "constant",
+    "clipping": "together",
     "initialization": "default",
     "steps": 6000,
     "floor": 200,
     "evaluate_every": 50,
     "contenders": _COMPARED,
     "step_sizes": _ADAM_GRID,
-    "search_seeds": (100,),
+    "search_seeds": (_FIRST_SEARCH_SEED,),
     "seeds": (0, 1, 2),
 }
 # The paper's settings: SGD, N = 100, orthogonal start; r and γ_h are the paper's choice for each task, so tp-paper
@@ -289,6 +295,7 @@ _PAPER = {
     "B": 20,
     "optimizer": "sgd",
     "schedule": "constant",
+    "clipping": "together",
     "initialization": "orthogonal",
     "steps": 20_000,
     "floor": 200,
@@ -297,7 +304,7 @@ _PAPER = {
     "step_sizes": _SGD_GRID,
     "bp_step_sizes": (1e-2, 1e-3, 1e-4, 1e-5),
     "two_step_sizes": ((0.1, 1e-2), (0.1, 1e-3), (0.1, 1e-4), (0.01, 1e-3)),
-    "search_seeds": (100,),
+    "search_seeds": (_FIRST_SEARCH_SEED,),
     "seeds": (0, 1, 2),
 }
 
@@ -337,8 +344,8 @@ that one; its CIFAR, GRU and text settings are not here."""
 _LISTS = ("task", "T", "N", "B", "seeds", "search_seeds", "contenders", "step_sizes", "bp_step_sizes")
 _KNOWN = (
     *_LISTS,
-    *("two_step_sizes", "optimizer", "schedule", "initialization", "steps", "floor", "evaluate_every", "bar"),
-    *("reg", "gamma", "stop_at_bar", "device", "data"),
+    *("two_step_sizes", "optimizer", "schedule", "clipping", "initialization", "steps", "floor", "evaluate_every"),
+    *("bar", "reg", "gamma", "stop_at_bar", "device", "data"),
 )
 
 
@@ -385,6 +392,7 @@ def _setting(options: dict[str, Any]) -> Setting:
     optimizer = options["optimizer"]
     _choose_word("optimizer", optimizer, OPTIMIZERS)
     _choose_word("schedule", options["schedule"], SCHEDULES)
+    _choose_word("clipping", options["clipping"], CLIPPINGS)
     _choose_word("initialization", options["initialization"], INITIALIZATIONS)
     for name in options["contenders"]:
         _choose_word("contenders", name, tuple(CONTENDERS))
@@ -408,6 +416,7 @@ def _setting(options: dict[str, Any]) -> Setting:
         B=options["B"],
         optimizer=optimizer,
         schedule=options["schedule"],
+        clipping=options["clipping"],
         initialization=options["initialization"],
         steps=options["steps"],
         floor=min(options["floor"], options["steps"]),
@@ -432,14 +441,16 @@ def plan(preset: str | None = None, **overrides: Any) -> RacePlan:
         task, T, N, B: one or several; every combination is a setting. Without ``task`` and ``T`` the preset's own
             settings stay. With ``task`` alone each has its usual T.
         contenders: names in ``CONTENDERS``.
-        seeds: a number of seeds, or the seeds themselves. ``search_seeds``: those of the search, which must be others.
+        seeds: a number of seeds (0, 1, …), or the seeds themselves. ``search_seeds``: those of the search, a number of
+            them (100, 101, …) or themselves; they must be others.
         step_sizes: the search grid, one trial a point and search seed; every contender gets as many. ``bp_step_sizes``
             is another grid of that length for "bp" and "nn.RNN", ``two_step_sizes`` pairs (readout, recurrent) for
             "bp-two" and other "-two"; without pairs these take the grid with a recurrent step size of 1/10 (Adam) or
             1/100 (SGD).
-        optimizer: "adam" (gradient clipped to global norm 1) or "sgd" (not clipped). schedule: "constant" or "cosine"
-            (step sizes go down to zero over ``steps``). initialization: of the recurrent weight, "default" as in
-            ``torch.nn.RNN``, "orthogonal", or "rotation" (orthogonal and near the identity).
+        optimizer: "adam" (gradient clipped to norm 1) or "sgd" (not clipped). clipping: "together" (the norm is that of
+            the whole gradient) or "apart" (the readout's and the layer's are each clipped to it). schedule: "constant"
+            or "cosine" (step sizes go down to zero over ``steps``). initialization: of the recurrent weight, "default"
+            as in ``torch.nn.RNN``, "orthogonal", or "rotation" (orthogonal and near the identity).
         steps: the most a run takes; evaluate_every: steps between evaluations; floor: steps before a run may stop;
             stop_at_bar: whether it stops once the bar is passed; bar: the running accuracy to pass.
         reg, gamma: r and step γ of "tp-paper" and "tp-paper-local".
@@ -462,8 +473,9 @@ def plan(preset: str | None = None, **overrides: Any) -> RacePlan:
         raise TypeError(f"race: plan takes {', '.join(_KNOWN)}, got {', '.join(sorted(unknown))}")
     preset = "default" if preset is None else preset
     _choose_word("preset", preset, tuple(PRESETS))
-    if isinstance(given.get("seeds"), int):
-        given["seeds"] = tuple(range(given["seeds"]))
+    for name, first in (("seeds", 0), ("search_seeds", _FIRST_SEARCH_SEED)):
+        if isinstance(given.get(name), int):
+            given[name] = tuple(range(first, first + given[name]))
     given.update({name: _as_tuple(given[name]) for name in _LISTS if name in given})
     for name in ("seeds", "search_seeds", "contenders", "step_sizes", "task", "T", "N", "B"):
         if given.get(name) == ():
@@ -639,7 +651,9 @@ def _train(
     """
     optimizer = build_optimizer(spec, model)
     schedule = build_schedule(spec, optimizer)
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    trained = [group["params"] for group in optimizer.param_groups]  # the readout's and the layer's
+    if spec.clipping == "together":
+        trained = [[parameter for group in trained for parameter in group]]
     x_held_out, y_held_out = (
         tensor.to(spec.device) for tensor in task.held_out("test" if spec.phase == "final" else "validation")
     )
@@ -667,7 +681,8 @@ def _train(
         for x, y in chunk:
             total += backward(x, y)
             if spec.clip is not None:
-                norms += nn.utils.clip_grad_norm_(trained, spec.clip)
+                found = [nn.utils.clip_grad_norm_(parameters, spec.clip) for parameters in trained]
+                norms += torch.linalg.vector_norm(torch.stack(found))
             optimizer.step()
             if schedule is not None:
                 schedule.step()
@@ -720,6 +735,7 @@ def run(spec: RaceSpec, on_steps: Callable[[int], None] = lambda step: None) -> 
         "phase": spec.phase,
         "optimizer": spec.optimizer,
         "schedule": spec.schedule,
+        "clipping": spec.clipping,
         "initialization": spec.initialization,
         "step_sizes": spec.step_sizes.to_dict(),
         "grid": [point.to_dict() for point in spec.grid],
