@@ -55,7 +55,8 @@ stage info 20 "$python" -m tp_kernels.info
 if "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
     stage nvidia-smi 5 nvidia-smi
     export TPK_REQUIRE_BACKENDS=reference,triton
-    stage tests 240 "$python" -m pytest tests/ops/test_*_triton.py -q --junit-xml="$out/tests.xml"
+    stage tests 240 "$python" -m pytest tests/ops/test_*_triton.py tests/ops/test_*_library.py \
+        -q --junit-xml="$out/tests.xml"
     if command -v compute-sanitizer >/dev/null; then
         stage sanitizer 45 compute-sanitizer --error-exitcode 1 "$python" -m pytest -q tests/ops/test_*_triton.py \
             -k "(test_forward or test_backward) and (T4-B17 or T3-B18 or 33 and 0.25) and not layer"

@@ -34,7 +34,8 @@ def row(batch: int, N: int, power: float) -> dict[str, object]:
 
 
 def main() -> None:
-    rows = [row(batch, N, power) for power in (0.5, 1.0) for N in (32, 64, 128) for batch in (1, 16)]
+    sizes = [(batch, N) for N in (32, 64, 128) for batch in (1, 16)] + [(1, N) for N in (256, 512, 1024)]
+    rows = [row(batch, N, power) for power in (0.5, 1.0) for batch, N in sizes]
     Path(sys.argv[1]).write_text(json.dumps({"device": torch.cuda.get_device_name(), "rows": rows}, indent=1) + "\n")
     for found in rows:
         print(found)

@@ -319,20 +319,14 @@ def test_reg_on_the_device(dtype):
 )
 @pytest.mark.skipif(ON_GPU, reason="a GPU has the shared memory it has")
 def test_largest_order(shared, dtype, largest):
-    """The largest is computed; the next one is refused with the limit and what to take."""
+    """The largest is a kernel's, the next one the library's."""
     emulate(shared_memory=SHARED[shared])
-    name = str(dtype).removeprefix("torch.")
-    weight = matrices((largest, largest), dtype)
-    assert_small_residual(inverse(weight, 0.25, 1.0), weight, 0.25, 1.0)
-    for shape in ((largest + 1, largest + 1), (largest + 1, largest + 2)):
-        with pytest.raises(tp.BackendUnavailableError) as caught:
-            inverse(torch.eye(*shape, dtype=dtype), 0.25, 1.0)
-        assert str(caught.value) == (
-            f"regularized_inverse: backend 'cuda' cannot run this call: it keeps a {name} Gram matrix of order up to "
-            f"{largest} in the shared memory of one multiprocessor of this device, and these matrices are "
-            f"{shape[0]} x {shape[1]}; 'reference' takes them to torch.linalg, which is cuSOLVER on a CUDA device. "
-            "Use backend='auto' or 'reference'."
-        )
+    for order in (largest, largest + 1):
+        weight = matrices((order, order), dtype)
+        assert op._cuda_takes(weight) == (order == largest)
+        for power in POWERS:
+            assert_small_residual(inverse(weight, 0.25, power), weight, 0.25, power)
+    inverse_check(weight, 0.25, 1.0, "cuda", device=DEVICE)
 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])

@@ -10,6 +10,7 @@ from _oracle import extended, regularized_inverse
 import tp_kernels as tp
 from conftest import absent
 from tp_kernels import _triton
+from tp_kernels.ops.regularized_inverse import library
 from tp_kernels.ops.regularized_inverse.op import BACKENDS
 
 POWERS = (1.0, 0.5)
@@ -117,9 +118,14 @@ def test_no_convergence_is_an_error(device, monkeypatch):
     assert found[1].isnan().all()
 
 
+@pytest.mark.parametrize("power", POWERS)
+@pytest.mark.parametrize("shape", [(129, 129), (2, 20, 140)], ids=str)
+def test_larger_ones_are_the_librarys(shape, power, device):
+    weight = matrices(shape, torch.float32).to(device)
+    found = tp.regularized_inverse(weight, 0.25, power=power, backend="triton")
+    assert_identical(found, library.forward(weight, torch.tensor(0.25), power)[0], "P")
+
+
 def test_what_it_refuses(device):
-    with pytest.raises(tp.BackendUnavailableError) as caught:
-        tp.regularized_inverse(torch.eye(129, device=device), 0.25, backend="triton")
-    assert "it takes matrices of up to 128 rows and columns, and these are 129 x 129" in str(caught.value)
     with pytest.raises(tp.BackendUnavailableError, match="it computes float32, bfloat16 and float16"):
         tp.regularized_inverse(torch.eye(3, device=device, dtype=torch.float64), 0.25, backend="triton")

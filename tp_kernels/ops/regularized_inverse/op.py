@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from tp_kernels import _native, _triton, _validate
 from tp_kernels._backends import Backend, BackendTable, Support, dtype_name
 from tp_kernels._library import register
-from tp_kernels.ops.regularized_inverse import reference
+from tp_kernels.ops.regularized_inverse import library, reference
 
 
 def _solve(weight: Tensor, rhs: Tensor | None, r: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -77,21 +77,15 @@ def _cpu_backward(grad: Tensor, weight: Tensor, inverse: Tensor, reg: Tensor, po
 
 
 LARGEST_ORDER = 128
-"""What Triton takes: one program iterates on one matrix, by itself."""
+"""What one Triton program takes, which iterates on one matrix by itself. Beyond are the library's products."""
 
 
 def _triton_forward(weight: Tensor, reg: Tensor, power: float) -> tuple[Tensor, Tensor | None]:
+    if max(weight.shape[-2:]) > LARGEST_ORDER:
+        return library.forward(weight, reg, power)
     from tp_kernels.ops.regularized_inverse import triton_kernel  # imports triton, which need not be there
 
     return triton_kernel.forward(weight, reg, power)
-
-
-def _triton_supports(weight: Tensor) -> Support:
-    ok, reason = _triton.supports(weight)
-    if ok and weight.dim() >= 2 and max(weight.shape[-2:]) > LARGEST_ORDER:
-        m, n = weight.shape[-2:]
-        return False, f"it takes matrices of up to {LARGEST_ORDER} rows and columns, and these are {m} x {n}"
-    return ok, reason
 
 
 CUDA_TOLERANCE = {torch.float32: 2.0**-10, torch.float64: 2.0**-18}
@@ -153,7 +147,15 @@ def _cuda_polar(weight: Tensor, reg: Tensor) -> tuple[Tensor, Tensor]:
     return polar.view(*batch, n, m), failed.view(batch)
 
 
+def _cuda_takes(weight: Tensor) -> bool:
+    """Whether the Gram matrix fits in the shared memory of one multiprocessor. Beyond is the library."""
+    double, device = _native.is_double(weight), _native.device_and_stream(weight)["device"]
+    return min(weight.shape[-2:]) <= _native.cuda.regularized_inverse_largest(double=double, device=device)
+
+
 def _cuda_forward(weight: Tensor, reg: Tensor, power: float) -> tuple[Tensor, Tensor]:
+    if not _cuda_takes(weight):
+        return library.forward(weight, reg, power)
     if weight.shape[-2] < weight.shape[-1]:
         inverse, failed = _cuda_forward(weight.mT, reg, power)
         return inverse.mT, failed
@@ -161,7 +163,7 @@ def _cuda_forward(weight: Tensor, reg: Tensor, power: float) -> tuple[Tensor, Te
 
 
 def _cuda_backward(grad: Tensor, weight: Tensor, inverse: Tensor, reg: Tensor, power: float) -> tuple[Tensor, Tensor]:
-    if power != 1.0:
+    if power != 1.0 or not _cuda_takes(weight):
         return reference.backward(grad, weight, inverse, reg, power)
     if weight.shape[-2] < weight.shape[-1]:
         grad_weight, grad_reg = _cuda_backward(grad.mT, weight.mT, inverse.mT, reg, power)
@@ -173,18 +175,7 @@ def _cuda_backward(grad: Tensor, weight: Tensor, inverse: Tensor, reg: Tensor, p
 
 
 def _cuda_supports(weight: Tensor) -> Support:
-    ok, reason = _native.cuda_supports(weight, dtypes=(torch.float32, torch.float64))
-    if ok and weight.dim() >= 2:
-        (m, n), double = weight.shape[-2:], _native.is_double(weight)
-        device = _native.device_and_stream(weight)["device"]
-        largest = _native.cuda.regularized_inverse_largest(double=double, device=device)
-        if min(m, n) > largest:
-            return False, (
-                f"it keeps a {'float64' if double else 'float32'} Gram matrix of order up to {largest} in the shared "
-                f"memory of one multiprocessor of this device, and these matrices are {m} x {n}; 'reference' takes "
-                "them to torch.linalg, which is cuSOLVER on a CUDA device"
-            )
-    return ok, reason
+    return _native.cuda_supports(weight, dtypes=(torch.float32, torch.float64))
 
 
 BACKENDS = BackendTable(
@@ -192,7 +183,7 @@ BACKENDS = BackendTable(
     {
         "reference": Backend(reference.forward, reference.backward),
         "cpu": Backend(_cpu_forward, _cpu_backward, _native.cpu_available, _native.cpu_supports),
-        "triton": Backend(_triton_forward, reference.backward, _triton.available, _triton_supports),
+        "triton": Backend(_triton_forward, reference.backward, _triton.available, _triton.supports),
         # By name only, until it has run on a GPU.
         "cuda": Backend(_cuda_forward, _cuda_backward, _native.cuda_available, _cuda_supports),
     },

@@ -26,9 +26,9 @@ def forward(weight: Tensor, reg: Tensor, power: float) -> tuple[Tensor, Tensor]:
     wide = _factoring_dtype(weight)
     finite = wide.isfinite().all(dim=(-2, -1))
     wide = torch.where(finite[..., None, None], wide, 0)
-    r = reg.to(wide)
+    r = on_device_of(wide, reg)
     if power == 1.0:
-        factor, info = torch.linalg.cholesky_ex(_gram(wide, r))
+        factor, info = torch.linalg.cholesky_ex(gram(wide, r))
         inverse = torch.cholesky_solve(wide.mT, factor)
         failed = info != 0
     else:
@@ -57,10 +57,10 @@ def backward(grad: Tensor, weight: Tensor, inverse: Tensor, reg: Tensor, power: 
         grad_weight, grad_reg = backward(grad.mT, weight.mT, inverse.mT, reg, power)
         return grad_weight.mT, grad_reg
     wide = _factoring_dtype(weight)
-    r = reg.to(wide)
+    r = on_device_of(wide, reg)
     grad_inverse = grad.to(wide)
     if power == 1.0:
-        factor, _ = torch.linalg.cholesky_ex(_gram(wide, r))
+        factor, _ = torch.linalg.cholesky_ex(gram(wide, r))
         solved = torch.cholesky_solve(grad_inverse, factor)
         grad_weight, grad_reg = inverse_gradients(solved, wide, inverse.to(wide))
     else:
@@ -89,10 +89,18 @@ def inverse_gradients(solved: Tensor, weight: Tensor, inverse: Tensor) -> tuple[
     return grad_weight, -(solved * inverse).sum(dim=(-2, -1))
 
 
-def _gram(weight: Tensor, r: Tensor) -> Tensor:
-    gram = weight.mT @ weight
-    gram.diagonal(dim1=-2, dim2=-1).add_(r)
-    return gram
+def gram(weight: Tensor, r: Tensor) -> Tensor:
+    """``WᵀW + rI``."""
+    product = weight.mT @ weight
+    product.diagonal(dim1=-2, dim2=-1).add_(r)
+    return product
+
+
+def on_device_of(tensor: Tensor, reg: Tensor) -> Tensor:
+    """r in the dtype and on the device of ``tensor``: a number of the host is written there, and nothing waits."""
+    if reg.device == tensor.device:
+        return reg.to(tensor.dtype)
+    return torch.full((), float(reg), dtype=tensor.dtype, device=tensor.device)
 
 
 def _factoring_dtype(weight: Tensor) -> Tensor:

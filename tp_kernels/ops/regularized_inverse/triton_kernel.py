@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tp_kernels import _triton
+from tp_kernels.ops.regularized_inverse import reference
 
 TOLERANCE = 2.0**-12
 """On ``‖I - XᵀX - YᵀY‖_F`` before the last step, which squares it."""
@@ -189,7 +190,7 @@ def forward(weight: Tensor, reg: Tensor, power: float) -> tuple[Tensor, Tensor]:
     on_device = contextlib.nullcontext() if _triton.interpreted() else torch.cuda.device(weight.device)
     with on_device:
         polar_kernel[(count,)](
-            *(matrices, reg.to(weight.device, torch.float32), inverse, failed.view(torch.int8), scratch),
+            *(matrices, reference.on_device_of(scratch, reg), inverse, failed.view(torch.int8), scratch),
             *(m, n, size, *matrices.stride(), TOLERANCE, LARGEST_COUNT),
             ROOT=power == 0.5,
             TILE=block.tile,

@@ -21,7 +21,8 @@ def _inverse(weight: Tensor, reg: float, power: float, backend: str) -> Tensor:
         backend = "auto"  # the name is that of the recurrence's back-end, which need not have an inverse
     # Within an op there is nothing left to dispatch.
     r = torch.tensor(reg, dtype=torch.float64, device="cpu")
-    return regularized_inverse.compute(weight, r, power, True, backend)
+    # On other devices nothing waits: the NaN of a weight that has no P is found in the gradients, later.
+    return regularized_inverse.compute(weight, r, power, weight.device.type == "cpu", backend)
 
 
 def _feedback(weight: Tensor, reg: float, power: float, backend: str) -> Tensor:
