@@ -348,9 +348,9 @@ def rnn(
         ValueError: a shape, device or word other than stated, T = 0, or ``feedback`` with a rule that has no P.
         BackendUnavailableError: a back-end asked for by name that cannot run this call, or, where gradients are
             needed, the rule's backward pass.
-        torch.linalg.LinAlgError: in backward, a Gram matrix of ``weight`` on the CPU is not numerically positive definite
-            (on other devices nothing waits for that: gradients are NaN), or a solve of ``inverse="jacobian"`` does not
-            come down to the rule's rtol.
+        torch.linalg.LinAlgError: in backward, a Gram matrix of ``weight`` is not numerically positive definite (on
+            the CPU; elsewhere nothing waits for that, and gradients are NaN), or a solve of ``inverse="jacobian"``
+            does not come down to the rule's rtol.
 
     Source: Roulet and Harchaoui, "Target Propagation via Regularized Inversion", arXiv 2112.01453.
 
