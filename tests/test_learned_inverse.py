@@ -296,6 +296,13 @@ def test_empty_batch():
     assert all(parameter.grad.eq(0).all() for parameter in layer.parameters())
 
 
+def test_second_derivatives_are_refused():
+    layer = layer_of()
+    (grad,) = torch.autograd.grad(layer(inputs()[0])[0].sum(), layer.weight_hh_l0, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_copies_and_pickles():
     layer = layer_of(update="total", step=0.5)
     for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):

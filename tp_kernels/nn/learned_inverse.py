@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from tp_kernels import _validate
+from tp_kernels._autograd import first_derivatives_only
 from tp_kernels.nn.rnn import RNN
 from tp_kernels.ops.rnn.reference import ACTIVATIONS
 from tp_kernels.rules import BackProp, Rule, Sweep
@@ -176,7 +176,7 @@ class LearnedInverseFunction(torch.autograd.Function):
         return h, h[-1].clone()
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx: Any, grad_h: Tensor | None, grad_last: Tensor | None) -> tuple:
         u, weight, h0, x, *inverse, h = ctx.saved_tensors
         nonlinearity, update, step, noise, backend = ctx.words

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from tp_kernels import _validate
+from tp_kernels._autograd import first_derivatives_only
 from tp_kernels._library import register
 from tp_kernels.ops.rnn import parallel
 from tp_kernels.ops.rnn.backends import BACKENDS, SWEEP, for_both_passes, sent_outputs
@@ -211,7 +211,7 @@ class RNNFunction(torch.autograd.Function):
         return sequence if return_sequence else None, last
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx: Any, grad_h: Tensor | None, grad_last: Tensor | None) -> tuple:
         x, projection, bias, weight, h0, feedback, kept = ctx.saved_tensors
         power, sweep, backend = ctx.words
