@@ -401,6 +401,16 @@ def test_bad_call(name):
     assert str(caught.value) == f"nn.RNN: {text}"
 
 
+@pytest.mark.parametrize("name", ["list", "int", "h0-number"])
+def test_bad_call_under_autocast(name):
+    """What is not of floating point is refused there as well, not cast."""
+    options, arguments, kind, text = CALLS[name]
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(kind) as caught:
+        tp.nn.RNN(M, N, **options)(*arguments)
+    assert type(caught.value) is kind
+    assert str(caught.value) == f"nn.RNN: {text}"
+
+
 def test_no_time_step():
     with pytest.raises(ValueError, match="at least one time step") as caught:
         tp.nn.RNN(M, N)(X[:0])
