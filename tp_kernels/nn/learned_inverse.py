@@ -44,7 +44,8 @@ class LearnedInverse(RNN):
 
     ``state_dict`` is that of ``torch.nn.RNN`` and ``inverse_hh_l0`` (V: [N, N]), ``inverse_ih_l0`` (U_b: [N, M]) and,
     with ``bias``, ``inverse_bias_l0`` (c: [N]). Shapes are those of ``tp_kernels.nn.RNN``. It takes no rule:
-    ``tp_kernels.nn.convert`` raises where it meets one, and ``tp_kernels.trace`` leaves it out.
+    ``tp_kernels.nn.convert`` raises where it meets one, and ``tp_kernels.trace`` leaves it out. ``torch.compile``
+    runs the layer as it is, and raises with ``fullgraph=True``.
 
     Raises:
         TypeError, ValueError: an argument of another kind, shape or value than stated.

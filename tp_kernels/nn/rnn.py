@@ -53,7 +53,8 @@ class RNN(nn.Module):
         last one ``[1, B, N]`` or ``[1, N]``.
 
     Under autocast the layer computes in the dtype of its parameters. Its output must not be changed in place: backward
-    computes from it.
+    computes from it. There are no second derivatives, no forward mode, no transforms of ``torch.func`` but
+    ``functional_call``, and no TorchScript: each raises.
 
     Raises:
         TypeError, ValueError: an argument of another kind, shape or value than stated.

@@ -140,7 +140,12 @@ def folder(text: str) -> Path:
 def _add_shared(to: argparse.ArgumentParser, default: object) -> None:
     add = functools.partial(to.add_argument, default=default)
     add("--preset", choices=PRESETS, help="a named set of everything below (without it: default)")
-    add("--out", type=folder, metavar="DIR", help="run folder (default: regimes_out/ and the preset's name)")
+    add(
+        "--out",
+        type=folder,
+        metavar="DIR",
+        help="run folder (default: regimes_out/ and the preset's name, or custom with flags of a command)",
+    )
     add("--device", type=device, help="cpu, cuda or cuda:0")
     add("--threads", type=integer, help="CPU threads")
 
