@@ -246,6 +246,7 @@ class RNNFunction(torch.autograd.Function):
                     *(grad_h, grad_last, x, projection, bias, h, weight, start, feedback, carried, through),
                     *(*words, needs_x, needs_projection or needs_bias, needs_weight, backend),
                 )
+                gradients = list(gradients)  # torch.compile of torch 2.11 makes a tuple of it
             return gradients, carried if sweep.inverse != "none" else None, through if sweep.update == "total" else None
 
         if ctx.checkpoint_every is None:
