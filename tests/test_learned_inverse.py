@@ -296,6 +296,28 @@ def test_empty_batch():
     assert all(parameter.grad.eq(0).all() for parameter in layer.parameters())
 
 
+def test_second_derivatives_are_refused():
+    layer, x = layer_of(), inputs()[0]
+    output = layer(x)[0].sum()
+    (grad,) = torch.autograd.grad(output, layer.weight_hh_l0, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
+        torch.autograd.grad(output + grad.sum(), layer.weight_hh_l0)
+
+
+def test_compile():
+    torch._dynamo.reset()  # what it remembers of this code from other tests
+    layer, x = layer_of(noise=0), inputs()[0]
+    layer(x)[0].sum().backward()
+    expected = [parameter.grad for parameter in layer.parameters()]
+    layer.zero_grad()
+    torch.compile(layer, backend="eager")(x)[0].sum().backward()
+    for parameter, grad in zip(layer.parameters(), expected, strict=True):
+        assert_identical(parameter.grad, grad, "gradient")
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(layer, backend="eager", fullgraph=True)(x)
+
+
 def test_copies_and_pickles():
     layer = layer_of(update="total", step=0.5)
     for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):

@@ -5,6 +5,7 @@ import io
 import pickle
 import re
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -401,10 +402,58 @@ def test_bad_call(name):
     assert str(caught.value) == f"nn.RNN: {text}"
 
 
+@pytest.mark.parametrize("name", ["list", "int", "h0-number"])
+def test_bad_call_under_autocast(name):
+    """What is not of floating point is refused there as well, not cast."""
+    options, arguments, kind, text = CALLS[name]
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(kind) as caught:
+        tp.nn.RNN(M, N, **options)(*arguments)
+    assert type(caught.value) is kind
+    assert str(caught.value) == f"nn.RNN: {text}"
+
+
 def test_no_time_step():
     with pytest.raises(ValueError, match="at least one time step") as caught:
         tp.nn.RNN(M, N)(X[:0])
     assert str(caught.value) == "nn.RNN: input must have at least one time step (T >= 1), got (0, 4, 3)"
+
+
+def _tangent(layer: tp.nn.RNN) -> None:
+    with torch.autograd.forward_ad.dual_level():
+        layer(torch.autograd.forward_ad.make_dual(X, X))
+
+
+def _loss(layer: tp.nn.RNN) -> Callable[[dict[str, Tensor]], Tensor]:
+    return lambda parameters: torch.func.functional_call(layer, parameters, (X,))[0].sum()
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (_tangent, "implement the jvp function"),
+        (lambda layer: torch.func.grad(_loss(layer))(dict(layer.named_parameters())), "functorch transforms"),
+        (lambda layer: torch.func.vmap(layer)(torch.stack([X, X])), "functorch transforms"),
+        (lambda layer: torch.func.jvp(layer, (X,), (X,)), "functorch transforms"),
+        (torch.jit.script, "aren't supported"),
+    ],
+    ids=["forward mode", "grad", "vmap", "jvp", "script"],
+)
+def test_what_only_torch_has_raises(call, text):
+    """Nothing computes on without its derivatives."""
+    with pytest.raises(Exception, match=text):
+        call(tp.nn.RNN(M, N))
+
+
+def test_functional_call():
+    layer = tp.nn.RNN(M, N)
+    parameters = {name: 2 * parameter.detach() for name, parameter in layer.named_parameters()}
+    leaves = {name: parameter.clone().requires_grad_() for name, parameter in parameters.items()}
+    _loss(layer)(leaves).backward()
+    assert all(parameter.grad is None for parameter in layer.parameters())
+    layer.load_state_dict(parameters)
+    layer(X)[0].sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert_identical(leaves[name].grad, parameter.grad, name)
 
 
 # --- convert

@@ -1,5 +1,6 @@
 """The regime map: its store, its flags, its check, its report, and a tiny run of it all. No test looks at a clock."""
 
+import errno
 import json
 import os
 import re
@@ -56,6 +57,13 @@ def test_a_torn_last_line_is_cut_off(tmp_path):
     assert list(store.Store(tmp_path).records) == ["a", "c"]
 
 
+def test_two_runs_in_one_folder_keep_all_records(tmp_path):
+    one, other = store.Store(tmp_path), store.Store(tmp_path)
+    for run, name in ((one, "a"), (other, "b"), (one, "c"), (other, "d")):
+        run.append(_record(name))
+    assert list(store.Store(tmp_path).records) == ["a", "b", "c", "d"]
+
+
 def test_of_two_records_the_later_one_holds(tmp_path):
     kept = store.Store(tmp_path)
     kept.append(_record("a", value=1))
@@ -64,9 +72,13 @@ def test_of_two_records_the_later_one_holds(tmp_path):
 
 
 def test_a_broken_line_is_named(tmp_path):
-    (tmp_path / store.RECORDS).write_text("[]\n")
-    with pytest.raises(ValueError, match=r"records\.jsonl, line 1: expected a JSON record with a 'key', got"):
-        store.Store(tmp_path)
+    kept = store.Store(tmp_path)
+    kept.append(_record("a"))
+    with open(kept.path, "a") as file:
+        file.write("[]\n")
+    for read in (lambda: store.Store(tmp_path), lambda: kept.append(_record("b"))):
+        with pytest.raises(ValueError, match=r"records\.jsonl, line 2: expected a JSON record with a 'key', got"):
+            read()
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------
@@ -92,11 +104,13 @@ def test_preset_before_the_command_counts():
         ),
         (["map", "--N", "0"], "argument --N: expected positive integers separated by commas, like 64,784, got '0'"),
         (["map", "--threads", "1,2"], "argument --threads: expected one positive integer, got '1,2'"),
+        (["map", "--threads", "0"], "argument --threads: expected one positive integer, got '0'"),
         (["map", "--M", "pixel"], "argument --M: expected a positive integer or 'pixels', got 'pixel'"),
         (["map", "--contenders", "tp,bq"], "argument --contenders: expected names out of tp, .*, got 'bq'"),
-        (["map", "--seconds", "-1"], "argument --seconds: expected one positive number|expected positive numbers"),
+        (["map", "--seconds", "-1"], "argument --seconds: expected one positive number, got '-1'"),
         (["map", "--device", "abacus"], "argument --device: expected cpu, cuda or cuda:0, got 'abacus'"),
         (["race", "--task", "chess"], "argument --task: expected names out of .*, got 'chess'"),
+        (["race", "--bar", "2"], r"argument --bar: expected a number in \(0, 1\], got '2'"),
         (["map", "--min-rounds", "9", "--max-rounds", "2"], "--min-rounds must be at most --max-rounds=2, got 9"),
         (["report", "--out", "nowhere"], "--out must be a run folder with finished records in .*, got nowhere"),
     ],
@@ -107,6 +121,42 @@ def test_a_wrong_flag_is_named(flags, message, capsys, tmp_path, monkeypatch):
         command.main(flags)
     assert exit_.value.code == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("command_", ["map", "race"])
+def test_a_folder_that_cannot_be_written_to_is_named_before_anything_runs(command_, capsys, tmp_path, monkeypatch):
+    for module, name in ((measure, "measure_cell"), (train, "race")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("it ran"))
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "run"
+    with pytest.raises(SystemExit) as exit_:
+        command.main([command_, "--out", str(out)])
+    assert exit_.value.code == 2
+    assert f"--out must be a folder that can be written to, got {out}: Not a directory" in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_is_one_line(capsys, tmp_path, monkeypatch):
+    def no_space(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "index.html")
+
+    store.Store(tmp_path).append(_record("a"))
+    monkeypatch.setattr(report, "write", no_space)
+    with pytest.raises(SystemExit) as exit_:
+        command.main(["report", "--out", str(tmp_path)])
+    assert exit_.value.code == 2
+    assert "No space left on device: 'index.html'" in capsys.readouterr().err
+
+
+def test_without_the_extra_the_remedy_is_named(tmp_path):
+    (tmp_path / "rich.py").write_text("raise ModuleNotFoundError(\"No module named 'rich'\", name='rich')\n")
+    environment = _environment()
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environment["PYTHONPATH"]])
+    done = subprocess.run(
+        [sys.executable, "-m", "tp_kernels.regimes", "--help"],
+        cwd=tmp_path, capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "python -m tp_kernels.regimes: rich is not installed: pip install 'tp_kernels[regimes]'\n"
 
 
 def test_cases_come_smallest_first_and_pixels_set_M():

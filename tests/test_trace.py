@@ -15,6 +15,7 @@ from _compare import assert_identical, assert_near
 from _oracle import SLOPES, displacements, extended, regularized_inverse, rnn_backward
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import tp_kernels as tp
 from tp_kernels.rules import Sweep
@@ -574,3 +575,17 @@ def test_compiled(fullgraph):
         with tp.trace(layer), pytest.raises(RuntimeError, match=text):
             compiled(inputs()[0])
         compiled(inputs()[0])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_under_torchs_own_checkpoints(use_reentrant):
+    """Those that are not reentrant give the saved tensors once, to backward itself: an error that says so."""
+    layer, x = layer_of(), inputs()[0].requires_grad_()
+    with tp.trace(layer) as trace:
+        output = checkpoint(lambda x: layer(x)[0], x, use_reentrant=use_reentrant)
+        if use_reentrant:
+            output.sum().backward()
+            assert len(trace.records) == 1
+        else:
+            with pytest.raises(RuntimeError, match=r"trace: layer '' .* torch\.utils\.checkpoint.*checkpoint_every=k"):
+                output.sum().backward()

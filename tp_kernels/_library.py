@@ -8,9 +8,14 @@ import torch
 _LIBRARY = torch.library.Library("tp_kernels", "FRAGMENT")
 
 
+@torch.compiler.assume_constant_result  # torch.compile of torch 2.11 cannot trace the question
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
 def autocast_enabled(device: str) -> bool:
     """Whether autocast is on for that type of device; some, such as "meta", have none."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
 
 
 def register(schema: str, implementation: Callable, fake: Callable) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import CheckpointError
 
 from tp_kernels.nn.learned_inverse import LearnedInverse
 from tp_kernels.nn.rnn import RNN
@@ -142,7 +143,8 @@ def trace(model: nn.Module, every: int = 1) -> AbstractContextManager[Trace]:
     Raises:
         TypeError: ``model`` is not a module or ``every`` not an int.
         ValueError: there is no ``tp_kernels.nn.RNN`` in ``model``, or ``every`` is less than 1.
-        RuntimeError: inside the context, a layer runs under ``torch.compile``.
+        RuntimeError: inside the context, a layer runs under ``torch.compile``, or a recorded pass goes back through
+            ``torch.utils.checkpoint`` with ``use_reentrant=False``.
 
     Example:
         >>> import torch, tp_kernels as tp
@@ -232,7 +234,14 @@ def _record(
     biases: int,
 ) -> Record:
     """One backward pass, from its autograd node, the gradients it returned and those that arrived at its outputs."""
-    inputs = dict(zip(_INPUTS, node.saved_tensors[: len(_INPUTS)], strict=True))
+    try:
+        saved = node.saved_tensors
+    except CheckpointError as error:
+        raise RuntimeError(
+            f"trace: layer {name!r} cannot be traced inside torch.utils.checkpoint with use_reentrant=False, which "
+            "gives saved tensors to backward only: take use_reentrant=True, or the layer's checkpoint_every=k"
+        ) from error
+    inputs = dict(zip(_INPUTS, saved[: len(_INPUTS)], strict=True))
     present = [name for name, tensor in inputs.items() if tensor is not None]
     found = dict.fromkeys(_INPUTS) | dict(zip(present, gradients, strict=True))
     power, sweep, backend = node.words
@@ -243,7 +252,7 @@ def _record(
     g = torch.zeros_like(h) if grad_h is None else grad_h.clone()
     if grad_last is not None:
         g[-1] += grad_last
-    feedback = node.saved_tensors[len(_INPUTS)]
+    feedback = saved[len(_INPUTS)]
     if feedback is None and sweep.uses_inverse:
         feedback = torch.ops.tp_kernels.rnn_feedback(weight, sweep.reg, power, backend)
     u = iterations = None

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from tp_kernels import _validate
+from tp_kernels._autograd import first_derivatives_only
 from tp_kernels.nn.rnn import RNN
 from tp_kernels.ops.rnn.reference import ACTIVATIONS
 from tp_kernels.rules import BackProp, Rule, Sweep
@@ -44,7 +44,8 @@ class LearnedInverse(RNN):
 
     ``state_dict`` is that of ``torch.nn.RNN`` and ``inverse_hh_l0`` (V: [N, N]), ``inverse_ih_l0`` (U_b: [N, M]) and,
     with ``bias``, ``inverse_bias_l0`` (c: [N]). Shapes are those of ``tp_kernels.nn.RNN``. It takes no rule:
-    ``tp_kernels.nn.convert`` raises where it meets one, and ``tp_kernels.trace`` leaves it out.
+    ``tp_kernels.nn.convert`` raises where it meets one, and ``tp_kernels.trace`` leaves it out. ``torch.compile``
+    runs the layer as it is, and raises with ``fullgraph=True``.
 
     Raises:
         TypeError, ValueError: an argument of another kind, shape or value than stated.
@@ -176,7 +177,7 @@ class LearnedInverseFunction(torch.autograd.Function):
         return h, h[-1].clone()
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx: Any, grad_h: Tensor | None, grad_last: Tensor | None) -> tuple:
         u, weight, h0, x, *inverse, h = ctx.saved_tensors
         nonlinearity, update, step, noise, backend = ctx.words

@@ -53,7 +53,8 @@ class RNN(nn.Module):
         last one ``[1, B, N]`` or ``[1, N]``.
 
     Under autocast the layer computes in the dtype of its parameters. Its output must not be changed in place: backward
-    computes from it.
+    computes from it. There are no second derivatives, no forward mode, no transforms of ``torch.func`` but
+    ``functional_call``, and no TorchScript: each raises.
 
     Raises:
         TypeError, ValueError: an argument of another kind, shape or value than stated.
@@ -172,9 +173,7 @@ class RNN(nn.Module):
         if isinstance(input, PackedSequence):
             raise _not_implemented("a PackedSequence as input")
         if isinstance(input, Tensor) and autocast_enabled(input.device.type):
-            # The layer keeps to the parameters' dtype, whatever that of the layer before.
-            input = input.to(self.weight_ih_l0.dtype)
-            hx = None if hx is None else hx.to(self.weight_ih_l0.dtype)
+            input, hx = self._in_own_dtype(input), self._in_own_dtype(hx)
         self._check_parameters()
         self._check_input(input, hx)
         batched = input.dim() == 3
@@ -185,6 +184,11 @@ class RNN(nn.Module):
         if h is not None:
             h = h.squeeze(1) if not batched else h.transpose(0, 1) if self.batch_first else h
         return h, last.unsqueeze(0) if batched else last
+
+    def _in_own_dtype(self, value: object) -> object:
+        """A floating-point tensor in the dtype of the parameters, whatever that of the layer before; the rest as is."""
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(self.weight_ih_l0.dtype) if floating else value
 
     def _feedback(self) -> Tensor | None:
         """The matrix to take in place of P; ``None``: P of the weight as it is."""

@@ -3,22 +3,35 @@
 import argparse
 import functools
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-from tp_kernels._backends import NAMES
-from tp_kernels.regimes import measure, report, summary, tasks, train
-from tp_kernels.regimes.cases import CONTENDERS, DTYPES, PIXELS, PRESETS, spec
-from tp_kernels.regimes.store import RECORDS, Store, key_of
+try:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.padding import Padding
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.table import Table
+
+    from tp_kernels._backends import NAMES
+    from tp_kernels.regimes import measure, report, summary, tasks, train
+    from tp_kernels.regimes.cases import CONTENDERS, DTYPES, PIXELS, PRESETS, spec
+    from tp_kernels.regimes.store import RECORDS, Store, key_of
+except ModuleNotFoundError as error:
+    sys.exit(f"python -m tp_kernels.regimes: {error.name} is not installed: pip install 'tp_kernels[regimes]'")
 
 DESCRIPTION = """\
 Where does target propagation (TP) beat back-propagation (BP) on this machine?
@@ -56,20 +69,21 @@ def integers(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, parts)))
 
 
+def one_of(several: Callable[[str], tuple], text: str, kind: str) -> Any:
+    """``several(text)``, which must be one."""
+    try:
+        (value,) = several(text)
+    except (argparse.ArgumentTypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"expected {kind}, got {text!r}") from None
+    return value
+
+
 def integer(text: str) -> int:
-    values = integers(text)
-    if len(values) != 1:
-        raise argparse.ArgumentTypeError(f"expected one positive integer, got {text!r}")
-    return values[0]
+    return one_of(integers, text, "one positive integer")
 
 
 def input_size(text: str) -> int | str:
-    if text == "pixels":
-        return text
-    try:
-        return integer(text)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"expected a positive integer or 'pixels', got {text!r}") from None
+    return text if text == "pixels" else one_of(integers, text, "a positive integer or 'pixels'")
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -83,10 +97,14 @@ def numbers(text: str) -> tuple[float, ...]:
 
 
 def number(text: str) -> float:
-    values = numbers(text)
-    if len(values) != 1:
-        raise argparse.ArgumentTypeError(f"expected one positive number, got {text!r}")
-    return values[0]
+    return one_of(numbers, text, "one positive number")
+
+
+def share(text: str) -> float:
+    value = one_of(numbers, text, "a number in (0, 1]")
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"expected a number in (0, 1], got {text!r}")
+    return value
 
 
 def words(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
@@ -122,7 +140,12 @@ def folder(text: str) -> Path:
 def _add_shared(to: argparse.ArgumentParser, default: object) -> None:
     add = functools.partial(to.add_argument, default=default)
     add("--preset", choices=PRESETS, help="a named set of everything below (without it: default)")
-    add("--out", type=folder, metavar="DIR", help="run folder (default: regimes_out/ and the preset's name)")
+    add(
+        "--out",
+        type=folder,
+        metavar="DIR",
+        help="run folder (default: regimes_out/ and the preset's name, or custom with flags of a command)",
+    )
     add("--device", type=device, help="cpu, cuda or cuda:0")
     add("--threads", type=integer, help="CPU threads")
 
@@ -189,7 +212,7 @@ def parser() -> argparse.ArgumentParser:
     race.add_argument("--initialization", choices=train.INITIALIZATIONS, help="of the recurrent weight")
     race.add_argument("--steps", type=integer, help="training steps of one run at most")
     race.add_argument("--evaluate-every", type=integer, help="training steps between two evaluations")
-    race.add_argument("--bar", type=number, help="accuracy to pass, in (0, 1]")
+    race.add_argument("--bar", type=share, help="accuracy to pass, in (0, 1]")
     race.add_argument("--reg", type=number, help="regularization r of tp-paper and tp-paper-local")
     race.add_argument("--gamma", type=number, help="step γ from state to target of tp-paper and tp-paper-local")
     race.add_argument("--data", type=folder, metavar="DIR", help="IDX files (MNIST, Fashion-MNIST) for the idx tasks")
@@ -223,6 +246,16 @@ def _out(args: argparse.Namespace, own_grid: bool) -> Path:
     if args.out is not None:
         return args.out
     return Path("regimes_out") / ("custom" if own_grid else args.preset or "default")
+
+
+def _check_writable(folder: Path) -> None:
+    """Before hours are measured, and nothing is made."""
+    try:
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        reason = error.strerror
+        raise ValueError(f"--out must be a folder that can be written to, got {folder}: {reason}") from error
 
 
 def run_map(args: argparse.Namespace, store: Store) -> None:
@@ -321,7 +354,7 @@ def _latest_run() -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0, 2 for a wrong argument, 130 after Ctrl-C."""
+    """Exit status: 0, 2 for a wrong argument or a file that cannot be read or written, 130 after Ctrl-C."""
     options = parser()
     args = options.parse_args(arguments)
     store = None
@@ -331,12 +364,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         own_grid = bool(_own(args, [*_GRID_FLAGS, *_RACE_FLAGS[:-2]])) if args.command else False
         store = Store(_out(args, own_grid))
+        _check_writable(store.folder)
         if args.command in (None, "map"):
             run_map(args, store)
         if args.command in (None, "race"):
             run_race(args, store)
         run_report(store)
-    except (ValueError, FileNotFoundError, NotADirectoryError) as error:
+    except (ValueError, OSError) as error:
         options.exit(2, f"{options.prog}: error: {error}\n")
     except KeyboardInterrupt:
         kept = len(store.records) if store else 0

@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 RECORDS = "records.jsonl"
 
@@ -31,8 +31,9 @@ def finite(value: Any) -> Any:
 class Store:
     """Records of one run folder.
 
-    A record is appended, flushed and synced as soon as it is finished. Of two records with one key the later one
-    holds. A last line without its end, left by a crash in the middle of a write, is not a record and is cut off.
+    A record is appended, flushed and synced as soon as it is finished, after those that another run has appended in
+    the meantime. Of two records with one key the later one holds. A last line without its end, left by a crash in the
+    middle of a write, is not a record and is cut off.
 
     Args:
         folder: made with the first record.
@@ -42,12 +43,16 @@ class Store:
         self.folder = Path(folder)
         self.path = self.folder / RECORDS
         self.records: dict[str, dict] = {}
-        self._whole = 0  # bytes up to the end of the last whole line
+        self._whole = 0  # bytes up to the end of the last whole line that was read or written
+        self._lines = 0
         if self.path.exists():
-            self._read()
+            with open(self.path, "rb") as file:
+                self._read(file)
 
-    def _read(self) -> None:
-        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), start=1):
+    def _read(self, file: BinaryIO) -> None:
+        """Go on where the last read or write ended."""
+        file.seek(self._whole)
+        for line in file:
             if not line.endswith(b"\n"):
                 return
             try:
@@ -55,9 +60,10 @@ class Store:
                 self.records[record["key"]] = record
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{self.path}, line {number}: expected a JSON record with a 'key', got {line[:60]!r}"
+                    f"{self.path}, line {self._lines + 1}: expected a JSON record with a 'key', got {line[:60]!r}"
                 ) from error
             self._whole += len(line)
+            self._lines += 1
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record through to the disk."""
@@ -65,12 +71,14 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         line = (json.dumps(record) + "\n").encode()
         with open(self.path, "r+b" if self.path.exists() else "w+b") as file:
+            self._read(file)
             file.truncate(self._whole)
             file.seek(self._whole)
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
         self._whole += len(line)
+        self._lines += 1
         self.records[record["key"]] = record
 
     def has(self, key: str, environment: Mapping[str, Any]) -> bool:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from tp_kernels import _validate
+from tp_kernels._autograd import first_derivatives_only
 from tp_kernels._library import register
 from tp_kernels.ops.rnn import parallel
 from tp_kernels.ops.rnn.backends import BACKENDS, SWEEP, for_both_passes, sent_outputs
@@ -211,7 +211,7 @@ class RNNFunction(torch.autograd.Function):
         return sequence if return_sequence else None, last
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only
     def backward(ctx: Any, grad_h: Tensor | None, grad_last: Tensor | None) -> tuple:
         x, projection, bias, weight, h0, feedback, kept = ctx.saved_tensors
         power, sweep, backend = ctx.words
@@ -246,6 +246,7 @@ class RNNFunction(torch.autograd.Function):
                     *(grad_h, grad_last, x, projection, bias, h, weight, start, feedback, carried, through),
                     *(*words, needs_x, needs_projection or needs_bias, needs_weight, backend),
                 )
+                gradients = list(gradients)  # torch.compile of torch 2.11 makes a tuple of it
             return gradients, carried if sweep.inverse != "none" else None, through if sweep.update == "total" else None
 
         if ctx.checkpoint_every is None:

@@ -1,0 +1,39 @@
+"""What every ``autograd.Function`` of this library shares: it has first derivatives only."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Refusal(torch.autograd.Function):
+    """Hands on the first ``count`` tensors, and raises where a derivative is taken through them in any of the rest."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if tensor is None else tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
+        raise RuntimeError("tp_kernels: second derivatives are not implemented; a rule has gradients only")
+
+
+def first_derivatives_only(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """A backward pass that raises where a second derivative is taken through it: never a derivative of zero.
+
+    ``torch.autograd.function.once_differentiable`` does so only where a gradient that arrives requires a gradient
+    itself, and does not know what the results depend on: of ``h.sum()`` the second derivatives would be missing
+    without a word, and those that ``torch.autograd.grad`` is asked for by name always.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *gradients: Tensor | None) -> tuple:
+        with torch.no_grad():
+            found = backward(ctx, *gradients)
+        if not torch.is_grad_enabled():  # it is with create_graph=True only
+            return found
+        return _Refusal.apply(len(found), *found, *ctx.saved_tensors, *gradients)
+
+    return run
