@@ -17,11 +17,13 @@ class _Refusal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
-        raise RuntimeError("tp_kernels: second derivatives are not implemented; a rule has gradients only")
+        raise RuntimeError("tp_kernels: second derivatives are not implemented")
 
 
 def first_derivatives_only(backward: Callable[..., tuple]) -> Callable[..., tuple]:
     """A backward pass that raises where a second derivative is taken through it: never a derivative of zero.
+
+    It is called with the saved tensors after ``ctx``: they are unpacked here, once, as checkpointing demands.
 
     ``torch.autograd.function.once_differentiable`` does so only where a gradient that arrives requires a gradient
     itself, and does not know what the results depend on: of ``h.sum()`` the second derivatives would be missing
@@ -30,10 +32,11 @@ def first_derivatives_only(backward: Callable[..., tuple]) -> Callable[..., tupl
 
     @functools.wraps(backward)
     def run(ctx: Any, *gradients: Tensor | None) -> tuple:
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            found = backward(ctx, *gradients)
+            found = backward(ctx, saved, *gradients)
         if not torch.is_grad_enabled():  # it is with create_graph=True only
             return found
-        return _Refusal.apply(len(found), *found, *ctx.saved_tensors, *gradients)
+        return _Refusal.apply(len(found), *found, *saved, *gradients)
 
     return run

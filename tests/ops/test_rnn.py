@@ -223,6 +223,21 @@ def test_second_derivatives_are_refused(by_name, loss, backend):
         torch.autograd.grad(penalized, leaves) if by_name else penalized.backward()
 
 
+def test_a_graph_of_the_gradients_inside_checkpoint(backend):
+    """What is saved is unpacked once: a checkpoint computes it again for that, and refuses a second time."""
+    u, weight, _ = SMALL.tensors(torch.float64)
+    leaves = [u.requires_grad_(), weight.requires_grad_()]
+    found, expected = (
+        torch.autograd.grad(states.sum(), leaves, create_graph=create_graph)
+        for states, create_graph in (
+            (torch.utils.checkpoint.checkpoint(tp.rnn, *leaves, backend=backend, use_reentrant=False), True),
+            (tp.rnn(*leaves, backend=backend), False),
+        )
+    )
+    for what, *grads in zip(("grad_u", "grad_weight"), found, expected, strict=True):
+        assert_identical(*grads, what)
+
+
 @pytest.mark.parametrize("needed", ["u", "weight", "h0"])
 def test_one_gradient_at_a_time(needed, dtype, backend):
     """What is not asked for stays away, and leaves the others as they are."""

@@ -178,8 +178,8 @@ class LearnedInverseFunction(torch.autograd.Function):
 
     @staticmethod
     @first_derivatives_only
-    def backward(ctx: Any, grad_h: Tensor | None, grad_last: Tensor | None) -> tuple:
-        u, weight, h0, x, *inverse, h = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple, grad_h: Tensor | None, grad_last: Tensor | None) -> tuple:
+        u, weight, h0, x, *inverse, h = saved
         nonlinearity, update, step, noise, backend = ctx.words
         with torch.autocast(h.device.type, enabled=False):
             grad = torch.zeros_like(h) if grad_h is None else grad_h.clone()

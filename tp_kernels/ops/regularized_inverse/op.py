@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tp_kernels import _native, _triton, _validate
+from tp_kernels._autograd import first_derivatives_only
 from tp_kernels._backends import Backend, BackendTable, Support, dtype_name
 from tp_kernels._library import register
 from tp_kernels.ops.regularized_inverse import library, reference
@@ -236,9 +236,9 @@ class RegularizedInverseFunction(torch.autograd.Function):
         return inverse
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        weight, reg, inverse = ctx.saved_tensors
+    @first_derivatives_only
+    def backward(ctx: Any, saved: tuple, grad: Tensor) -> tuple:
+        weight, reg, inverse = saved
         grad_weight, grad_reg = torch.ops.tp_kernels.regularized_inverse_bwd(
             grad, weight, inverse, reg, ctx.power, ctx.backend
         )

@@ -212,8 +212,8 @@ class RNNFunction(torch.autograd.Function):
 
     @staticmethod
     @first_derivatives_only
-    def backward(ctx: Any, grad_h: Tensor | None, grad_last: Tensor | None) -> tuple:
-        x, projection, bias, weight, h0, feedback, kept = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple, grad_h: Tensor | None, grad_last: Tensor | None) -> tuple:
+        x, projection, bias, weight, h0, feedback, kept = saved
         power, sweep, backend = ctx.words
         needs_x, needs_projection, needs_bias, needs_weight = ctx.needs_input_grad[:4]
         if feedback is None and sweep.uses_inverse:
