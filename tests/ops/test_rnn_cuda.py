@@ -187,12 +187,16 @@ def test_small_integers_are_exact(N, tf32, kernel, monkeypatch):
 
 
 @pytest.mark.skipif(ON_GPU, reason="a GPU has as many multiprocessors as it has")
-@pytest.mark.parametrize(("tf32", "rows"), [(False, 4), (True, 2)], ids=["exact", "tf32"])
-def test_when_tensor_cores_are_taken(tf32, rows, monkeypatch):
-    """Where tiles of 4 rows, or with tf32 of 2, do not all run at once."""
+@pytest.mark.parametrize(
+    ("setting", "value", "rows"),
+    [("allow_tf32", False, 4), ("allow_tf32", True, 2), ("fp32_precision", "ieee", 4), ("fp32_precision", "tf32", 2)],
+)
+def test_when_tensor_cores_are_taken(setting, value, rows, monkeypatch):
+    """Where tiles of 4 rows, or with tf32 of 2, do not all run at once; tf32 by either of torch's two settings."""
+    tf32 = rows == 2
     case = RNNCase(T=2, B=9, H=2, N=20)
     plain, tensor_cores = (everything_at(case, multiprocessors) for multiprocessors in (1000, 0))
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
+    monkeypatch.setattr(torch.backends.cuda.matmul, setting, value)
     blocks = -(-case.B // rows) * case.H
     assert torch.equal(everything_at(case, blocks), plain)
     found = everything_at(case, blocks - 1)
