@@ -48,10 +48,12 @@ CASES = (
     RNNCase(T=2, B=17, N=20),
 )
 WIDE = (RNNCase(T=2, B=3, N=129), RNNCase(T=3, B=9, N=256, nonlinearity="relu"), RNNCase(T=2, B=2, H=2, N=200))
+MANY = ()  # in float32 only: in half precision plain code is not near the exact answer of all of them
 if ON_GPU:  # the last are too many for tiles of 1 or 2 rows, or of 4
-    CASES += tuple(case for case in TILE_CASES + TIME_CASES + HEAD_CASES if case.N <= 128)
-    CASES += (RNNCase(T=3, B=301, N=33), RNNCase(T=3, B=1001, N=100), RNNCase(T=2, B=701, H=2, N=17))
-    CASES += (RNNCase(T=65, B=1001, N=64), RNNCase(T=3, B=1001, N=128, nonlinearity="relu"))
+    MANY = tuple(case for case in TILE_CASES + TIME_CASES + HEAD_CASES if case.N <= 128)
+    CASES += (RNNCase(T=65, B=9, N=40, nonlinearity="relu"), RNNCase(T=3, B=301, N=33))
+    CASES += (RNNCase(T=3, B=1001, N=100), RNNCase(T=2, B=701, H=2, N=17), RNNCase(T=33, B=1001, N=20))
+    CASES += (RNNCase(T=3, B=1001, N=128, nonlinearity="relu"),)
 REFUSED = sorted(name for name in set(RULES) - set(SWEPT) if not name.startswith("jacobian"))
 PARTS = ("h", "grad_u", "carried", "through")
 FEW = ("bp", "weight-total", "layer-local", "identity-total")  # in half precision
@@ -85,12 +87,14 @@ KERNELS = (
     {"float32": Kernel(FLOAT, None)} if ON_GPU else {f"float32-{rows}": Kernel(FLOAT, rows) for rows in (1, 2, 4, 8)}
 )
 KERNELS |= HALF
+FORWARD = [
+    (name, kernel, case) for name, kernel in KERNELS.items() for case in CASES + (MANY if kernel.dtype == FLOAT else ())
+]
 BACKWARD = [
     pytest.param(kernel, case, rule, id=f"{name}-{case}-{rule}")
-    for name, kernel in KERNELS.items()
-    for case in CASES
+    for name, kernel, case in FORWARD
     for rule in SWEPT
-    if kernel.dtype == FLOAT or (rule in FEW and case not in TILE_CASES and not overflows(case, rule, kernel.dtype))
+    if (kernel.dtype == FLOAT or rule in FEW) and not overflows(case, rule, kernel.dtype)
 ]
 
 
@@ -102,8 +106,10 @@ def kernel(request: pytest.FixtureRequest) -> Kernel:
 # --- forward and backward
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_forward(case, kernel):
+@pytest.mark.parametrize(
+    ("kernel", "case"), [pytest.param(kernel, case, id=f"{name}-{case}") for name, kernel, case in FORWARD]
+)
+def test_forward(kernel, case):
     kernel.emulate(case)
     rnn_forward_check(case, kernel.dtype, "cuda", device=DEVICE)
 
