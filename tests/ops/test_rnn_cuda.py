@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from _cases import HEAD_CASES, LAYOUTS, NONLINEARITIES, RULES, TILE_CASES, TIME_CASES, RNNCase
-from _checks import backward_op, rnn_backward_check, rnn_forward_check, tanh_check
+from _checks import backward_op, capture_check, rnn_backward_check, rnn_forward_check, stream_check, tanh_check
 from _compare import assert_identical, assert_near
 from _cuda_device import (
     DEVICE,
@@ -20,6 +20,7 @@ from _cuda_device import (
     emulate,
     everything,
     in_two_parts,
+    needs_gpu,
     ops,
     tensors_of,
 )
@@ -351,3 +352,18 @@ def test_launchers_check_for_themselves():
     for feedback, missing in ((0, "feedback"), (1, "displacements")):
         with pytest.raises(ValueError, match=f"rnn_bwd: {missing} is missing"):
             _native.cuda.rnn_bwd(**arguments, feedback=feedback)
+
+
+# --- on a GPU only
+
+
+@needs_gpu
+@pytest.mark.parametrize("N", [5, 130], ids=["one multiprocessor", "a cluster"])
+def test_graph_capture_and_replay(N):
+    capture_check(SMALL.with_(N=N), "cuda")
+
+
+@needs_gpu
+@pytest.mark.parametrize("N", [5, 130], ids=["one multiprocessor", "a cluster"])
+def test_on_another_stream(N):
+    stream_check(SMALL.with_(N=N), "cuda")

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from _cases import LAYOUTS, RNNCase
-from _checks import rnn_backward_check, rnn_forward_check
+from _checks import capture_check, rnn_backward_check, rnn_forward_check, stream_check
 from _compare import assert_near
-from _cuda_device import DEVICE, FLOAT, ON_GPU, SWEPT, emulate, everything, in_two_parts, ops
+from _cuda_device import DEVICE, FLOAT, ON_GPU, SWEPT, emulate, everything, in_two_parts, needs_gpu, ops
 from _oracle import extended
 
 from conftest import assert_within_fences
@@ -146,6 +146,19 @@ def test_a_recording_belongs_to_a_precision(recorded, monkeypatch):
 def test_nothing_is_recorded_for_no_rows(recorded):
     run_forward(SMALL.with_(B=0))
     assert not recorded
+
+
+@needs_gpu
+def test_in_a_recording_of_the_callers_own(monkeypatch):
+    """There the chain runs as it is; its own recordings have other streams than the caller's."""
+    monkeypatch.setattr(library_chain, "_recordings", {})
+    capture_check(SMALL, "cuda")
+    assert len(library_chain._recordings) == 4  # of two passes before and after it, on two streams
+
+
+@needs_gpu
+def test_on_another_stream():
+    stream_check(SMALL, "cuda")
 
 
 # --- which path
