@@ -11,6 +11,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-$(command -v python || command -v python3)}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # it need not be installed
 PATH=$("$python" -c 'import os, sys; print(os.path.dirname(sys.executable))'):$PATH # cmake and ninja come with it
 parts=${*:-triton cuda}
 for part in $parts; do
