@@ -61,12 +61,17 @@ stage() {
     line "$name" "$result" $((SECONDS - start)) "$(grep -v '^[[:space:]]*$' "$out/$name.log" | tail -n 1)"
 }
 
+# Triton compiles nearly every case anew, a second or two each: several at a time, with pytest-xdist where it is there.
+workers=()
+if "$python" -c 'import xdist' &>/dev/null; then
+    workers=(-n 8)
+fi
 # The caching allocator hides what is read or written beyond a tensor; some calls that fail are only questions.
 sanitizer=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --report-api-errors no)
 
 check_triton() {
     export TPK_REQUIRE_BACKENDS=reference,triton
-    stage tests 240 "$python" -m pytest tests/ops/test_*_triton.py -q --junit-xml="$out/tests.xml"
+    stage tests 240 "$python" -m pytest "${workers[@]}" tests/ops/test_*_triton.py -q --junit-xml="$out/tests.xml"
     if command -v compute-sanitizer >/dev/null; then
         stage sanitizer 60 "${sanitizer[@]}" "$python" -m pytest -q tests/ops/test_*_triton.py \
             -k "(test_forward or test_backward) and (T4-B17 or T3-B18 or 33 and 0.25) and not layer"
@@ -97,7 +102,7 @@ check_cuda() {
     export TPK_REQUIRE_BACKENDS=reference,cuda
     map+=(--backend cuda)
     local tests=(tests/ops/test_*_cuda*.py tests/ops/test_rnn_library_chain.py)
-    stage cuda-tests 150 "$python" -m pytest "${tests[@]}" -q --junit-xml="$out/cuda-tests.xml"
+    stage cuda-tests 150 "$python" -m pytest "${workers[@]}" "${tests[@]}" -q --junit-xml="$out/cuda-tests.xml"
     stage cuda-bench 40 "${map[@]}" --T 784 --N 64,128,256,512 --B 16 --contenders tp,bp,nn.RNN --out "$out/cuda"
     stage cuda-inverse 20 "$python" scripts/gpu_inverse.py "$out/inverse.json"
     stage cuda-bf16 20 "${map[@]}" --T 784 --N 128,256 --B 16,512 --dtype bfloat16 --contenders tp,bp,nn.RNN \
