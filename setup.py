@@ -32,6 +32,7 @@ class CMakeBuild(build_ext):
         # Isolated builds use tools in a temporary folder: a cache that names another one's is of no use.
         stamp = {"python": sys.executable, "cmake": _tool("cmake"), "ninja": _tool("ninja")}
         stamp |= {"pybind11": pybind11.get_cmake_dir(), "cuda": os.environ.get("TPK_CUDA") or "0"}
+        stamp |= {"architectures": os.environ.get("CUDAARCHS", "")}  # CMake reads it when it configures first
         stamp_file = build / "tools.json"
         if build.exists() and (not stamp_file.exists() or json.loads(stamp_file.read_text()) != stamp):
             shutil.rmtree(build)

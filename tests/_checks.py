@@ -104,6 +104,46 @@ def rnn_backward_check(
             assert_budget(*parts, what, condition, rtol=rtol)
 
 
+def capture_check(case: RNNCase, backend: str) -> None:
+    """On a GPU: a training step, captured once, gives the gradients of other numbers when it is replayed on them."""
+    u, weight, h0 = (tensor.cuda().requires_grad_() for tensor in case.tensors(torch.float32))
+    feedback, grad = weight.detach().mT.contiguous(), case.gradient(torch.float32).cuda()
+
+    def step() -> tuple[Tensor, ...]:
+        h = tp.rnn(u, weight, h0, feedback=feedback, backend=backend)
+        return h.detach(), *torch.autograd.grad(h, (u, weight, h0), grad)
+
+    torch.use_deterministic_algorithms(False)  # filling memory with NaN would be captured as well
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        u.mul_(-0.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    for what, *pair in zip(("h", "grad_u", "grad_weight", "grad_h0"), captured, step(), strict=True):
+        assert_near(pair[0].cpu(), extended(pair[1].cpu()), what, condition=10)
+
+
+def stream_check(case: RNNCase, backend: str) -> None:
+    """On a GPU: it computes on the current stream, behind what comes before it there, and nowhere else."""
+    tensors = [tensor.cuda() for tensor in case.tensors(torch.float32)]
+    expected = tp.rnn(*tensors, backend=backend)
+    late = torch.full_like(tensors[0], torch.nan)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(20_000_000)
+        late.copy_(tensors[0])
+        found = tp.rnn(late, *tensors[1:], backend=backend)
+    torch.cuda.synchronize()
+    assert_near(found.cpu(), extended(expected.cpu()), "h")
+
+
 def tanh_check(dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
     """With a zero weight the layer is tanh: a dense sweep over all magnitudes, and the special values."""
     info = torch.finfo(dtype)

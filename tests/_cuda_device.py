@@ -1,5 +1,6 @@
 """What the tests of the CUDA kernels share: the device, a GPU or an emulated one, and calls of ``rnn`` on it."""
 
+import pytest
 import torch
 from _cases import RULES, RNNCase
 from _compare import assert_same_pattern
@@ -10,6 +11,7 @@ from tp_kernels.rules import Sweep
 
 ON_GPU = _native.cuda_available()[0] and torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="there is no GPU that the CUDA module can use")
 FLOAT = torch.float32
 Rules = dict[str, tp.BackProp | tp.TargetProp]
 ops = torch.ops.tp_kernels

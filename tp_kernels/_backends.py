@@ -15,6 +15,14 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def tf32_allowed() -> bool:
+    """Whether torch has been told that float32 may be multiplied with tf32's digits on a CUDA device.
+
+    Whoever sets ``allow_tf32`` sets this setting too; reading ``allow_tf32`` raises where this one was set by itself.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 class BackendUnavailableError(RuntimeError):
     """A back-end that was asked for by name cannot run this call. The message gives the reason and the remedy."""
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from _cases import HEAD_CASES, LAYOUTS, NONLINEARITIES, RULES, TILE_CASES, TIME_CASES, RNNCase
-from _checks import backward_op, rnn_backward_check, rnn_forward_check, tanh_check
+from _checks import backward_op, capture_check, rnn_backward_check, rnn_forward_check, stream_check, tanh_check
 from _compare import assert_identical, assert_near
 from _cuda_device import (
     DEVICE,
@@ -20,6 +20,7 @@ from _cuda_device import (
     emulate,
     everything,
     in_two_parts,
+    needs_gpu,
     ops,
     tensors_of,
 )
@@ -48,10 +49,12 @@ CASES = (
     RNNCase(T=2, B=17, N=20),
 )
 WIDE = (RNNCase(T=2, B=3, N=129), RNNCase(T=3, B=9, N=256, nonlinearity="relu"), RNNCase(T=2, B=2, H=2, N=200))
+MANY = ()  # in float32 only: in half precision plain code is not near the exact answer of all of them
 if ON_GPU:  # the last are too many for tiles of 1 or 2 rows, or of 4
-    CASES += tuple(case for case in TILE_CASES + TIME_CASES + HEAD_CASES if case.N <= 128)
-    CASES += (RNNCase(T=3, B=301, N=33), RNNCase(T=3, B=1001, N=100), RNNCase(T=2, B=701, H=2, N=17))
-    CASES += (RNNCase(T=65, B=1001, N=64), RNNCase(T=3, B=1001, N=128, nonlinearity="relu"))
+    MANY = tuple(case for case in TILE_CASES + TIME_CASES + HEAD_CASES if case.N <= 128)
+    CASES += (RNNCase(T=65, B=9, N=40, nonlinearity="relu"), RNNCase(T=3, B=301, N=33))
+    CASES += (RNNCase(T=3, B=1001, N=100), RNNCase(T=2, B=701, H=2, N=17), RNNCase(T=33, B=1001, N=20))
+    CASES += (RNNCase(T=3, B=1001, N=128, nonlinearity="relu"),)
 REFUSED = sorted(name for name in set(RULES) - set(SWEPT) if not name.startswith("jacobian"))
 PARTS = ("h", "grad_u", "carried", "through")
 FEW = ("bp", "weight-total", "layer-local", "identity-total")  # in half precision
@@ -85,12 +88,14 @@ KERNELS = (
     {"float32": Kernel(FLOAT, None)} if ON_GPU else {f"float32-{rows}": Kernel(FLOAT, rows) for rows in (1, 2, 4, 8)}
 )
 KERNELS |= HALF
+FORWARD = [
+    (name, kernel, case) for name, kernel in KERNELS.items() for case in CASES + (MANY if kernel.dtype == FLOAT else ())
+]
 BACKWARD = [
     pytest.param(kernel, case, rule, id=f"{name}-{case}-{rule}")
-    for name, kernel in KERNELS.items()
-    for case in CASES
+    for name, kernel, case in FORWARD
     for rule in SWEPT
-    if kernel.dtype == FLOAT or (rule in FEW and case not in TILE_CASES and not overflows(case, rule, kernel.dtype))
+    if (kernel.dtype == FLOAT or rule in FEW) and not overflows(case, rule, kernel.dtype)
 ]
 
 
@@ -102,8 +107,10 @@ def kernel(request: pytest.FixtureRequest) -> Kernel:
 # --- forward and backward
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_forward(case, kernel):
+@pytest.mark.parametrize(
+    ("kernel", "case"), [pytest.param(kernel, case, id=f"{name}-{case}") for name, kernel, case in FORWARD]
+)
+def test_forward(kernel, case):
     kernel.emulate(case)
     rnn_forward_check(case, kernel.dtype, "cuda", device=DEVICE)
 
@@ -187,12 +194,16 @@ def test_small_integers_are_exact(N, tf32, kernel, monkeypatch):
 
 
 @pytest.mark.skipif(ON_GPU, reason="a GPU has as many multiprocessors as it has")
-@pytest.mark.parametrize(("tf32", "rows"), [(False, 4), (True, 2)], ids=["exact", "tf32"])
-def test_when_tensor_cores_are_taken(tf32, rows, monkeypatch):
-    """Where tiles of 4 rows, or with tf32 of 2, do not all run at once."""
+@pytest.mark.parametrize(
+    ("setting", "value", "rows"),
+    [("allow_tf32", False, 4), ("allow_tf32", True, 2), ("fp32_precision", "ieee", 4), ("fp32_precision", "tf32", 2)],
+)
+def test_when_tensor_cores_are_taken(setting, value, rows, monkeypatch):
+    """Where tiles of 4 rows, or with tf32 of 2, do not all run at once; tf32 by either of torch's two settings."""
+    tf32 = rows == 2
     case = RNNCase(T=2, B=9, H=2, N=20)
     plain, tensor_cores = (everything_at(case, multiprocessors) for multiprocessors in (1000, 0))
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
+    monkeypatch.setattr(torch.backends.cuda.matmul, setting, value)
     blocks = -(-case.B // rows) * case.H
     assert torch.equal(everything_at(case, blocks), plain)
     found = everything_at(case, blocks - 1)
@@ -341,3 +352,18 @@ def test_launchers_check_for_themselves():
     for feedback, missing in ((0, "feedback"), (1, "displacements")):
         with pytest.raises(ValueError, match=f"rnn_bwd: {missing} is missing"):
             _native.cuda.rnn_bwd(**arguments, feedback=feedback)
+
+
+# --- on a GPU only
+
+
+@needs_gpu
+@pytest.mark.parametrize("N", [5, 130], ids=["one multiprocessor", "a cluster"])
+def test_graph_capture_and_replay(N):
+    capture_check(SMALL.with_(N=N), "cuda")
+
+
+@needs_gpu
+@pytest.mark.parametrize("N", [5, 130], ids=["one multiprocessor", "a cluster"])
+def test_on_another_stream(N):
+    stream_check(SMALL.with_(N=N), "cuda")

@@ -35,7 +35,7 @@ CASES = (
     (RNNCase(T=1, B=1, N=1024), 4),
 )
 if ON_GPU:
-    CASES += ((RNNCase(T=50, B=51, N=200), 2), (RNNCase(T=3, B=301, N=300), 4), (RNNCase(T=9, B=33, N=1000), 4))
+    CASES += ((RNNCase(T=9, B=51, N=200), 2), (RNNCase(T=2, B=151, N=300), 4), (RNNCase(T=2, B=21, N=1000), 4))
 
 
 def emulate_for(case: RNNCase, rows: int, reversed: bool = False) -> None:

@@ -30,7 +30,7 @@ CASES = (
     RNNCase(T=1, B=4, N=128),
 )
 if ON_GPU:
-    CASES += (RNNCase(T=9, B=1001, N=100), RNNCase(T=3, B=301, H=2, N=33))
+    CASES += (RNNCase(T=2, B=701, N=70), RNNCase(T=3, B=301, H=2, N=33))
 
 
 @pytest.fixture(params=(4,) if ON_GPU else (1, 2, 4), ids="rows{}".format)

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from _cases import LAYOUTS, RNNCase
-from _checks import rnn_backward_check, rnn_forward_check
+from _checks import capture_check, rnn_backward_check, rnn_forward_check, stream_check
 from _compare import assert_near
-from _cuda_device import DEVICE, FLOAT, ON_GPU, SWEPT, emulate, everything, in_two_parts, ops
+from _cuda_device import DEVICE, FLOAT, ON_GPU, SWEPT, emulate, everything, in_two_parts, needs_gpu, ops
 from _oracle import extended
 
 from conftest import assert_within_fences
@@ -31,11 +31,11 @@ pytestmark = pytest.mark.usefixtures("chained")
 
 
 @pytest.fixture
-def chained(cuda: None) -> None:
-    """A device without clusters; a GPU that has them takes more units."""
+def chained(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device without clusters; one that has them is not asked."""
     emulate(largest_cluster=0)
-    if ON_GPU and _native.cuda.rnn_cluster_largest(0) > 129:
-        pytest.skip("the clusters of this device hold these units")
+    if ON_GPU:
+        monkeypatch.setattr(_native.cuda, "rnn_cluster_largest", lambda device: 0)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -73,16 +73,35 @@ def test_a_sequence_in_two_parts(rule):
         assert_near(found.cpu(), extended(expected.cpu()), what, condition=condition)
 
 
-@pytest.mark.parametrize("case", [SMALL, HEADS, RNNCase(T=3, B=5, N=130, h0=False)], ids=str)
-def test_recordings_are_replayed(case, monkeypatch):
-    """Copied in, run, copied out: the same as step by step, with new data in an old recording, too. Without a GPU
-    what is recorded is run again, on the recording's own tensors.
-    """
-    recorded = []
+# --- recordings
 
-    def record(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
-        recorded.append(function)
-        return function
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The places of recordings, as they are made. Without a GPU what is recorded is run again, on the recording's own
+    tensors.
+    """
+    places = []
+    made = library_chain.record
+
+    def record(function: Callable[[], None], device: torch.device, place: int) -> Callable[[], None]:
+        places.append(place)
+        return made(function, device, place) if ON_GPU else function
+
+    monkeypatch.setattr(library_chain, "_recordings", {})
+    monkeypatch.setattr(library_chain, "records", lambda device: True)
+    monkeypatch.setattr(library_chain, "record", record)
+    return places
+
+
+def run_forward(case: RNNCase) -> None:
+    u, weight, h0 = (tensor.to(DEVICE) for tensor in case.tensors(FLOAT))
+    ops.rnn_fwd(u, weight, h0, "tanh", "cuda")
+
+
+@pytest.mark.parametrize("case", [SMALL, HEADS, RNNCase(T=3, B=5, N=130, h0=False)], ids=str)
+def test_recordings_are_replayed(case, recorded, monkeypatch):
+    """Copied in, run, copied out: the same as step by step, with new data in an old recording, too."""
 
     def results(seed: int) -> list[torch.Tensor]:
         u, weight, h0 = (None if tensor is None else tensor.to(DEVICE) for tensor in case.tensors(FLOAT, seed))
@@ -93,21 +112,56 @@ def test_recordings_are_replayed(case, monkeypatch):
             found += ops.rnn_bwd(u, u[0], h, weight, weight.mT, h0, h0, None, None, *sweep, "cuda")
         return found
 
-    monkeypatch.setattr(library_chain, "_recordings", {})
-    monkeypatch.setattr(library_chain, "records", lambda device: False)
-    expected = [results(seed) for seed in (0, 1)]
-    monkeypatch.setattr(library_chain, "records", lambda device: True)
-    if not ON_GPU:
-        monkeypatch.setattr(library_chain, "record", record)
+    with monkeypatch.context() as step_by_step:
+        step_by_step.setattr(library_chain, "records", lambda device: False)
+        expected = [results(seed) for seed in (0, 1)]
+    assert not recorded
     for seed in (0, 1, 0):
         for found, wanted in zip(results(seed), expected[seed], strict=True):
             assert_near(found.cpu(), extended(wanted.cpu()), "a result", condition=10)
-    assert len(library_chain._recordings) == 3
-    assert ON_GPU or len(recorded) == 3
-    for T in range(10, 15):
-        u, weight, h0 = (tensor.to(DEVICE) for tensor in RNNCase(T=T, B=1, N=129).tensors(FLOAT))
-        ops.rnn_fwd(u, weight, h0, "tanh", "cuda")
-    assert len(library_chain._recordings) == library_chain.LARGEST_COUNT
+    assert recorded == [0, 1, 2]
+
+
+def test_few_recordings_are_kept(recorded):
+    """The latest, each with a place, and so a stream, that no other has."""
+    for T in (2, 3, 4, 5, 2, 6, 7):
+        run_forward(SMALL.with_(T=T))
+    assert recorded == [0, 1, 2, 3, 1, 2]
+    kept = list(library_chain._recordings.values())
+    assert [recording.results[0].shape[0] for recording in kept] == [5, 2, 6, 7]
+    assert sorted(recording.place for recording in kept) == list(range(library_chain.LARGEST_COUNT))
+    if ON_GPU:
+        streams = library_chain._streams(kept[0].results[0].device)
+        assert len({stream.cuda_stream for stream in streams}) == library_chain.LARGEST_COUNT
+
+
+def test_a_recording_belongs_to_a_precision(recorded, monkeypatch):
+    """The library's products in it are of the precision that was set when it was made."""
+    for tf32 in (False, True, False):
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
+        run_forward(SMALL)
+    assert recorded == [0, 1]
+
+
+def test_nothing_is_recorded_for_no_rows(recorded):
+    run_forward(SMALL.with_(B=0))
+    assert not recorded
+
+
+@needs_gpu
+def test_in_a_recording_of_the_callers_own(monkeypatch):
+    """There the chain runs as it is; its own recordings have other streams than the caller's."""
+    monkeypatch.setattr(library_chain, "_recordings", {})
+    capture_check(SMALL, "cuda")
+    assert len(library_chain._recordings) == 4  # of two passes before and after it, on two streams
+
+
+@needs_gpu
+def test_on_another_stream():
+    stream_check(SMALL, "cuda")
+
+
+# --- which path
 
 
 def test_path():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tp_kernels import _native, _triton
-from tp_kernels._backends import Backend, BackendTable, Support, dtype_name
+from tp_kernels._backends import Backend, BackendTable, Support, dtype_name, tf32_allowed
 from tp_kernels._library import register
 from tp_kernels.ops.rnn import library_chain, reference, triton_blocks
 from tp_kernels.ops.rnn.cuda_paths import CHAIN, LARGEST_ON_ONE, Path, cuda_path
@@ -156,7 +156,7 @@ def _cuda_supports(tensor: Tensor, *, size: int, sweep: Sweep | None = None, **o
 
 def _cuda_precision(tensor: Tensor) -> dict[str, Any]:
     """What is multiplied. float32 loses digits only where torch has been told that this is good enough."""
-    return {"dtype": dtype_name(tensor.dtype), "tf32": torch.backends.cuda.matmul.allow_tf32}
+    return {"dtype": dtype_name(tensor.dtype), "tf32": tf32_allowed()}
 
 
 def _cuda_forward(u: Tensor, weight: Tensor, h0: Tensor | None, nonlinearity: str, out: Tensor | None = None) -> Tensor:

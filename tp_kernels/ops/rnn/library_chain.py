@@ -1,10 +1,12 @@
 """The recurrence on a CUDA device for any N: a product of the library and one kernel for the rest in each step.
 
 A step by itself is launches, microseconds each, that hold a GPU up. So a whole sequence is recorded in a CUDA graph,
-once for each shape, rule and stream, and replayed. A graph's tensors have fixed addresses: its inputs are copied in,
-its results out, which is little beside T products. In a recording of the caller's own the chain runs as it is.
+once for each shape, rule, precision and stream, and replayed. A graph's tensors have fixed addresses: its inputs are
+copied in, its results out, which is little beside T products. In a recording of the caller's own the chain runs as it
+is.
 """
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +17,7 @@ from torch import Tensor
 from tp_kernels import _native
 from tp_kernels.rules import Sweep
 
-LARGEST_COUNT = 4
+LARGEST_COUNT = 8
 """Recordings that are kept, each with its inputs and results: the latest."""
 
 _recordings: dict[tuple, "Recording"] = {}  # the latest last
@@ -103,17 +105,21 @@ def call(
 ) -> None:
     """Fills the results: by a recording, or, off CUDA and in a recording of the caller's, step by step."""
     device = results[0].device
-    if not records(device):
+    if results[0].numel() == 0 or not records(device):
         chain(results, words, *tensors)
         return
     shapes = tuple(None if tensor is None else tensor.shape for tensor in (*results, *tensors))
-    # Two streams must not have the same memory at the same time.
-    key = chain, device, _native.device_and_stream(results[0])["stream"], words, shapes
+    # Two streams must not have the same memory at the same time. The library's kernels depend on the precision.
+    stream = _native.device_and_stream(results[0])["stream"]
+    key = chain, device, stream, torch.backends.cuda.matmul.fp32_precision, words, shapes
     with _one_at_a_time:
-        recording = _recordings.pop(key, None) or Recording(chain, results, words, tensors)
+        recording = _recordings.pop(key, None)
+        if recording is None:
+            while len(_recordings) >= LARGEST_COUNT:
+                del _recordings[next(iter(_recordings))]
+            place = min(set(range(LARGEST_COUNT)) - {kept.place for kept in _recordings.values()})
+            recording = Recording(chain, results, words, tensors, place)
         _recordings[key] = recording
-        if len(_recordings) > LARGEST_COUNT:
-            del _recordings[next(iter(_recordings))]
         recording.replay(results, tensors)
 
 
@@ -123,7 +129,7 @@ def records(device: torch.device) -> bool:
 
 
 class Recording:
-    """One chain, with tensors of its own."""
+    """One chain, with tensors of its own, and a place of its own among those that are kept."""
 
     def __init__(
         self,
@@ -131,13 +137,15 @@ class Recording:
         results: tuple[Tensor, ...],
         words: Any,
         tensors: tuple[Tensor | None, ...],
+        place: int,
     ) -> None:
         self.tensors = tuple(
             None if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
             for tensor in tensors
         )
         self.results = tuple(torch.empty_like(result) for result in results)
-        self._run = record(lambda: chain(self.results, words, *self.tensors), results[0].device)
+        self.place = place
+        self._run = record(lambda: chain(self.results, words, *self.tensors), results[0].device, place)
 
     def replay(self, results: tuple[Tensor, ...], tensors: tuple[Tensor | None, ...]) -> None:
         for own, given in zip(self.tensors, tensors, strict=True):
@@ -148,15 +156,22 @@ class Recording:
             given.copy_(own)
 
 
-def record(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
+@functools.cache
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
+    """What recordings are made on, by their place. The library's workspace belongs to a stream: two that are kept must
+    not share one, since torch gives it back with either, and they may be replayed at the same time.
+    """
+    return tuple(torch.cuda.Stream(device) for _ in range(LARGEST_COUNT))
+
+
+def record(function: Callable[[], None], device: torch.device, place: int) -> Callable[[], None]:
     """What replays the function's kernels. It runs once before, off the recording, for the library to prepare."""
     with torch.cuda.device(device):
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        stream, graph = _streams(device)[place], torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()  # nobody uses any more what the function is given, nor what the stream had before
+        with torch.cuda.stream(stream):
             function()
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # What other threads call meanwhile, such as one that loads data, is none of its business.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             function()
     return graph.replay

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tp_kernels import _native, _triton
+from tp_kernels._backends import tf32_allowed
 from tp_kernels.ops.rnn import reference, triton_blocks
 from tp_kernels.ops.rnn.backends import backward_outputs, sizes, strides, unit_stride
 from tp_kernels.rules import Sweep
@@ -508,7 +509,7 @@ def precision(dtype: torch.dtype) -> str:
     """How float32 is multiplied: three products of halves (tf32x3) keep its accuracy on tensor cores; one (tf32) does
     not, and is taken only where torch has been told that this is good enough.
     """
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32" if dtype == torch.float32 and tf32_allowed() else "tf32x3"
 
 
 def options(block: triton_blocks.Block) -> dict[str, Any]:
