@@ -25,7 +25,6 @@ SIZES = {
 JACOBIAN_SIZES = SIZES[torch.float32]
 """Those of the solve of "jacobian", which is in float32 for every dtype."""
 
-INVERSES = ("none", "identity", "weight", "layer", "jacobian")
 _INTERPRETER_SHARED = 227 * 1024  # as if on an H100
 
 
@@ -109,8 +108,6 @@ def supports(tensor: torch.Tensor, size: int = 1, sweep: Sweep | None = None) ->
     if size > largest:
         dtype = dtype_name(tensor.dtype)
         return False, f"the weight has to fit on chip, N <= {largest} in {dtype} on {tensor.device}, and N = {size}"
-    if sweep is not None and sweep.inverse not in INVERSES:
-        return False, f"it has no inverse={sweep.inverse!r} yet"
     if sweep is not None and sweep.inverse == "jacobian":
         largest = max(n for n in JACOBIAN_SIZES if jacobian_fits(tensor.device, n))
         if size > largest:
