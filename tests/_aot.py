@@ -58,7 +58,9 @@ class Shape(NamedTuple):
         types = dict.fromkeys((*names, "delta_out", "carried_out", "through_out"), pointer)
         if self.update == "displacement":
             types["delta_out"] = "*fp32"
-        types |= _integers(("T", "B", "N", *(f"{of}_{over}" for of in ("grad", "u") for over in ("time", "batch", "head"))))
+        types |= _integers(
+            ("T", "B", "N", *(f"{of}_{over}" for of in ("grad", "u") for over in ("time", "batch", "head")))
+        )
         types |= {"step": "fp32", "clip": "fp32"}
         words |= {"INVERSE": self.inverse, "UPDATE": self.update}
         return triton_kernel.backward_kernel, types, words, options

@@ -599,7 +599,7 @@ def launch(kernel: Any, h: Tensor, *arguments: Any, **words: Any) -> Any:
         block = triton_blocks.choose_jacobian(N, B * H)
         words |= {"CHUNK": CHUNK}
     else:
-        block = triton_blocks.choose(N, B * H, h.dtype)
+        block = triton_blocks.choose(N, B * H, h.dtype, words.get("INVERSE", "none"))
         words |= {
             "OPERAND": tl.float32 if _triton.interpreted() else _OPERANDS[h.dtype],
             "PRECISION": precision(h.dtype),
