@@ -134,7 +134,7 @@ def atanh_check(dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
     near_one = 1 - torch.logspace(np.log10(info.eps), 0, 100_001, dtype=torch.float64)
     dense = torch.linspace(0, 1, 150_001, dtype=torch.float64)
     positive = torch.cat([magnitudes, near_one, dense]).to(dtype).clamp(max=largest)
-    n = 16
+    n = 128
     argument = torch.cat([positive, -positive])
     argument = argument[: len(argument) // n * n]
     x, identity = argument.view(1, -1, n).to(device), torch.eye(n, dtype=dtype, device=device)

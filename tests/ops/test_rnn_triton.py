@@ -146,6 +146,10 @@ def test_half_precision_gradients(rule, dtype, device):
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("rule", RULES)
 def test_checkpoints(rule, every, device):
+    checkpoints_check(rule, every, device)
+
+
+def checkpoints_check(rule: str, every: int, device: str) -> None:
     """The same bits in float32, where what is sent from portion to portion is not rounded."""
     case = SMALL.with_(T=5)
     plain = gradients(case, RULES[rule], torch.float32, device)
@@ -397,6 +401,8 @@ def test_two_sweeps_where_one_does_not_fit(case, rule, dtype, device, monkeypatc
     )
     rnn_backward_check(case, replace(RULES[rule], clip=0.1), dtype, "triton", device=device)
     assert asked == [2]
+    if case is SMALL:
+        checkpoints_check(rule, 3, device)
 
 
 def test_what_it_refuses(device):
