@@ -249,6 +249,17 @@ def test_relu_counts_as_its_own_inverse(dtype, device):
     relu_inverse_check(dtype, "triton", device)
 
 
+def test_the_inverse_of_the_activation_takes_small_tiles(device, monkeypatch):
+    """Larger ones would spill registers, as the kernels that are compiled ahead of time show."""
+    many, choose, asked = 10**6, triton_blocks.choose, []
+    monkeypatch.setattr(triton_blocks, "choose", lambda *given: asked.append(given[3]) or choose(*given))
+    for word in ("layer", "difference", "direct"):
+        rnn_backward_check(SMALL, RULES[f"{word}-total"], torch.float32, "triton", device=device)
+    assert asked == ["layer", "difference", "direct"]
+    few = {(N, word): choose(N, many, torch.bfloat16, word).rows == 16 for N in (5, 200) for word in ("none", *asked)}
+    assert {key for key, small in few.items() if not small} == {(5, "none"), (5, "layer"), (200, "none")}
+
+
 # --- the solve of "jacobian"
 
 
