@@ -93,6 +93,8 @@ def test_atanh_accuracy(device):
 def test_backward(case, rule, dtype, device):
     rule = RULES[rule]
     inverse = Sweep.of(rule, "tanh").inverse
+    if inverse in ("difference", "direct") and case.T > 16 and dtype != torch.float32:
+        pytest.skip("displacements that grow over so many steps leave the range of half precision")
     if inverse in THROUGH_ACTIVATION and case.nonlinearity == "tanh":
         if case.T > 100 or (case.T > 10 and dtype == torch.float16 and inverse == "layer"):
             pytest.skip("1/(1 - h²) at every step overflows, or leaves no digit")
