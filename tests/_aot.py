@@ -54,11 +54,14 @@ class Shape(NamedTuple):
             names = ("u", "weight", "h0", "h")
             sizes = ("T", "B", "N", "u_time", "u_batch", "u_head")
             return triton_kernel.forward_kernel, dict.fromkeys(names, pointer) | _integers(sizes), words, options
-        names = ("grad_h", "grad_last", "h", "weight", "feedback", "carried_in", "through_in")
+        names = ("grad_h", "grad_last", "h", "weight", "feedback", "carried_in", "through_in", "u", "h0")
         types = dict.fromkeys((*names, "delta_out", "carried_out", "through_out"), pointer)
         if self.update == "displacement":
             types["delta_out"] = "*fp32"
-        types |= _integers(("T", "B", "N", "grad_time", "grad_batch", "grad_head")) | {"step": "fp32", "clip": "fp32"}
+        types |= _integers(
+            ("T", "B", "N", *(f"{of}_{over}" for of in ("grad", "u") for over in ("time", "batch", "head")))
+        )
+        types |= {"step": "fp32", "clip": "fp32"}
         words |= {"INVERSE": self.inverse, "UPDATE": self.update}
         return triton_kernel.backward_kernel, types, words, options
 

@@ -3,7 +3,15 @@
 import numpy as np
 import torch
 from _cases import LAYOUTS, RNNCase, matrices
-from _compare import assert_atanh, assert_average_budget, assert_budget, assert_near, assert_residual, assert_tanh
+from _compare import (
+    assert_atanh,
+    assert_average_budget,
+    assert_budget,
+    assert_identical,
+    assert_near,
+    assert_residual,
+    assert_tanh,
+)
 from _oracle import extended, regularized_inverse, regularized_inverse_gradients, rnn_backward, rnn_forward
 from torch import Tensor
 
@@ -158,7 +166,7 @@ def tanh_check(dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
     assert_tanh(h.flatten().cpu(), argument)
 
 
-def atanh_check(dtype: torch.dtype, backend: str) -> None:
+def atanh_check(dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
     """With P = I, "direct" takes -atanh of the target and "difference" atanh of the state less that of the target."""
     info = torch.finfo(dtype)
     largest = 1 - info.eps
@@ -166,16 +174,44 @@ def atanh_check(dtype: torch.dtype, backend: str) -> None:
     near_one = 1 - torch.logspace(np.log10(info.eps), 0, 100_001, dtype=torch.float64)
     dense = torch.linspace(0, 1, 150_001, dtype=torch.float64)
     positive = torch.cat([magnitudes, near_one, dense]).to(dtype).clamp(max=largest)
-    n = 16
+    n = 128
     argument = torch.cat([positive, -positive])
     argument = argument[: len(argument) // n * n]
-    x, identity = argument.view(1, -1, n), torch.eye(n, dtype=dtype)
+    x, identity = argument.view(1, -1, n).to(device), torch.eye(n, dtype=dtype, device=device)
     zero = torch.zeros_like(x)
     arguments = identity, identity, None, None, zero
     for inverse, h, displacement in (("difference", x, x), ("difference", zero, x), ("direct", zero, x)):
         sweep = Sweep("tanh", inverse, "local", clip=info.eps)
         _, found, _ = ops.rnn_bwd(displacement, None, h, *arguments, None, *sweep, backend)
-        assert_atanh(found.flatten(), argument)
+        assert_atanh(found.flatten().cpu(), argument)
+
+
+def small_differences_check(nonlinearity: str, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
+    """As γ goes to 0, "difference" becomes "layer"; to full precision, although h - λ rounds to h then."""
+    case = RNNCase(T=7, B=3, N=5, nonlinearity=nonlinearity)
+    u, weight, h0 = case.tensors(dtype)
+    h = ops.rnn_fwd(u, weight, h0, nonlinearity, "reference")
+    h = {"tanh": 0.9 * h, "relu": h + 1, "identity": h}[nonlinearity]  # 1 - h² keeps its digits; above the kink
+    tensors = [tensor.to(device) for tensor in (h, weight, weight.mT.contiguous())]
+    found, linear = (
+        backward_op(case.gradient(dtype).to(device), None, *tensors, Sweep(nonlinearity, word, "local", 1e-20), backend)
+        for word in ("difference", "layer")
+    )
+    assert found[1].any()
+    for what, *pair in zip(("grad_u", "grad_h0"), found, linear, strict=True):
+        assert_near(pair[0].cpu(), extended(pair[1].cpu()), what, condition=20)
+
+
+def relu_inverse_check(dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
+    """A target below 0 is one at 0: "difference" sends back no more than the state has."""
+    h = torch.tensor([[[0.0, 2.0, 2.0, 2.0]]], dtype=dtype, device=device)
+    lam = torch.tensor([[3.0, 3.0, 1.0, -1.0]], dtype=dtype, device=device)
+    expected = torch.tensor([[0.0, 2.0, 1.0, -1.0]], dtype=dtype)
+    identity = torch.eye(4, dtype=dtype, device=device)
+    for inverse in ("difference", "direct"):
+        sweep = Sweep("relu", inverse, "local")
+        _, found = backward_op(None, lam, h, identity, identity, sweep, backend, h)
+        assert_identical(found.cpu(), expected, inverse)
 
 
 def inverse_check(

@@ -23,8 +23,10 @@ from _checks import (
     backward_op,
     condition_of_jacobian,
     grows_and_cancels,
+    relu_inverse_check,
     rnn_backward_check,
     rnn_forward_check,
+    small_differences_check,
     tanh_check,
 )
 from _compare import (
@@ -926,19 +928,7 @@ def test_the_step_is_a_mere_scale(inverse, update, dtype, backend):
 
 @pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
 def test_small_differences_are_linear(nonlinearity, dtype, backend):
-    """As γ goes to 0, "difference" becomes "layer"; to full precision, although h - λ rounds to h then."""
-    case = IDENTITY_CASE.with_(nonlinearity=nonlinearity)
-    u, weight, h0 = case.tensors(dtype)
-    feedback = weight.mT.contiguous()
-    h = ops.rnn_fwd(u, weight, h0, nonlinearity, "reference")
-    h = {"tanh": 0.9 * h, "relu": h + 1, "identity": h}[nonlinearity]  # 1 - h² keeps its digits; above the kink
-    found, linear = (
-        backward_op(case.gradient(dtype), None, h, weight, feedback, Sweep(nonlinearity, word, "local", 1e-20), backend)
-        for word in ("difference", "layer")
-    )
-    assert found[1].any()
-    for what, *pair in zip(("grad_u", "grad_h0"), found, linear, strict=True):
-        assert_near(pair[0], extended(pair[1]), what, condition=20)
+    small_differences_check(nonlinearity, dtype, backend)
 
 
 @pytest.mark.parametrize("update", ["total", "local"])
@@ -959,15 +949,7 @@ def test_modes_agree_where_the_inverse_is_exact(update, backend):
 
 
 def test_relu_counts_as_its_own_inverse(dtype, backend):
-    """A target below 0 is one at 0: "difference" sends back no more than the state has."""
-    h = torch.tensor([[[0.0, 2.0, 2.0, 2.0]]], dtype=dtype)
-    lam = torch.tensor([[3.0, 3.0, 1.0, -1.0]], dtype=dtype)
-    identity = torch.eye(4, dtype=dtype)
-    sweep = Sweep("relu", "difference", "local")
-    _, found = backward_op(None, lam, h, identity, identity, sweep, backend)
-    assert_identical(found, torch.tensor([[0.0, 2.0, 1.0, -1.0]], dtype=dtype), "difference")
-    _, found = backward_op(None, lam, h, identity, identity, sweep._replace(inverse="direct"), backend, h)
-    assert_identical(found, torch.tensor([[0.0, 2.0, 1.0, -1.0]], dtype=dtype), "direct")
+    relu_inverse_check(dtype, backend)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -29,6 +29,13 @@ def sizes(h: Tensor) -> tuple[int, int, int, int]:
     return h.shape[0], h.shape[1], h.shape[2] if h.dim() == 4 else 1, h.shape[-1]
 
 
+def check_given(sweep: Sweep, feedback: Tensor | None, u: Tensor | None) -> None:
+    """What the sweep cannot do without is there."""
+    for argument, tensor, needed in (("feedback", feedback, sweep.uses_inverse), ("u", u, sweep.inverse == "direct")):
+        if needed and tensor is None:
+            raise TypeError(f"rnn: {argument} must be a torch.Tensor with inverse={sweep.inverse!r}, got None")
+
+
 def _cpu_forward(u: Tensor, weight: Tensor, h0: Tensor | None, nonlinearity: str, out: Tensor | None = None) -> Tensor:
     return _cpu_layer_forward(u, None, None, weight, h0, nonlinearity, out)
 
@@ -80,9 +87,7 @@ def _cpu_backward(
     iterations: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _native.check_same_kind("rnn", h, grad_h, grad_last, weight, feedback, carried, through, u, h0)
-    for argument, tensor, needed in (("feedback", feedback, sweep.uses_inverse), ("u", u, sweep.inverse == "direct")):
-        if needed and tensor is None:
-            raise TypeError(f"rnn: {argument} must be a torch.Tensor with inverse={sweep.inverse!r}, got None")
+    check_given(sweep, feedback, u)
     grad_h, u = unit_stride(grad_h), unit_stride(u)
     h, weight = h.contiguous(), weight.contiguous()
     grad_last, feedback, carried, through, h0 = (
@@ -196,8 +201,7 @@ def _cuda_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """None of its inverses takes u or h_0."""
     _native.check_same_kind("rnn", h, grad_h, grad_last, weight, feedback, carried, through)
-    if sweep.uses_inverse and feedback is None:
-        raise TypeError(f"rnn: feedback must be a torch.Tensor with inverse={sweep.inverse!r}, got None")
+    check_given(sweep, feedback, u)
     grad_h = unit_stride(grad_h)
     h, weight = h.contiguous(), weight.contiguous()
     grad_last, feedback, carried, through = (

@@ -5,6 +5,7 @@
 
 import functools
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,9 @@ SIZES = {
 JACOBIAN_SIZES = SIZES[torch.float32]
 """Those of the solve of "jacobian", which is in float32 for every dtype."""
 
-INVERSES = ("none", "identity", "weight", "layer", "jacobian")
+_FEW_ROWS_FROM = {"layer": 256, "difference": 16, "direct": 16}
+"""The padded N from which on the inverse of the activation has registers for a tile of few rows only."""
+
 _INTERPRETER_SHARED = 227 * 1024  # as if on an H100
 
 
@@ -52,8 +55,10 @@ def table() -> dict[str, dict[str, list[list[int]]]]:
     return json.loads(TABLE.read_text())["blocks"]
 
 
-def choose(N: int, rows: int, dtype: torch.dtype) -> Block:
-    return _choose(name(dtype), N, rows)
+def choose(N: int, rows: int, dtype: torch.dtype, inverse: str = "none") -> Block:
+    """For a forward pass, and a sweep back with that inverse."""
+    few = padded(N) >= _FEW_ROWS_FROM.get(inverse, math.inf)
+    return _choose(name(dtype), N, 0 if few else rows)
 
 
 def choose_jacobian(N: int, rows: int) -> Block:
@@ -109,8 +114,6 @@ def supports(tensor: torch.Tensor, size: int = 1, sweep: Sweep | None = None) ->
     if size > largest:
         dtype = dtype_name(tensor.dtype)
         return False, f"the weight has to fit on chip, N <= {largest} in {dtype} on {tensor.device}, and N = {size}"
-    if sweep is not None and sweep.inverse not in INVERSES:
-        return False, f"it has no inverse={sweep.inverse!r} yet"
     if sweep is not None and sweep.inverse == "jacobian":
         largest = max(n for n in JACOBIAN_SIZES if jacobian_fits(tensor.device, n))
         if size > largest:

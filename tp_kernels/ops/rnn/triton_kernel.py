@@ -17,7 +17,7 @@ from torch import Tensor
 from tp_kernels import _native, _triton
 from tp_kernels._backends import tf32_allowed
 from tp_kernels.ops.rnn import reference, triton_blocks
-from tp_kernels.ops.rnn.backends import backward_outputs, sizes, strides, unit_stride
+from tp_kernels.ops.rnn.backends import backward_outputs, check_given, sizes, strides, unit_stride
 from tp_kernels.rules import Sweep
 
 # --- device code
@@ -68,14 +68,70 @@ def _through_activation(adjoint, h, NONLINEARITY: tl.constexpr):
 
 
 @triton.jit
+def _clipped(x, clip):
+    high = 1 - clip
+    return tl.where(x > high, high, tl.where(x < -high, -high, x))  # false for NaN
+
+
+@triton.jit
 def _through_inverse(displacement, h, clip, NONLINEARITY: tl.constexpr):
     """The linearized inverse of the activation, at h. relu counts as its own inverse."""
     if NONLINEARITY == "tanh":
-        high = 1 - clip
-        h = tl.where(h > high, high, tl.where(h < -high, -high, h))  # false for NaN
+        h = _clipped(h, clip)
         displacement = displacement / ((1 - h) * (1 + h))
     else:
         displacement = _through_activation(displacement, h, NONLINEARITY)
+    return displacement
+
+
+@triton.jit
+def atanh_difference(a, b, difference):
+    """``atanh a - atanh b`` for |a|, |b| < 1, within three units in the last place however near the two are.
+
+    It is ``½ log A/B`` with ``A = (1 + high)(1 - low)``, ``B = (1 - high)(1 + low)``, and ``A/B = 2ⁿ (1 + s)/(1 - s)``,
+    ``s = (A - 2ⁿ B)/(A + 2ⁿ B)``. Where n = 0, ``A - B = 2 (high - low)`` is known to all digits.
+
+    difference: ``a - b``, perhaps to more digits than a and b have. NaN stays NaN.
+    """
+    high, low = tl.where(a < b, b, a), tl.where(a < b, a, b)
+    larger, smaller = (1 + high) * (1 - low), (1 - high) * (1 + low)
+    n = (larger.to(tl.int32, bitcast=True) >> 23) - (smaller.to(tl.int32, bitcast=True) >> 23)
+    scaled = (smaller.to(tl.int32, bitcast=True) + (n << 23)).to(tl.float32, bitcast=True)
+    beyond = scaled > larger
+    n = tl.where(beyond, n - 1, n)
+    scaled = tl.where(beyond, 0.5 * scaled, scaled)  # larger / scaled is between 1 and 2
+    s = tl.div_rn(tl.where(n == 0, 2 * tl.abs(difference), larger - scaled), larger + scaled)
+    # The minimax fit of the CPU: atanh s = s + s³ q(s²) on 0 <= s <= 1/3.
+    z = s * s
+    q = 0.1085328757762909 + z * 0.11612164974212646
+    q = 0.142961785197258 + z * q
+    q = 0.19999852776527405 + z * q
+    q = 0.3333333432674408 + z * q
+    power = n.to(tl.float32)
+    result = power * 0.3465728759765625 + (power * 7.143033826650935e-07 + (s + s * z * q))
+    return tl.where(difference < 0, -result, result)
+
+
+@triton.jit
+def _inverse_activation(v, clip, NONLINEARITY: tl.constexpr):
+    """``a⁻¹(clip v)``. relu counts as its own inverse."""
+    if NONLINEARITY == "tanh":
+        v = _clipped(v, clip)
+        v = atanh_difference(v, tl.zeros_like(v), v)
+    else:
+        v = _activation(v, NONLINEARITY)
+    return v
+
+
+@triton.jit
+def _inverse_difference(displacement, h, clip, NONLINEARITY: tl.constexpr):
+    """``a⁻¹(clip h) - a⁻¹(clip(h - λ))``, however small λ is."""
+    if NONLINEARITY == "tanh":
+        target = h - displacement
+        a, b = _clipped(h, clip), _clipped(target, clip)
+        displacement = atanh_difference(a, b, tl.where((a == h) & (b == target), displacement, a - b))
+    elif NONLINEARITY == "relu":
+        displacement = tl.minimum(displacement, h, propagate_nan=tl.PropagateNan.ALL)
     return displacement
 
 
@@ -159,6 +215,8 @@ def backward_kernel(
     feedback,
     carried_in,
     through_in,
+    u,
+    h0,
     delta_out,
     carried_out,
     through_out,
@@ -168,6 +226,9 @@ def backward_kernel(
     grad_time,
     grad_batch,
     grad_head,
+    u_time,
+    u_batch,
+    u_head,
     step,
     clip,
     NONLINEARITY: tl.constexpr,
@@ -180,11 +241,11 @@ def backward_kernel(
 ):
     """δ from the last step to the first, and what goes on to the steps before. Grid: tiles of the batch, heads.
 
-    INVERSE is that of a ``Sweep`` ("none", "identity", "weight", "layer"); UPDATE too ("total", "local"), or
-    "displacement": write λ_t in the place of δ_t, and nothing else of the update.
+    INVERSE is that of a ``Sweep``, but for "jacobian"; UPDATE too ("total", "local"), or "displacement": write λ_t in
+    the place of δ_t, and nothing else of the update.
 
-    What does not arrive is None. grad_h: [T, B, H, N], unit stride over N; h, delta_out: [T, B, H, N]; all of one step:
-    [B, H, N]; weight, feedback: [H, N, N]; contiguous.
+    What does not arrive is None; u and h0 are for "direct" only. grad_h, u: [T, B, H, N], unit stride over N; h,
+    delta_out: [T, B, H, N]; all of one step: [B, H, N]; weight, feedback: [H, N, N]; contiguous.
     """
     head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     row = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
@@ -194,7 +255,7 @@ def backward_kernel(
     place = (row * heads + head) * N + column
     if UPDATE == "total":
         transposed_weight = _matrix(weight, N, BLOCK_N, False, OPERAND)
-    if INVERSE == "weight" or INVERSE == "layer":
+    if INVERSE != "none" and INVERSE != "identity":
         inverse = _matrix(feedback, N, BLOCK_N, True, OPERAND)
     carried = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
     through = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
@@ -212,6 +273,9 @@ def backward_kernel(
     if grad_h is not None:
         grad_pointers = grad_h + last * grad_time + row * grad_batch + head * grad_head + column
         grad_ahead = _load(grad_pointers, mask)
+    if INVERSE == "direct":
+        u_pointers = u + last * u_time + row * u_batch + head * u_head + column
+        u_ahead = _load(u_pointers, mask)
     for t in range(T):
         before = mask & _before(t + 1, T)
         state = state_ahead
@@ -232,9 +296,19 @@ def backward_kernel(
         elif INVERSE == "identity":
             carried = displacement
         else:
+            start = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
             if INVERSE == "layer":
                 displacement = _through_inverse(displacement, state, clip, NONLINEARITY)
-            carried = tl.dot(displacement.to(OPERAND), inverse, input_precision=PRECISION)
+            elif INVERSE == "difference":
+                displacement = _inverse_difference(displacement, state, clip, NONLINEARITY)
+            elif INVERSE == "direct":
+                displacement = u_ahead - _inverse_activation(state - displacement, clip, NONLINEARITY)
+                u_pointers -= u_time
+                u_ahead = _load(u_pointers, before)
+                start = state_ahead
+                if h0 is not None:
+                    start += _load(h0 + place, mask & (before == 0))  # the state before the first
+            carried = tl.dot(displacement.to(OPERAND), inverse, start, input_precision=PRECISION)
             carried = tl.where(inside, carried, 0.0)  # as in forward
         if UPDATE == "total":
             through = tl.dot(delta.to(OPERAND), transposed_weight, input_precision=PRECISION)
@@ -526,7 +600,7 @@ def launch(kernel: Any, h: Tensor, *arguments: Any, **words: Any) -> Any:
         block = triton_blocks.choose_jacobian(N, B * H)
         words |= {"CHUNK": CHUNK}
     else:
-        block = triton_blocks.choose(N, B * H, h.dtype)
+        block = triton_blocks.choose(N, B * H, h.dtype, words.get("INVERSE", "none"))
         words |= {
             "OPERAND": tl.float32 if _triton.interpreted() else _OPERANDS[h.dtype],
             "PRECISION": precision(h.dtype),
@@ -562,17 +636,17 @@ def backward(
     sweep: Sweep,
     iterations: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``reference.backward``, for linearized rules.
+    """``reference.backward``.
 
     The total update needs two matrices where the rule has an inverse. Where they do not both fit on chip, displacements
     are one sweep and their back-propagation another.
     """
-    _native.check_same_kind("rnn", h, grad_h, grad_last, weight, feedback, carried, through)
-    if sweep.uses_inverse and feedback is None:
-        raise TypeError(f"rnn: feedback must be a torch.Tensor with inverse={sweep.inverse!r}, got None")
-    grad_h, h, weight = unit_stride(grad_h), h.contiguous(), weight.contiguous()
-    grad_last, feedback, carried, through = (
-        None if tensor is None else tensor.contiguous() for tensor in (grad_last, feedback, carried, through)
+    _native.check_same_kind("rnn", h, grad_h, grad_last, weight, feedback, carried, through, u, h0)
+    check_given(sweep, feedback, u)
+    u, h0 = (u, h0) if sweep.inverse == "direct" else (None, None)
+    grad_h, u, h, weight = unit_stride(grad_h), unit_stride(u), h.contiguous(), weight.contiguous()
+    grad_last, feedback, carried, through, h0 = (
+        None if tensor is None else tensor.contiguous() for tensor in (grad_last, feedback, carried, through, h0)
     )
     carried = carried if sweep.inverse != "none" else None
     through = through if sweep.update == "total" else None
@@ -585,15 +659,16 @@ def backward(
         displacements = torch.empty_like(h, dtype=torch.float32)
         outputs = displacements, carried_out, None
         _sweep_back(
-            grad_h, grad_last, h, None, feedback, carried, None, *outputs, sweep._replace(update="displacement")
+            *(grad_h, grad_last, h, None, feedback, carried, None, u, h0, *outputs),
+            sweep._replace(update="displacement"),
         )
         _sweep_back(
-            *(displacements, None, h, weight, None, None, through, grad_u, None, through_out),
+            *(displacements, None, h, weight, None, None, through, None, None, grad_u, None, through_out),
             sweep._replace(inverse="none", step=1.0),
         )
     else:
         outputs = grad_u, carried_out, through_out
-        _sweep_back(grad_h, grad_last, h, weight, feedback, carried, through, *outputs, sweep)
+        _sweep_back(grad_h, grad_last, h, weight, feedback, carried, through, u, h0, *outputs, sweep)
     if iterations is not None:
         iterations.zero_()
     return grad_u, carried_out, through_out
@@ -607,6 +682,8 @@ def _sweep_back(
     feedback: Tensor | None,
     carried: Tensor | None,
     through: Tensor | None,
+    u: Tensor | None,
+    h0: Tensor | None,
     grad_u: Tensor,
     carried_out: Tensor | None,
     through_out: Tensor | None,
@@ -614,8 +691,8 @@ def _sweep_back(
 ) -> None:
     T, B, _, N = sizes(h)
     launch(
-        *(backward_kernel, h, grad_h, grad_last, h, weight, feedback, carried, through),
-        *(grad_u, carried_out, through_out, T, B, N, *strides(grad_h), sweep.step, sweep.clip),
+        *(backward_kernel, h, grad_h, grad_last, h, weight, feedback, carried, through, u, h0),
+        *(grad_u, carried_out, through_out, T, B, N, *strides(grad_h), *strides(u), sweep.step, sweep.clip),
         NONLINEARITY=sweep.nonlinearity,
         INVERSE=sweep.inverse,
         UPDATE=sweep.update,
