@@ -113,12 +113,13 @@ def rnn_backward_check(
 
 
 def capture_check(case: RNNCase, backend: str) -> None:
-    """On a GPU: a training step, captured once, gives the gradients of other numbers when it is replayed on them."""
+    """On a GPU: a training step, captured once, gives the gradients of other numbers when it is replayed on them. It
+    computes P too, of the weight as it then is."""
     u, weight, h0 = (tensor.cuda().requires_grad_() for tensor in case.tensors(torch.float32))
-    feedback, grad = weight.detach().mT.contiguous(), case.gradient(torch.float32).cuda()
+    grad = case.gradient(torch.float32).cuda()
 
     def step() -> tuple[Tensor, ...]:
-        h = tp.rnn(u, weight, h0, feedback=feedback, backend=backend)
+        h = tp.rnn(u, weight, h0, backend=backend)
         return h.detach(), *torch.autograd.grad(h, (u, weight, h0), grad)
 
     torch.use_deterministic_algorithms(False)  # filling memory with NaN would be captured as well
@@ -132,6 +133,7 @@ def capture_check(case: RNNCase, backend: str) -> None:
         captured = step()
     with torch.no_grad():
         u.mul_(-0.5)
+        weight.mul_(0.75)
     graph.replay()
     torch.cuda.synchronize()
     for what, *pair in zip(("h", "grad_u", "grad_weight", "grad_h0"), captured, step(), strict=True):
