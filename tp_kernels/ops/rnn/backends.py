@@ -10,30 +10,8 @@ from tp_kernels._backends import Backend, BackendTable, Support, dtype_name, tf3
 from tp_kernels._library import register
 from tp_kernels.ops.rnn import library_chain, reference, triton_blocks
 from tp_kernels.ops.rnn.cuda_paths import CHAIN, LARGEST_ON_ONE, Path, cuda_path
+from tp_kernels.ops.rnn.launch import backward_outputs, check_given, sizes, strides, unit_stride
 from tp_kernels.rules import Sweep
-
-
-def unit_stride(tensor: Tensor | None) -> Tensor | None:
-    """The native kernels take any strides but for the last axis."""
-    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def strides(tensor: Tensor | None) -> tuple[int, int, int]:
-    """Strides over time, batch and heads."""
-    if tensor is None:
-        return 0, 0, 0
-    return tensor.stride(0), tensor.stride(1), tensor.stride(2) if tensor.dim() == 4 else 0
-
-
-def sizes(h: Tensor) -> tuple[int, int, int, int]:
-    return h.shape[0], h.shape[1], h.shape[2] if h.dim() == 4 else 1, h.shape[-1]
-
-
-def check_given(sweep: Sweep, feedback: Tensor | None, u: Tensor | None) -> None:
-    """What the sweep cannot do without is there."""
-    for argument, tensor, needed in (("feedback", feedback, sweep.uses_inverse), ("u", u, sweep.inverse == "direct")):
-        if needed and tensor is None:
-            raise TypeError(f"rnn: {argument} must be a torch.Tensor with inverse={sweep.inverse!r}, got None")
 
 
 def _cpu_forward(u: Tensor, weight: Tensor, h0: Tensor | None, nonlinearity: str, out: Tensor | None = None) -> Tensor:
@@ -119,18 +97,6 @@ def _cpu_backward(
         t, b, head, residual = unsolved
         raise reference.unsolved(t, b, head if h.dim() == 4 else None, residual, sweep, h.dtype)
     return grad_u, carried_out, through_out
-
-
-def backward_outputs(h: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor, Tensor]:
-    """What backward fills: δ, and what it sends on to an earlier call."""
-    return h.new_empty(h.shape), *sent_outputs(h, sweep)
-
-
-def sent_outputs(h: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor]:
-    """Memory for term(λ_1) and ``Wᵀ δ_1``; empty where the rule sends nothing."""
-    carried = h.new_empty(h.shape[1:] if sweep.inverse != "none" else (0,))
-    through = h.new_empty(h.shape[1:] if sweep.update == "total" else (0,))
-    return carried, through
 
 
 _CUDA_INVERSES = ("none", "identity", "weight", "layer", "jacobian")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tp_kernels import _native
+from tp_kernels.ops.rnn.launch import sizes, strides
 from tp_kernels.rules import Sweep
 
 LARGEST_COUNT = 8
@@ -69,19 +70,19 @@ def backward(
     sent = h.new_empty(h.shape[1:]) if multiplies else carried_out
     carried = None if sweep.inverse == "none" else carried
     through = through if adjoins else None
-    T, B, N = h.shape[0], h.shape[1], h.shape[-1]
+    T = h.shape[0]
     for t in reversed(range(T)):
-        grad = None if grad_h is None else grad_h[t]
+        grad = None if grad_h is None else grad_h[t : t + 1]
         _native.cuda.rnn_step(
             grad_h=_native.pointer(grad),
-            grad_h_strides=(0, 0, 0) if grad is None else (0, grad.stride(0), grad.stride(1) if grad.dim() == 3 else 0),
+            grad_h_strides=strides(grad),
             grad_last=_native.pointer(grad_last if t == T - 1 else None),
             h=_native.pointer(h[t]),
             carried_in=_native.pointer(carried),
             through_in=_native.pointer(through),
             carried_out=_native.pointer(None if sweep.inverse == "none" else sent),
             grad_u=_native.pointer(grad_u[t]),
-            sizes=(1, B, h.shape[2] if h.dim() == 4 else 1, N),
+            sizes=sizes(h[t : t + 1]),
             nonlinearity=sweep.nonlinearity,
             inverse=sweep.inverse,
             update=sweep.update,

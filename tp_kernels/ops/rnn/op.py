@@ -14,7 +14,8 @@ from tp_kernels import _validate
 from tp_kernels._autograd import first_derivatives_only
 from tp_kernels._library import register
 from tp_kernels.ops.rnn import parallel
-from tp_kernels.ops.rnn.backends import BACKENDS, SWEEP, for_both_passes, sent_outputs
+from tp_kernels.ops.rnn.backends import BACKENDS, SWEEP, for_both_passes
+from tp_kernels.ops.rnn.launch import sent_outputs
 from tp_kernels.rules import Rule, Sweep, TargetProp, resolve
 
 

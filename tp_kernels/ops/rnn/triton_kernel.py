@@ -17,7 +17,7 @@ from torch import Tensor
 from tp_kernels import _native, _triton
 from tp_kernels._backends import tf32_allowed
 from tp_kernels.ops.rnn import reference, triton_blocks
-from tp_kernels.ops.rnn.backends import backward_outputs, check_given, sizes, strides, unit_stride
+from tp_kernels.ops.rnn.launch import backward_outputs, check_given, sizes, strides, unit_stride
 from tp_kernels.rules import Sweep
 
 # --- device code
