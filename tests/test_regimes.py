@@ -147,6 +147,15 @@ def test_a_report_that_cannot_be_written_is_one_line(capsys, tmp_path, monkeypat
     assert "No space left on device: 'index.html'" in capsys.readouterr().err
 
 
+def test_a_report_of_one_contender_says_that_there_is_nothing_to_compare(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(command.console, "_width", 200)
+    arguments = ["map", "--T", "3", "--N", "5", "--B", "2", "--seconds", "0.01", "--no-memory", "--out", str(tmp_path)]
+    assert command.main([*arguments, "--contenders", "tp"]) == 0
+    assert "nothing to compare" in capsys.readouterr().out
+    assert command.main([*arguments, "--contenders", "tp,bp"]) == 0
+    assert "nothing to compare" not in capsys.readouterr().out
+
+
 def test_without_the_extra_the_remedy_is_named(tmp_path):
     (tmp_path / "rich.py").write_text("raise ModuleNotFoundError(\"No module named 'rich'\", name='rich')\n")
     environment = _environment()
