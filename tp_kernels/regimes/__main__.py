@@ -338,7 +338,7 @@ def run_report(store: Store) -> None:
         raise ValueError(f"report: --out must be a run folder with finished records in {RECORDS}, got {store.folder}")
     findings = report.write(list(store.records.values()), store.folder)
     if not findings:
-        console.print("report: nothing to compare: TP and BP have to be contenders of the same cell, or of the same race")
+        console.print("report: nothing to compare: that takes TP and BP side by side, in one cell or one race")
     for topic, found in summary.by_topic(findings):
         console.print(f"\n[bold]{topic}[/bold]")
         for finding in found:
