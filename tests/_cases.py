@@ -59,6 +59,14 @@ def spectrum(shape: tuple[int, ...], gains: Tensor, dtype: torch.dtype, seed: in
     return (left * gains @ right).to(dtype)
 
 
+def hard_matrices(shape: tuple[int, int], size: float) -> Tensor:
+    """[4, *shape], float32, singular values up to about ``size``: full rank, twelve decades, rank 1, zero."""
+    gains = torch.logspace(0, -12, shape[-1], dtype=torch.float64)
+    rank_1 = torch.eye(shape[-1], dtype=torch.float64)[0]
+    spectra = [spectrum(shape, values, torch.float64) for values in (gains, rank_1, 0 * gains)]
+    return torch.stack([matrices(shape, torch.float64), *spectra]).mul(size).float()
+
+
 @dataclass(frozen=True)
 class RNNCase:
     """One call of ``rnn``; ``str()`` of it is its id."""

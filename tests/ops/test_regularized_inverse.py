@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from _cases import DTYPES, LAYOUTS, matrices, spectrum
+from _cases import DTYPES, LAYOUTS, hard_matrices, matrices, spectrum
 from _checks import inverse_check
 from _compare import FLOOR, assert_budget, assert_identical, assert_near, assert_small_residual, errors
 from _oracle import extended, regularized_inverse, regularized_inverse_gradients
@@ -424,13 +424,8 @@ def polar(weight: Tensor, reg: float) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e2, 1e3])
 @pytest.mark.parametrize("shape", [(8, 1, 1), (8, 7, 5), (8, 33, 33), (4, 100, 100)], ids=str)
 def test_polar_converges(shape, size, reg, cpu):
-    """Against the decomposition in float32, s_max/√r up to 1e7: full rank, twelve decades, rank 1, zero."""
-    gains = torch.logspace(0, -12, shape[-1], dtype=torch.float64)
-    rank_1 = torch.eye(shape[-1], dtype=torch.float64)[0]
-    weight = torch.stack([
-        matrices(shape[1:], torch.float64),
-        *(spectrum(shape[1:], values, torch.float64) for values in (gains, rank_1, 0 * gains)),
-    ]).mul(size).float()  # fmt: skip
+    """Against the decomposition in float32, s_max/√r up to 1e7."""
+    weight = hard_matrices(shape[1:], size)
     found, failed = polar(weight, reg)
     assert not failed.any()
     exact = regularized_inverse(extended(weight), float(torch.tensor(reg, dtype=torch.float32)), 0.5)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from _cases import LAYOUTS, matrices, spectrum
+from _cases import LAYOUTS, hard_matrices, matrices
 from _compare import FLOOR, assert_budget, assert_identical, assert_near, assert_small_residual, errors
 from _oracle import extended, regularized_inverse
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -45,13 +45,8 @@ def test_large(shape, reg):
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e2, 1e3])
 @pytest.mark.parametrize("shape", [(8, 1, 1), (8, 7, 5), (8, 33, 33), (4, 60, 60)], ids=str)
 def test_whatever_the_singular_values(shape, size, reg):
-    """Against the decomposition in float32, s_max/√r up to 1e7: full rank, twelve decades, rank 1, zero."""
-    gains = torch.logspace(0, -12, shape[-1], dtype=torch.float64)
-    rank_1 = torch.eye(shape[-1], dtype=torch.float64)[0]
-    weight = torch.stack([
-        matrices(shape[1:], torch.float64),
-        *(spectrum(shape[1:], values, torch.float64) for values in (gains, rank_1, 0 * gains)),
-    ]).mul(size).float()  # fmt: skip
+    """Against the decomposition in float32, s_max/√r up to 1e7."""
+    weight = hard_matrices(shape[1:], size)
     found, plain = both(weight, reg)
     exact = regularized_inverse(extended(weight), float(torch.tensor(reg)), 0.5)
     assert (errors(found, exact) <= 2 * errors(plain, exact) + FLOOR[torch.float32]).all()
