@@ -1,4 +1,4 @@
-"""``regularized_inverse`` on the GPU at hand, each kernel there is against the reference:
+"""``regularized_inverse`` on the GPU at hand, each kernel there is and the library's products against the reference:
 ``scripts/gpu_inverse.py out.json``.
 
 Times one forward pass for a layer (one matrix) and for many heads. The result is checked on the same matrices first.
@@ -12,21 +12,26 @@ import torch
 import triton
 
 import tp_kernels as tp
+from tp_kernels.ops.regularized_inverse import library
 from tp_kernels.ops.regularized_inverse.op import BACKENDS
 
-KERNELS = [name for name in ("triton", "cuda") if BACKENDS.backends[name].available()[0]]
+# Products are what larger matrices get; whether they are ahead of a kernel of ours on smaller ones, this says.
+COMPARED = [*(name for name in ("triton", "cuda") if BACKENDS.backends[name].available()[0]), "products"]
 
 
 def row(batch: int, N: int, power: float) -> dict[str, object]:
     reg = 1e-4 if power == 0.5 else 0.25
     weight = torch.randn(batch, N, N, device="cuda", generator=torch.Generator("cuda").manual_seed(0)) / N**0.5
 
-    def inverse(backend: str, matrices: torch.Tensor = weight) -> torch.Tensor:
-        return tp.regularized_inverse(matrices, reg, power=power, backend=backend)
+    def inverse(name: str, matrices: torch.Tensor = weight) -> torch.Tensor:
+        if name == "products":
+            return library.forward(matrices, torch.tensor(reg, dtype=torch.float64), power)[0]
+        # As a layer computes it: nothing waits.
+        return tp.regularized_inverse(matrices, reg, power=power, backend=name, check_errors=False)
 
     exact = inverse("reference", weight.double())
-    errors = {name: float((inverse(name) - exact).norm() / exact.norm()) for name in (*KERNELS, "reference")}
-    passed = all(errors[name] <= 2 * errors["reference"] + 1e-5 for name in KERNELS)
+    errors = {name: float((inverse(name) - exact).norm() / exact.norm()) for name in (*COMPARED, "reference")}
+    passed = all(errors[name] <= 2 * errors["reference"] + 1e-5 for name in COMPARED)
     times = {
         f"{name}_ms": triton.testing.do_bench(lambda name=name: inverse(name)) if passed else None for name in errors
     }
@@ -41,7 +46,7 @@ def main() -> None:
         print(found)
     if not all(found["passed"] for found in rows):
         raise SystemExit("no time without a passed check")
-    for name in KERNELS:
+    for name in COMPARED:
         ratios = sorted(found[f"{name}_ms"] / found["reference_ms"] for found in rows)
         print(f"{name} / reference, time: {ratios[0]:.2f} to {ratios[-1]:.2f}")
 
