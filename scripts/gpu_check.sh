@@ -71,7 +71,7 @@ sanitizer=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitco
 
 check_triton() {
     export TPK_REQUIRE_BACKENDS=reference,triton
-    stage tests 240 "$python" -m pytest "${workers[@]}" tests/ops/test_*_triton.py tests/ops/test_*_library.py \
+    stage tests 240 "$python" -m pytest "${workers[@]}" tests/ops/test_*_triton.py tests/ops/test_*_products.py \
         -q --junit-xml="$out/tests.xml"
     if command -v compute-sanitizer >/dev/null; then
         stage sanitizer 60 "${sanitizer[@]}" "$python" -m pytest -q tests/ops/test_*_triton.py \

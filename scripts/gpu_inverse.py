@@ -12,7 +12,7 @@ import torch
 import triton
 
 import tp_kernels as tp
-from tp_kernels.ops.regularized_inverse import library
+from tp_kernels.ops.regularized_inverse import products
 from tp_kernels.ops.regularized_inverse.op import BACKENDS
 
 # Products are what larger matrices get; whether they are ahead of a kernel of ours on smaller ones, this says.
@@ -25,7 +25,7 @@ def row(batch: int, N: int, power: float) -> dict[str, object]:
 
     def inverse(name: str, matrices: torch.Tensor = weight) -> torch.Tensor:
         if name == "products":
-            return library.forward(matrices, torch.tensor(reg, dtype=torch.float64), power)[0]
+            return products.forward(matrices, torch.tensor(reg, dtype=torch.float64), power)[0]
         # As a layer computes it: nothing waits.
         return tp.regularized_inverse(matrices, reg, power=power, backend=name, check_errors=False)
 

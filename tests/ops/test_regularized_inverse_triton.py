@@ -10,7 +10,7 @@ from _oracle import extended, regularized_inverse
 import tp_kernels as tp
 from conftest import absent
 from tp_kernels import _triton
-from tp_kernels.ops.regularized_inverse import library
+from tp_kernels.ops.regularized_inverse import products
 from tp_kernels.ops.regularized_inverse.op import BACKENDS
 
 POWERS = (1.0, 0.5)
@@ -123,7 +123,7 @@ def test_no_convergence_is_an_error(device, monkeypatch):
 def test_larger_ones_are_the_librarys(shape, power, device):
     weight = matrices(shape, torch.float32).to(device)
     found = tp.regularized_inverse(weight, 0.25, power=power, backend="triton")
-    assert_identical(found, library.forward(weight, torch.tensor(0.25), power)[0], "P")
+    assert_identical(found, products.forward(weight, torch.tensor(0.25), power)[0], "P")
 
 
 def test_what_it_refuses(device):

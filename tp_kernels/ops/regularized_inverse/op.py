@@ -10,7 +10,7 @@ from tp_kernels import _native, _triton, _validate
 from tp_kernels._autograd import first_derivatives_only
 from tp_kernels._backends import Backend, BackendTable, Support, dtype_name
 from tp_kernels._library import register
-from tp_kernels.ops.regularized_inverse import library, reference
+from tp_kernels.ops.regularized_inverse import products, reference
 
 
 def _solve(weight: Tensor, rhs: Tensor | None, r: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -77,12 +77,12 @@ def _cpu_backward(grad: Tensor, weight: Tensor, inverse: Tensor, reg: Tensor, po
 
 
 LARGEST_ORDER = 128
-"""What one Triton program takes, which iterates on one matrix by itself. Beyond are the library's products."""
+"""What one Triton program takes, which iterates on one matrix by itself. Beyond are torch's products."""
 
 
 def _triton_forward(weight: Tensor, reg: Tensor, power: float) -> tuple[Tensor, Tensor | None]:
     if max(weight.shape[-2:]) > LARGEST_ORDER:
-        return library.forward(weight, reg, power)
+        return products.forward(weight, reg, power)
     from tp_kernels.ops.regularized_inverse import triton_kernel  # imports triton, which need not be there
 
     return triton_kernel.forward(weight, reg, power)
@@ -148,14 +148,14 @@ def _cuda_polar(weight: Tensor, reg: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cuda_takes(weight: Tensor) -> bool:
-    """Whether the Gram matrix fits in the shared memory of one multiprocessor. Beyond is the library."""
+    """Whether the Gram matrix fits in the shared memory of one multiprocessor. Beyond are torch's products."""
     double, device = _native.is_double(weight), _native.device_and_stream(weight)["device"]
     return min(weight.shape[-2:]) <= _native.cuda.regularized_inverse_largest(double=double, device=device)
 
 
 def _cuda_forward(weight: Tensor, reg: Tensor, power: float) -> tuple[Tensor, Tensor]:
     if not _cuda_takes(weight):
-        return library.forward(weight, reg, power)
+        return products.forward(weight, reg, power)
     if weight.shape[-2] < weight.shape[-1]:
         inverse, failed = _cuda_forward(weight.mT, reg, power)
         return inverse.mT, failed

@@ -1,6 +1,6 @@
-"""``regularized_inverse`` by the library's products and factorizations, for matrices that no kernel of ours takes.
+"""``regularized_inverse`` by torch's products and factorizations, for matrices that no GPU kernel of ours takes.
 
-On any device, and nothing waits for it: no decomposition, no choice that depends on a value.
+On any device, and nothing waits for it: no choice depends on a value.
 """
 
 import math
