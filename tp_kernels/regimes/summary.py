@@ -278,19 +278,17 @@ def races_of(records: Iterable[dict]) -> list[list[dict]]:
     for record in records:
         if record["kind"] == "run":
             names = ("task", "T", "N", "B", "optimizer", "initialization", "bar", "device", "max_steps")
-            values = (*(record.get(name) for name in names), schedule_of(record), clipping_of(record))
+            values = (*(record.get(name) for name in names), *(choice_of(record, name) for name in _CHOICES_BEFORE))
             races.setdefault(tuple(map(str, values)), []).append(record)
     return list(races.values())
 
 
-def schedule_of(record: dict) -> str:
-    """Records from before there were schedules do not name theirs."""
-    return record.get("schedule", "constant")
+_CHOICES_BEFORE = {"schedule": "constant", "clipping": "together"}
 
 
-def clipping_of(record: dict) -> str:
-    """Records from before there was a choice do not name theirs."""
-    return record.get("clipping", "together")
+def choice_of(record: dict, name: str) -> str:
+    """A record from before there was a choice does not name it."""
+    return record.get(name, _CHOICES_BEFORE[name])
 
 
 def finals_of(race: list[dict]) -> dict[str, list[dict]]:
@@ -336,9 +334,9 @@ def _reached(runs: list[dict]) -> str:
 
 def race_name(race: list[dict]) -> str:
     first = race[0]
-    schedule = schedule_of(first)
+    schedule = choice_of(first, "schedule")
     optimizer = first["optimizer"] if schedule == "constant" else f"{first['optimizer']} with a {schedule} schedule"
-    if clipping_of(first) == "apart":
+    if choice_of(first, "clipping") == "apart":
         optimizer += ", readout and layer clipped apart"
     return f"{first['task']}, {shape(first)}, {optimizer}, {first['initialization']} initialization"
 

@@ -1,6 +1,6 @@
 """``regularized_inverse`` by torch's products and factorizations, for matrices that no GPU kernel of ours takes.
 
-On any device, and nothing waits for it: no choice depends on a value.
+On any device. But for the decomposition of float64 at power 1/2 nothing waits for it: no choice depends on a value.
 """
 
 import math
