@@ -327,23 +327,24 @@ def test_copies_and_pickles():
 
 
 def test_it_takes_no_rule():
-    model = nn.Sequential(layer_of())
+    model = nn.Sequential(tp.nn.RNN(M, N), nn.RNN(M, N), layer_of())
     with pytest.raises(TypeError) as caught:
         tp.nn.convert(model, tp.BackProp())
-    assert str(caught.value) == "LearnedInverse: rule must be None (it learns its inverse), got BackProp()"
+    assert model[0].rule == tp.TargetProp() and type(model[1]) is nn.RNN, "changed before the error"
+    assert str(caught.value) == "nn.LearnedInverse: rule must be None (it learns its inverse), got BackProp()"
     with pytest.raises(ValueError, match=re.escape("trace: model must have a tp_kernels.nn.RNN in it")):
-        tp.trace(model)
+        tp.trace(model[2:])
 
 
 BAD = {
-    "update": ({"update": "none"}, ValueError, "LearnedInverse: update must be one of 'local', 'total', got 'none'"),
-    "update-kind": ({"update": 1}, TypeError, "LearnedInverse: update must be a str, got int"),
-    "step": ({"step": 0}, ValueError, "LearnedInverse: step must be positive and finite, got 0"),
-    "step-kind": ({"step": "1"}, TypeError, "LearnedInverse: step must be a real number, got str"),
-    "noise": ({"noise": -0.1}, ValueError, "LearnedInverse: noise must be at least 0 and finite, got -0.1"),
-    "noise-nan": ({"noise": float("nan")}, ValueError, "LearnedInverse: noise must be at least 0 and finite, got nan"),
-    "layers": ({"num_layers": 2}, NotImplementedError, "nn.RNN: num_layers=2 is not implemented yet"),
-    "hidden_size": ({"hidden_size": 0}, ValueError, "nn.RNN: hidden_size must be at least 1, got 0"),
+    "update": ({"update": "none"}, ValueError, "nn.LearnedInverse: update must be one of 'local', 'total', got 'none'"),
+    "update-kind": ({"update": 1}, TypeError, "nn.LearnedInverse: update must be a str, got int"),
+    "step": ({"step": 0}, ValueError, "nn.LearnedInverse: step must be positive and finite, got 0"),
+    "step-kind": ({"step": "1"}, TypeError, "nn.LearnedInverse: step must be a real number, got str"),
+    "noise": ({"noise": -0.1}, ValueError, "nn.LearnedInverse: noise must be at least 0 and finite, got -0.1"),
+    "noise-nan": ({"noise": float("nan")}, ValueError, "nn.LearnedInverse: noise must be at least 0 and finite, got nan"),
+    "layers": ({"num_layers": 2}, NotImplementedError, "nn.LearnedInverse: num_layers=2 is not implemented yet"),
+    "hidden_size": ({"hidden_size": 0}, ValueError, "nn.LearnedInverse: hidden_size must be at least 1, got 0"),
 }
 
 
@@ -365,4 +366,4 @@ def test_bad_call():
     layer.inverse_hh_l0 = nn.Parameter(torch.ones(N, M).double())
     with pytest.raises(ValueError, match="inverse_hh_l0") as caught:
         layer(torch.ones(T, B, M).double())
-    assert str(caught.value) == "LearnedInverse: inverse_hh_l0 must have shape (5, 5), got (5, 3)"
+    assert str(caught.value) == "nn.LearnedInverse: inverse_hh_l0 must have shape (5, 5), got (5, 3)"

@@ -64,6 +64,8 @@ class LearnedInverse(RNN):
         (torch.Size([8, 8]), torch.Size([8, 8]))
     """
 
+    _NAME = "nn.LearnedInverse"
+
     def __init__(
         self,
         input_size: int,
@@ -88,12 +90,12 @@ class LearnedInverse(RNN):
             dtype=dtype,
             backend=backend,
         )
-        _validate.word("LearnedInverse", "update", update, _UPDATES)
+        _validate.word(self._NAME, "update", update, _UPDATES)
         for name, value, least in (("step", step, "positive"), ("noise", noise, "at least 0")):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"LearnedInverse: {name} must be a real number, got {type(value).__name__}")
+                raise TypeError(f"{self._NAME}: {name} must be a real number, got {type(value).__name__}")
             if not 0 <= value < math.inf or (value == 0 and least == "positive"):  # the first is false for NaN too
-                raise ValueError(f"LearnedInverse: {name} must be {least} and finite, got {value!r}")
+                raise ValueError(f"{self._NAME}: {name} must be {least} and finite, got {value!r}")
         self.update, self.step, self.noise = update, float(step), float(noise)
         kind = {"device": device, "dtype": dtype}
         self.inverse_ih_l0 = nn.Parameter(torch.empty(hidden_size, input_size, **kind))
@@ -104,15 +106,11 @@ class LearnedInverse(RNN):
             if name.startswith("inverse"):  # after those of the layer, which have the numbers of torch.nn.RNN
                 nn.init.uniform_(parameter, -bound, bound)
 
-    @property
-    def rule(self) -> Rule:
+    def _resolved(self, rule: Rule | None) -> Rule:
         """``BackProp()``: what the kernels do with the displacements. It cannot be another."""
-        return BackProp()
-
-    @rule.setter
-    def rule(self, rule: Rule | None) -> None:
         if rule is not None:
-            raise TypeError(f"LearnedInverse: rule must be None (it learns its inverse), got {rule!r}")
+            raise TypeError(f"{self._NAME}: rule must be None (it learns its inverse), got {rule!r}")
+        return BackProp()
 
     def invert(self, h: Tensor, x: Tensor) -> Tensor:
         """The state that the inverse takes to be the one before: ``G(h, x) = a(V h + U_b x + c)``.
@@ -127,15 +125,10 @@ class LearnedInverse(RNN):
         inverse = [self.inverse_ih_l0, self.inverse_hh_l0, self.inverse_bias_l0]
         return ACTIVATIONS[self.nonlinearity](_before_activation(h, x, inverse))
 
-    def _check_parameters(self) -> None:
-        super()._check_parameters()
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
         M, N = self.input_size, self.hidden_size
-        expected = {"inverse_ih_l0": (N, M), "inverse_hh_l0": (N, N)} | ({"inverse_bias_l0": (N,)} if self.bias else {})
-        for name, shape in expected.items():
-            parameter = getattr(self, name)
-            if parameter.shape != shape:
-                raise ValueError(f"LearnedInverse: {name} must have shape {shape}, got {tuple(parameter.shape)}")
-            _validate.same_kind("LearnedInverse", name, parameter, "weight_ih_l0", self.weight_ih_l0)
+        bias = {"inverse_bias_l0": (N,)} if self.bias else {}
+        return super()._shapes() | {"inverse_ih_l0": (N, M), "inverse_hh_l0": (N, N)} | bias
 
     def _states(self, x: Tensor, h0: Tensor | None) -> tuple[Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):

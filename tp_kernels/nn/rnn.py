@@ -14,10 +14,6 @@ from tp_kernels.ops.rnn.op import rnn_layer
 from tp_kernels.rules import Rule, resolve, uses_inverse
 
 
-def _not_implemented(what: str) -> NotImplementedError:
-    return NotImplementedError(f"nn.RNN: {what} is not implemented yet")
-
-
 class RNN(nn.Module):
     """Elman recurrent layer with the constructor, shapes and ``state_dict`` of ``torch.nn.RNN``, plus ``rule``.
 
@@ -68,6 +64,8 @@ class RNN(nn.Module):
         (torch.Size([10, 2, 8]), torch.Size([1, 2, 8]))
     """
 
+    _NAME = "nn.RNN"  # in errors
+
     def __init__(
         self,
         input_size: int,
@@ -91,21 +89,21 @@ class RNN(nn.Module):
     ) -> None:
         super().__init__()
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
-            _validate.count("nn.RNN", name, size)
+            _validate.count(self._NAME, name, size)
         for name, value in (("bias", bias), ("batch_first", batch_first), ("bidirectional", bidirectional)):
             if not isinstance(value, bool):
-                raise TypeError(f"nn.RNN: {name} must be a bool, got {type(value).__name__}")
+                raise TypeError(f"{self._NAME}: {name} must be a bool, got {type(value).__name__}")
         if num_layers > 1:
-            raise _not_implemented(f"num_layers={num_layers}")
+            raise self._not_implemented(f"num_layers={num_layers}")
         if bidirectional:
-            raise _not_implemented("bidirectional=True")
+            raise self._not_implemented("bidirectional=True")
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
-            raise ValueError(f"nn.RNN: dropout must be a number in [0, 1], got {dropout!r}")
-        _validate.word("nn.RNN", "nonlinearity", nonlinearity, _validate.NONLINEARITIES)
-        _validate.checkpoint_every("nn.RNN", checkpoint_every)
+            raise ValueError(f"{self._NAME}: dropout must be a number in [0, 1], got {dropout!r}")
+        _validate.word(self._NAME, "nonlinearity", nonlinearity, _validate.NONLINEARITIES)
+        _validate.checkpoint_every(self._NAME, checkpoint_every)
         if not isinstance(return_sequence, bool):
-            raise TypeError(f"nn.RNN: return_sequence must be a bool, got {type(return_sequence).__name__}")
-        _validate.backend("nn.RNN", backend)
+            raise TypeError(f"{self._NAME}: return_sequence must be a bool, got {type(return_sequence).__name__}")
+        _validate.backend(self._NAME, backend)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.num_layers = num_layers
@@ -116,7 +114,7 @@ class RNN(nn.Module):
         self.bidirectional = bidirectional
         self.rule = rule
         self.checkpoint_every = checkpoint_every
-        _validate.displacements("nn.RNN", displacements, self.rule, checkpoint_every)
+        _validate.displacements(self._NAME, displacements, self.rule, checkpoint_every)
         self.displacements = displacements
         self.return_sequence = return_sequence
         self.backend = backend
@@ -126,7 +124,7 @@ class RNN(nn.Module):
         if bias:
             self.bias_ih_l0 = nn.Parameter(torch.empty(hidden_size, **kind))
             self.bias_hh_l0 = nn.Parameter(torch.empty(hidden_size, **kind))
-        _validate.feedback("nn.RNN", feedback, self.weight_hh_l0, "weight_hh_l0", self.rule)
+        _validate.feedback(self._NAME, feedback, self.weight_hh_l0, "weight_hh_l0", self.rule)
         self.register_buffer("feedback", feedback, persistent=False)
         self.refresh = refresh
         self.reset_parameters()
@@ -138,8 +136,12 @@ class RNN(nn.Module):
 
     @rule.setter
     def rule(self, rule: Rule | None) -> None:
-        self._rule = resolve("nn.RNN", rule)
+        self._rule = self._resolved(rule)
         self._forget_inverse()
+
+    def _resolved(self, rule: Rule | None) -> Rule:
+        """The rule that assigning this one gives, or an error."""
+        return resolve(self._NAME, rule)
 
     @property
     def refresh(self) -> int:
@@ -148,7 +150,7 @@ class RNN(nn.Module):
 
     @refresh.setter
     def refresh(self, refresh: int) -> None:
-        _validate.count("nn.RNN", "refresh", refresh)
+        _validate.count(self._NAME, "refresh", refresh)
         self.refreshed = RefreshedFeedback(self.weight_hh_l0, refresh) if refresh > 1 else None
 
     def _forget_inverse(self) -> None:
@@ -171,7 +173,7 @@ class RNN(nn.Module):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
         if isinstance(input, PackedSequence):
-            raise _not_implemented("a PackedSequence as input")
+            raise self._not_implemented("a PackedSequence as input")
         if isinstance(input, Tensor) and autocast_enabled(input.device.type):
             input, hx = self._in_own_dtype(input), self._in_own_dtype(hx)
         self._check_parameters()
@@ -184,6 +186,9 @@ class RNN(nn.Module):
         if h is not None:
             h = h.squeeze(1) if not batched else h.transpose(0, 1) if self.batch_first else h
         return h, last.unsqueeze(0) if batched else last
+
+    def _not_implemented(self, what: str) -> NotImplementedError:
+        return NotImplementedError(f"{self._NAME}: {what} is not implemented yet")
 
     def _in_own_dtype(self, value: object) -> object:
         """A floating-point tensor in the dtype of the parameters, whatever that of the layer before; the rest as is."""
@@ -213,44 +218,46 @@ class RNN(nn.Module):
             backend=self.backend,
         )
 
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every parameter, by name."""
+        M, N = self.input_size, self.hidden_size
+        biases = {"bias_ih_l0": (N,), "bias_hh_l0": (N,)} if self.bias else {}
+        return {"weight_ih_l0": (N, M), "weight_hh_l0": (N, N)} | biases
+
     def _check_parameters(self) -> None:
         """Parameters can be put in from outside; the kernels read them by their address."""
-        M, N, first = self.input_size, self.hidden_size, self.weight_ih_l0
-        expected = {"weight_ih_l0": (N, M), "weight_hh_l0": (N, N)}
-        if self.bias:
-            expected |= {"bias_ih_l0": (N,), "bias_hh_l0": (N,)}
-        for name, shape in expected.items():
+        for name, shape in self._shapes().items():
             parameter = getattr(self, name)
             if parameter.shape != shape:
-                raise ValueError(f"nn.RNN: {name} must have shape {shape}, got {tuple(parameter.shape)}")
-            _validate.same_kind("nn.RNN", name, parameter, "weight_ih_l0", first)
-        _validate.feedback("nn.RNN", self.feedback, self.weight_hh_l0, "weight_hh_l0", self.rule)
-        _validate.displacements("nn.RNN", self.displacements, self.rule, self.checkpoint_every)
+                raise ValueError(f"{self._NAME}: {name} must have shape {shape}, got {tuple(parameter.shape)}")
+            _validate.same_kind(self._NAME, name, parameter, "weight_ih_l0", self.weight_ih_l0)
+        _validate.feedback(self._NAME, self.feedback, self.weight_hh_l0, "weight_hh_l0", self.rule)
+        _validate.displacements(self._NAME, self.displacements, self.rule, self.checkpoint_every)
 
     def _check_input(self, input: Tensor, hx: Tensor | None) -> None:
-        _validate.floating_tensor("nn.RNN", "input", input)
+        _validate.floating_tensor(self._NAME, "input", input)
         letters = "[B, T, M]" if self.batch_first else "[T, B, M]"
         if input.dim() not in (2, 3):
-            raise ValueError(f"nn.RNN: input must have shape {letters} or [T, M], got {tuple(input.shape)}")
+            raise ValueError(f"{self._NAME}: input must have shape {letters} or [T, M], got {tuple(input.shape)}")
         if input.shape[-1] != self.input_size:
             letters = letters if input.dim() == 3 else "[T, M]"
             raise ValueError(
-                f"nn.RNN: input must have shape {letters} with M = {self.input_size}, got {tuple(input.shape)}"
+                f"{self._NAME}: input must have shape {letters} with M = {self.input_size}, got {tuple(input.shape)}"
             )
         if input.shape[1 if self.batch_first and input.dim() == 3 else 0] == 0:
-            raise ValueError(f"nn.RNN: input must have at least one time step (T >= 1), got {tuple(input.shape)}")
-        _validate.same_kind("nn.RNN", "input", input, "weight_ih_l0", self.weight_ih_l0)
-        _validate.numbers_of_rule("nn.RNN", self.rule, self.nonlinearity, input.dtype)
+            raise ValueError(f"{self._NAME}: input must have at least one time step (T >= 1), got {tuple(input.shape)}")
+        _validate.same_kind(self._NAME, "input", input, "weight_ih_l0", self.weight_ih_l0)
+        _validate.numbers_of_rule(self._NAME, self.rule, self.nonlinearity, input.dtype)
         if hx is None:
             return
-        _validate.floating_tensor("nn.RNN", "hx", hx)
+        _validate.floating_tensor(self._NAME, "hx", hx)
         if input.dim() == 2:
             letters, expected = "[1, N]", [1, self.hidden_size]
         else:
             letters, expected = "[1, B, N]", [1, input.shape[0 if self.batch_first else 1], self.hidden_size]
         if list(hx.shape) != expected:
-            raise ValueError(f"nn.RNN: hx must have shape {letters} = {expected}, got {tuple(hx.shape)}")
-        _validate.same_kind("nn.RNN", "hx", hx, "input", input)
+            raise ValueError(f"{self._NAME}: hx must have shape {letters} = {expected}, got {tuple(hx.shape)}")
+        _validate.same_kind(self._NAME, "hx", hx, "input", input)
 
     def extra_repr(self) -> str:
         words = [f"{self.input_size}, {self.hidden_size}"]
@@ -341,11 +348,14 @@ def convert(model: nn.Module, rule: Rule | None = None) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"nn.convert: model must be a torch.nn.Module, got {type(model).__name__}")
     rule = resolve("nn.convert", rule)
+    ours = [module for module in model.modules() if isinstance(module, RNN)]
+    for module in ours:
+        module._resolved(rule)  # one that takes no rule raises before anything is changed
+    for module in ours:
+        module.rule = rule
     swaps: dict[nn.Module, nn.Module] = {}
     for name, module in model.named_modules():
-        if isinstance(module, RNN):
-            module.rule = rule
-        elif isinstance(module, nn.RNN):
+        if isinstance(module, nn.RNN):
             reason = _why_not(module)
             if reason is None:
                 swaps[module] = _swapped(module, rule)
