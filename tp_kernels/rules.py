@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
-_INVERSES = ("weight", "layer", "identity", "jacobian")
-_UPDATES = ("total", "local")
-_MODES = ("linearized", "difference", "direct")
+Inverse = Literal["weight", "layer", "identity", "jacobian"]
+Update = Literal["total", "local"]
+Mode = Literal["linearized", "difference", "direct"]
+_INVERSES, _UPDATES, _MODES = map(get_args, (Inverse, Update, Mode))
 
 
 def _check_word(argument: str, value: object, words: tuple[str, ...]) -> None:
@@ -68,9 +69,9 @@ class TargetProp:
     """
 
     reg: float | None = None
-    inverse: str = "weight"
-    update: str = "total"
-    mode: str = "linearized"
+    inverse: Inverse = "weight"
+    update: Update = "total"
+    mode: Mode = "linearized"
     power: float | None = None
     step: float = 1.0
     clip: float = 1e-3
