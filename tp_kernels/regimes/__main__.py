@@ -20,6 +20,8 @@ try:
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
+        TaskProgressColumn,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
@@ -228,10 +230,11 @@ def parser() -> argparse.ArgumentParser:
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
-def _progress() -> Progress:
-    # The longest description first: a bar that moves with every line of text is hard to read.
-    columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+def _progress(done: ProgressColumn) -> Progress:
+    # The longest description first: a bar that moves with every line of text is hard to read. On 80 columns the bar
+    # gives way, and no number does.
+    columns = (TextColumn("{task.description:<44}"), BarColumn(bar_width=None), done)
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, expand=True)
 
 
 def _own(args: argparse.Namespace, names: Sequence[str]) -> dict:
@@ -281,7 +284,7 @@ def run_map(args: argparse.Namespace, store: Store) -> None:
     _mention_others(store, here)
     if len(missing) < len(cases):
         console.print(f"map: {len(cases) - len(missing)} of {len(cases)} cells measured before, kept")
-    with _progress() as progress:
+    with _progress(MofNCompleteColumn()) as progress:
         bar = progress.add_task("map", total=len(missing))
         for case in missing:
             progress.update(bar, description=f"map: {case}")
@@ -316,14 +319,14 @@ def run_race(args: argparse.Namespace, store: Store) -> None:
     threads = args.threads or PRESETS[args.preset or "default"].grid.threads
     here = here | {"threads": threads}
     done = {key: record for key, record in store.records.items() if store.has(key, here)}
-    with _progress() as progress, measure.settings(threads):
+    with _progress(TaskProgressColumn()) as progress, measure.settings(threads):
         bar = progress.add_task("race", total=None)
         train.race(
             plan,
             done,
             on_record=lambda record: store.append(record | {"environment": here}),
             progress=lambda description, behind, total: progress.update(
-                bar, description=f"race: {_shortened(description)}", completed=behind, total=total
+                bar, description=_shortened(description), completed=behind, total=total
             ),
         )
 
