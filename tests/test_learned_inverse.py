@@ -1,6 +1,7 @@
 """``LearnedInverse``: targets, gradients and the inverse's own loss against NumPy; and that it learns."""
 
 import copy
+import math
 import pickle
 import re
 
@@ -330,7 +331,7 @@ def test_it_takes_no_rule():
     model = nn.Sequential(tp.nn.RNN(M, N), nn.RNN(M, N), layer_of())
     with pytest.raises(TypeError) as caught:
         tp.nn.convert(model, tp.BackProp())
-    assert model[0].rule == tp.TargetProp() and type(model[1]) is nn.RNN, "changed before the error"
+    assert (model[0].rule, type(model[1])) == (tp.TargetProp(), nn.RNN), "changed before the error"
     assert str(caught.value) == "nn.LearnedInverse: rule must be None (it learns its inverse), got BackProp()"
     with pytest.raises(ValueError, match=re.escape("trace: model must have a tp_kernels.nn.RNN in it")):
         tp.trace(model[2:])
@@ -342,7 +343,7 @@ BAD = {
     "step": ({"step": 0}, ValueError, "nn.LearnedInverse: step must be positive and finite, got 0"),
     "step-kind": ({"step": "1"}, TypeError, "nn.LearnedInverse: step must be a real number, got str"),
     "noise": ({"noise": -0.1}, ValueError, "nn.LearnedInverse: noise must be at least 0 and finite, got -0.1"),
-    "noise-nan": ({"noise": float("nan")}, ValueError, "nn.LearnedInverse: noise must be at least 0 and finite, got nan"),
+    "noise-nan": ({"noise": math.nan}, ValueError, "nn.LearnedInverse: noise must be at least 0 and finite, got nan"),
     "layers": ({"num_layers": 2}, NotImplementedError, "nn.LearnedInverse: num_layers=2 is not implemented yet"),
     "hidden_size": ({"hidden_size": 0}, ValueError, "nn.LearnedInverse: hidden_size must be at least 1, got 0"),
 }

@@ -110,6 +110,8 @@ def test_preset_before_the_command_counts():
         (["map", "--seconds", "-1"], "argument --seconds: expected one positive number, got '-1'"),
         (["map", "--device", "abacus"], "argument --device: expected cpu, cuda or cuda:0, got 'abacus'"),
         (["race", "--task", "chess"], "argument --task: expected names out of .*, got 'chess'"),
+        (["race", "--contenders", "tp,bq"], "argument --contenders: contenders must be one of 'tp', .*, got 'bq'"),
+        (["race", "--contenders", "tp:r=1"], "--contenders: contenders, after ':', must be one of 'reg', .*, got 'r'"),
         (["race", "--bar", "2"], r"argument --bar: expected a number in \(0, 1\], got '2'"),
         (["map", "--min-rounds", "9", "--max-rounds", "2"], "--min-rounds must be at most --max-rounds=2, got 9"),
         (["report", "--out", "nowhere"], "--out must be a run folder with finished records in .*, got nowhere"),
@@ -429,6 +431,18 @@ def test_a_control_with_two_step_sizes_is_one_as_well():
 def test_every_contender_of_the_race_has_a_label_and_a_colour(name):
     assert summary.race_label(name) != name
     assert name in pictures.CURVE_COLOURS
+
+
+def test_a_changed_contender_has_a_label_and_a_colour_of_its_own(monkeypatch):
+    name = "tp-two:reg=0.01"
+    assert summary.race_label(name) == "TP, two step sizes, reg=0.01"
+    drawn = []
+    monkeypatch.setattr(pictures, "_png", lambda figure: drawn.extend(figure.axes[0].get_lines()) or b"")
+    contenders = ("tp", "tp-two", name, "tp-two:reg=0.1")
+    pictures.race_curves([_run(contender, "tp", seed, 0.4) for contender in contenders for seed in range(3)])
+    curves = [line for line in drawn if line.get_label()[0] != "_"]
+    assert [line.get_label() for line in curves] == [summary.race_label(contender) for contender in contenders]
+    assert len({line.get_color() for line in curves}) == 4
 
 
 def test_a_race_won_but_not_by_the_inverse():

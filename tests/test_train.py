@@ -110,6 +110,35 @@ def test_a_record(contender: str) -> None:
     assert record["step_sizes"] in record["grid"]
 
 
+def test_a_contender_with_another_rule() -> None:
+    """What comes after the colons is in the rule and in the record; nothing else of the contender changes."""
+    spec = spec_of("tp-two:power=1:reg=0.3:update=local")
+    assert spec.rule == tp.TargetProp(reg=0.3, power=1.0, update="local")
+    record = train.run(spec)
+    assert (record["contender"], record["rule"]) == ("tp-two:power=1:reg=0.3:update=local", repr(spec.rule))
+    assert list(record["step_sizes"]) == ["readout", "recurrent"]
+    same = train.run(spec_of("tp:reg=1e-4"))
+    assert without_time(same)["curve"] == without_time(train.run(spec_of("tp")))["curve"]
+    assert same["key"] != spec_of("tp").key
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bq", "contenders must be one of 'tp', .*, got 'bq'"),
+        ("tp:gamma=2", "contenders, after ':', must be one of 'reg', .*, got 'gamma'"),
+        ("bp:reg=1", "contenders must be of TargetProp to be changed after ':', got 'bp:reg=1'"),
+        ("tp:reg=a", "contenders must have a rule that there is, got 'tp:reg=a': could not convert string to float"),
+        ("tp:reg", "contenders must have a rule that there is, got 'tp:reg': could not convert string to float: ''"),
+        ("tp:reg=0", "contenders must have a rule that there is, got 'tp:reg=0': TargetProp: reg must be positive"),
+        ("tp:mode=direct", "'tp:mode=direct': TargetProp: inverse must be 'layer' with mode='direct', got 'weight'"),
+    ],
+)
+def test_a_contender_that_there_is_not(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small_plan(contenders=[name])
+
+
 @pytest.mark.parametrize("contender", ["tp", "bp", "nn.RNN"])
 def test_a_seed_gives_one_curve(contender: str) -> None:
     spec = spec_of(contender)

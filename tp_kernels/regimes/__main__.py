@@ -120,6 +120,16 @@ def words(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
     return read
 
 
+def race_contenders(text: str) -> tuple[str, ...]:
+    parts = _split(text)
+    for part in parts:
+        try:
+            train.contender_of(part)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix("race: ")) from None
+    return tuple(dict.fromkeys(parts))
+
+
 def device(text: str) -> str:
     try:
         kind = torch.device(text).type
@@ -202,7 +212,12 @@ def parser() -> argparse.ArgumentParser:
     race.add_argument("--T", type=integers, help="sequence lengths")
     race.add_argument("--N", type=integers, help="hidden sizes")
     race.add_argument("--B", type=integers, help="batch sizes")
-    race.add_argument("--contenders", type=words(tuple(train.CONTENDERS)), metavar="A,B", help="out of the list below")
+    race.add_argument(
+        "--contenders",
+        type=race_contenders,
+        metavar="A,B",
+        help="out of the list below, those of TP also with another rule, as in tp:reg=0.01 or tp-two:power=1:reg=0.1",
+    )
     race.add_argument("--seeds", type=integer, help="number of seeds of the final runs")
     race.add_argument("--search-seeds", type=integer, help="number of seeds of each point of the search")
     race.add_argument("--step-sizes", type=numbers, metavar="X,Y", help="the search grid")

@@ -31,7 +31,6 @@ CURVE_COLOURS = {
     "tp-paper": "#0072B2",
     "tp-paper-local": "#56B4E9",
     "tp-power1": "#B8A000",
-    "tp-r0.1": "#9B5DE5",
     "tp-refresh8": "#B39DDB",
     "tp-jacobian": "#E11D48",
     "tp-difference": "#0E7490",
@@ -195,6 +194,9 @@ def _bare(axis: Axes) -> None:
 def race_curves(race: list[dict]) -> bytes:
     """Accuracy over seconds and over steps: the median over the seeds, and their whole spread."""
     finals = finals_of(race)
+    # One whose rule the user changed has no colour of its own: it takes one that is free here.
+    free = (colour for name, colour in CURVE_COLOURS.items() if name not in finals)
+    colours = {name: CURVE_COLOURS.get(name) or next(free) for name in finals}
     figure = Figure(figsize=(10.5, 3.9), layout="constrained")
     for axis, quantity in zip(figure.subplots(1, 2, sharey=True), ("seconds", "step"), strict=True):
         for name, runs in finals.items():
@@ -205,7 +207,7 @@ def race_curves(race: list[dict]) -> bytes:
             lines = np.array(
                 [np.interp(grid, [p[quantity] for p in curve], [p["accuracy"] for p in curve]) for curve in curves]
             )
-            colour, style = CURVE_COLOURS.get(name, _INK), _STYLES[runs[0]["role"]]
+            colour, style = colours[name], _STYLES[runs[0]["role"]]
             axis.plot(
                 grid, np.median(lines, axis=0), color=colour, linestyle=style, linewidth=1.8, label=race_label(name)
             )

@@ -25,7 +25,6 @@ _RACE_LABELS = {
     "tp-paper": "TP, paper's code",
     "tp-paper-local": "TP, paper's formula",
     "tp-power1": "TP, power 1",
-    "tp-r0.1": "TP, r = 0.1",
     "tp-refresh8": "TP, P every 8 steps",
     "tp-jacobian": "TP, inverse of the Jacobian",
     "tp-difference": "TP, difference targets",
@@ -342,7 +341,8 @@ def race_name(race: list[dict]) -> str:
 
 
 def race_label(name: str) -> str:
-    return _RACE_LABELS.get(name, name)
+    base, *changes = name.split(":")
+    return ", ".join((_RACE_LABELS.get(base, base), *changes))
 
 
 def race_verdict(finals: dict[str, list[dict]], name: str) -> tuple[str, str]:

@@ -40,6 +40,11 @@ _EVALUATED_AT_ONCE = 1000
 Progress = Callable[[str, int, int], None]
 
 
+def _choose_word(argument: str, value: object, words: Sequence[str]) -> None:
+    if value not in words:
+        raise ValueError(f"race: {argument} must be one of {', '.join(map(repr, words))}, got {value!r}")
+
+
 # --- contenders -----------------------------------------------------------------------------------------------------
 
 
@@ -100,8 +105,6 @@ CONTENDERS = {
         Contender("tp-two", "tp", TargetProp(), two_step_sizes=True),
         Contender("tp-local", "tp", TargetProp(update="local")),
         Contender("tp-power1", "tp", TargetProp(power=1.0)),
-        # Gain s/√(s² + r) a step: displacements fade over some twenty steps where W is near-orthogonal.
-        Contender("tp-r0.1", "tp", TargetProp(reg=0.1)),
         # The paper's inverse with the update of its formula, and with the update of its released code. The plan
         # gives each task its r.
         Contender("tp-paper-local", "tp", TargetProp(inverse="layer", update="local")),
@@ -124,6 +127,35 @@ CONTENDERS = {
         Contender("frozen", "control", BackProp(), frozen=True),
     )
 }
+
+
+@lru_cache
+def contender_of(name: str) -> Contender:
+    """One of ``CONTENDERS``, or one with numbers and words of its rule in place of its own, after colons.
+
+    Raises:
+        ValueError: there is no such contender, it has no such number or word, or its rule cannot be so.
+
+    Example:
+        >>> contender_of("tp-two:reg=0.01").rule.reg
+        0.01
+    """
+    base, *changes = name.split(":")
+    _choose_word("contenders", base, tuple(CONTENDERS))
+    contender = CONTENDERS[base]
+    if not changes:
+        return contender
+    if not isinstance(contender.rule, TargetProp):
+        raise ValueError(f"race: contenders must be of TargetProp to be changed after ':', got {name!r}")
+    given = dict(change.partition("=")[::2] for change in changes)
+    settable = {f.name: getattr(contender.rule, f.name) for f in fields(TargetProp)}
+    for option in given:
+        _choose_word("contenders, after ':',", option, tuple(settable))
+    try:
+        values = {option: type(settable[option])(text) for option, text in given.items()}
+        return replace(contender, name=name, rule=replace(contender.rule, **values))
+    except ValueError as error:
+        raise ValueError(f"race: contenders must have a rule that there is, got {name!r}: {error}") from error
 
 
 # --- what to run ----------------------------------------------------------------------------------------------------
@@ -353,11 +385,6 @@ def _as_tuple(value: Any) -> tuple:
     return tuple(value) if isinstance(value, (list, tuple, range)) else (value,)
 
 
-def _choose_word(argument: str, value: object, words: Sequence[str]) -> None:
-    if value not in words:
-        raise ValueError(f"race: {argument} must be one of {', '.join(map(repr, words))}, got {value!r}")
-
-
 def _family(task: str) -> str:
     return (
         "images"
@@ -394,13 +421,11 @@ def _setting(options: dict[str, Any]) -> Setting:
     _choose_word("schedule", options["schedule"], SCHEDULES)
     _choose_word("clipping", options["clipping"], CLIPPINGS)
     _choose_word("initialization", options["initialization"], INITIALIZATIONS)
-    for name in options["contenders"]:
-        _choose_word("contenders", name, tuple(CONTENDERS))
     for name in ("N", "B", "steps", "evaluate_every"):
         if options[name] < 1:
             raise ValueError(f"race: {name} must be at least 1, got {options[name]}")
     task = make_task(options["task"], options["T"], options.get("data"))
-    contenders = [CONTENDERS[name] for name in options["contenders"]]
+    contenders = [contender_of(name) for name in options["contenders"]]
     grids = []
     for contender in contenders:
         if contender.two_step_sizes and "two_step_sizes" in options:
@@ -440,7 +465,8 @@ def plan(preset: str | None = None, **overrides: Any) -> RacePlan:
         preset: "quick" (about a minute on two cores), "default", "paper"; ``None`` is "default".
         task, T, N, B: one or several; every combination is a setting. Without ``task`` and ``T`` the preset's own
             settings stay. With ``task`` alone each has its usual T.
-        contenders: names in ``CONTENDERS``.
+        contenders: names in ``CONTENDERS``, those of ``TargetProp`` also with changes of their rule, as in
+            "tp-two:reg=0.01" or "tp:power=1:reg=0.1".
         seeds: a number of seeds (0, 1, …), or the seeds themselves. ``search_seeds``: those of the search, a number of
             them (100, 101, …) or themselves; they must be others.
         step_sizes: the search grid, one trial a point and search seed; every contender gets as many. ``bp_step_sizes``
@@ -523,7 +549,7 @@ def build(spec: RaceSpec, task: Task) -> nn.ModuleDict:
         model = nn.ModuleDict({"rnn": rnn, "readout": nn.Linear(spec.N, task.output_size)})
     if spec.rule is not None:
         tp.nn.convert(model, spec.rule)
-    contender = CONTENDERS[spec.contender]
+    contender = contender_of(spec.contender)
     if contender.learned is not None:
         model["rnn"] = _with_learned_inverse(rnn, spec, contender.learned)
     if contender.refresh > 1:
@@ -554,7 +580,7 @@ def _with_learned_inverse(rnn: nn.RNN, spec: RaceSpec, update: str) -> tp.nn.Lea
 
 def _feedback(spec: RaceSpec, weight: Tensor) -> Tensor:
     """The matrix in place of P."""
-    kind = CONTENDERS[spec.contender].feedback
+    kind = contender_of(spec.contender).feedback
     if kind == "transpose":
         return weight.mT  # the parameter's own memory: it follows the optimizer
     if kind == "first":
@@ -700,7 +726,7 @@ def _train(
 def _rule_words(spec: RaceSpec) -> str:
     if spec.rule is not None:
         return repr(spec.rule)
-    update = CONTENDERS[spec.contender].learned
+    update = contender_of(spec.contender).learned
     return "torch.nn.RNN" if update is None else f"LearnedInverse(update={update!r})"
 
 
@@ -729,9 +755,9 @@ def run(spec: RaceSpec, on_steps: Callable[[int], None] = lambda step: None) -> 
         "N": spec.N,
         "B": spec.B,
         "contender": spec.contender,
-        "role": CONTENDERS[spec.contender].role,
+        "role": contender_of(spec.contender).role,
         "rule": _rule_words(spec),
-        "feedback": CONTENDERS[spec.contender].feedback,
+        "feedback": contender_of(spec.contender).feedback,
         "phase": spec.phase,
         "optimizer": spec.optimizer,
         "schedule": spec.schedule,
