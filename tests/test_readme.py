@@ -49,7 +49,7 @@ def test_commands_of_the_findings_are_those_of_the_records(command):
     for name in ("task", "T"):
         assert {record[name] for record in finals} == set(getattr(arguments, name))
     defaults = {"initialization": "default", "optimizer": "adam", "schedule": "constant", "clipping": "together"}
-    for name, value in defaults.items():
+    for name, value in (defaults | {"beta2": 0.999}).items():
         assert {record.get(name, value) for record in finals} == {getattr(arguments, name) or value}
     assert {record["max_steps"] for record in finals} == {arguments.steps}
     assert {record["seed"] for record in finals} == set(range(arguments.seeds or 3))

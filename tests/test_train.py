@@ -296,15 +296,16 @@ def test_bp_on_our_kernels_is_torchs_bp() -> None:
     assert [point["loss"] for point in tp] != pytest.approx([point["loss"] for point in torchs], rel=1e-4)
 
 
-def test_training_is_the_plain_loop(nets) -> None:
+@pytest.mark.parametrize("beta2", [0.999, 0.9])
+def test_training_is_the_plain_loop(beta2: float, nets) -> None:
     """Twelve steps of Adam written out with torch alone end at the weights of a run."""
-    spec = spec_of("nn.RNN", steps=12, stop_at_bar=False, step_sizes=StepSizes(all=0.03))
+    spec = spec_of("nn.RNN", steps=12, stop_at_bar=False, step_sizes=StepSizes(all=0.03), beta2=beta2)
     train.run(spec)
     task = make_task(spec.task, spec.T)
     first, trained = nets[0]
     plain = nn.ModuleDict({"rnn": nn.RNN(task.input_size, spec.N), "readout": nn.Linear(spec.N, task.output_size)})
     plain.load_state_dict(first)
-    optimizer = torch.optim.Adam(plain.parameters(), lr=0.03)
+    optimizer = torch.optim.Adam(plain.parameters(), lr=0.03, betas=(0.9, beta2))
     for x, y in islice(train.batches(spec, task), 12):
         _, last = plain["rnn"](x)
         optimizer.zero_grad()
@@ -506,6 +507,13 @@ def test_the_papers_settings() -> None:
         ({"task": "sorting"}, ValueError, "task must be one of .*got 'sorting'"),
         ({"contenders": ["tp", "sgd"]}, ValueError, "contenders must be one of .*got 'sgd'"),
         ({"optimizer": "lbfgs"}, ValueError, "optimizer must be one of 'adam', 'sgd', got 'lbfgs'"),
+        ({"beta2": 1.0}, ValueError, r"beta2 must be in \(0, 1\), got 1.0"),
+        (
+            {"beta2": 0.9, "optimizer": "sgd"},
+            ValueError,
+            "beta2 must be left out where the optimizer is 'sgd', got 0.9",
+        ),
+        ({"beta2": 0.9, "preset": "paper"}, ValueError, "beta2 must be left out where the optimizer is 'sgd', got 0.9"),
         ({"clipping": "none"}, ValueError, "clipping must be one of 'together', 'apart', got 'none'"),
         ({"schedule": "linear"}, ValueError, "schedule must be one of 'constant', 'cosine', got 'linear'"),
         ({"initialization": "zero"}, ValueError, "initialization must be one of .*got 'zero'"),

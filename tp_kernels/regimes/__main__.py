@@ -222,6 +222,7 @@ def parser() -> argparse.ArgumentParser:
     race.add_argument("--search-seeds", type=integer, help="number of seeds of each point of the search")
     race.add_argument("--step-sizes", type=numbers, metavar="X,Y", help="the search grid")
     race.add_argument("--optimizer", choices=train.OPTIMIZERS)
+    race.add_argument("--beta2", type=share, help="Adam's β₂, of its mean of squared gradients")
     race.add_argument("--schedule", choices=train.SCHEDULES, help="of the step sizes")
     race.add_argument(
         "--clipping", choices=train.CLIPPINGS, help="of the gradient with adam: readout and layer together or apart"
@@ -321,8 +322,8 @@ def _mention_others(store: Store, here: dict) -> None:
 
 
 _RACE_FLAGS = (
-    *("task", "T", "N", "B", "contenders", "seeds", "search_seeds", "step_sizes", "optimizer", "schedule"),
-    *("clipping", "initialization", "steps", "evaluate_every", "bar", "reg", "gamma", "device", "data"),
+    *("task", "T", "N", "B", "contenders", "seeds", "search_seeds", "step_sizes", "optimizer", "beta2"),
+    *("schedule", "clipping", "initialization", "steps", "evaluate_every", "bar", "reg", "gamma", "device", "data"),
 )
 
 

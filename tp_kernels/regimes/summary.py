@@ -282,10 +282,10 @@ def races_of(records: Iterable[dict]) -> list[list[dict]]:
     return list(races.values())
 
 
-_CHOICES_BEFORE = {"schedule": "constant", "clipping": "together"}
+_CHOICES_BEFORE = {"schedule": "constant", "clipping": "together", "beta2": 0.999}
 
 
-def choice_of(record: dict, name: str) -> str:
+def choice_of(record: dict, name: str) -> str | float | None:
     """A record from before there was a choice does not name it."""
     return record.get(name, _CHOICES_BEFORE[name])
 
@@ -335,6 +335,8 @@ def race_name(race: list[dict]) -> str:
     first = race[0]
     schedule = choice_of(first, "schedule")
     optimizer = first["optimizer"] if schedule == "constant" else f"{first['optimizer']} with a {schedule} schedule"
+    if (beta2 := choice_of(first, "beta2")) not in (None, _CHOICES_BEFORE["beta2"]):
+        optimizer += f", β₂ = {beta2:g}"
     if choice_of(first, "clipping") == "apart":
         optimizer += ", readout and layer clipped apart"
     return f"{first['task']}, {shape(first)}, {optimizer}, {first['initialization']} initialization"

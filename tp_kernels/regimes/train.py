@@ -166,7 +166,7 @@ class RaceSpec:
     """One run: everything that its result depends on, but for the machine.
 
     ``steps`` is the most it takes; with ``stop_at_bar`` it stops once the bar is passed and ``floor`` steps are done.
-    The schedule "cosine" takes the step sizes down to zero over ``steps``.
+    The schedule "cosine" takes the step sizes down to zero over ``steps``. ``beta2`` is Adam's β₂, ``None`` with SGD.
     ``clip`` is the largest norm of the gradient: of all of it with the clipping "together", of the readout's and of the
     layer's with "apart". The phase decides the set that accuracy is measured on:
     "search" the validation set, "final" the test set.
@@ -179,6 +179,7 @@ class RaceSpec:
     contender: str
     rule: Rule | None
     optimizer: str
+    beta2: float | None
     schedule: str
     initialization: str
     step_sizes: StepSizes
@@ -213,6 +214,7 @@ class Setting:
     N: int
     B: int
     optimizer: str
+    beta2: float | None
     schedule: str
     clipping: str
     initialization: str
@@ -309,6 +311,7 @@ _BASE = {
     "N": 64,
     "B": 20,
     "optimizer": "adam",
+    "beta2": 0.999,
     "schedule": "constant",
     "clipping": "together",
     "initialization": "default",
@@ -326,6 +329,7 @@ _PAPER = {
     "N": 100,
     "B": 20,
     "optimizer": "sgd",
+    "beta2": 0.999,
     "schedule": "constant",
     "clipping": "together",
     "initialization": "orthogonal",
@@ -376,8 +380,8 @@ that one; its CIFAR, GRU and text settings are not here."""
 _LISTS = ("task", "T", "N", "B", "seeds", "search_seeds", "contenders", "step_sizes", "bp_step_sizes")
 _KNOWN = (
     *_LISTS,
-    *("two_step_sizes", "optimizer", "schedule", "clipping", "initialization", "steps", "floor", "evaluate_every"),
-    *("bar", "reg", "gamma", "stop_at_bar", "device", "data"),
+    *("two_step_sizes", "optimizer", "beta2", "schedule", "clipping", "initialization", "steps", "floor"),
+    *("evaluate_every", "bar", "reg", "gamma", "stop_at_bar", "device", "data"),
 )
 
 
@@ -424,6 +428,8 @@ def _setting(options: dict[str, Any]) -> Setting:
     for name in ("N", "B", "steps", "evaluate_every"):
         if options[name] < 1:
             raise ValueError(f"race: {name} must be at least 1, got {options[name]}")
+    if not 0 < options["beta2"] < 1:
+        raise ValueError(f"race: beta2 must be in (0, 1), got {options['beta2']}")
     task = make_task(options["task"], options["T"], options.get("data"))
     contenders = [contender_of(name) for name in options["contenders"]]
     grids = []
@@ -440,6 +446,7 @@ def _setting(options: dict[str, Any]) -> Setting:
         N=options["N"],
         B=options["B"],
         optimizer=optimizer,
+        beta2=options["beta2"] if optimizer == "adam" else None,
         schedule=options["schedule"],
         clipping=options["clipping"],
         initialization=options["initialization"],
@@ -474,9 +481,10 @@ def plan(preset: str | None = None, **overrides: Any) -> RacePlan:
             "bp-two" and other "-two"; without pairs these take the grid with a recurrent step size of 1/10 (Adam) or
             1/100 (SGD).
         optimizer: "adam" (gradient clipped to norm 1) or "sgd" (not clipped). clipping: "together" (the norm is that of
-            the whole gradient) or "apart" (the readout's and the layer's are each clipped to it). schedule: "constant"
-            or "cosine" (step sizes go down to zero over ``steps``). initialization: of the recurrent weight, "default"
-            as in ``torch.nn.RNN``, "orthogonal", or "rotation" (orthogonal and near the identity).
+            the whole gradient) or "apart" (the readout's and the layer's are each clipped to it). beta2: Adam's β₂.
+            schedule: "constant" or "cosine" (step sizes go down to zero over ``steps``). initialization: of the
+            recurrent weight, "default" as in ``torch.nn.RNN``, "orthogonal", or "rotation" (orthogonal and near the
+            identity).
         steps: the most a run takes; evaluate_every: steps between evaluations; floor: steps before a run may stop;
             stop_at_bar: whether it stops once the bar is passed; bar: the running accuracy to pass.
         reg, gamma: r and step γ of "tp-paper" and "tp-paper-local".
@@ -519,7 +527,10 @@ def plan(preset: str | None = None, **overrides: Any) -> RacePlan:
     settings = []
     for start in starts:
         # A user's grid is for everyone, and another optimizer has step sizes of another size.
-        changed = given.get("optimizer", start["optimizer"]) != start["optimizer"]
+        optimizer = given.get("optimizer", start["optimizer"])
+        if optimizer == "sgd" and "beta2" in given:
+            raise ValueError(f"race: beta2 must be left out where the optimizer is 'sgd', got {given['beta2']}")
+        changed = optimizer != start["optimizer"]
         if changed or "step_sizes" in given:
             start = {name: value for name, value in start.items() if not name.endswith("step_sizes")}
             start["step_sizes"] = _ADAM_GRID if given.get("optimizer", "adam") == "adam" else _SGD_GRID
@@ -599,8 +610,10 @@ def build_optimizer(spec: RaceSpec, model: nn.ModuleDict) -> torch.optim.Optimiz
         {"params": [p for p in model[part].parameters() if p.requires_grad], "lr": size}
         for part, size in per_part.items()
     ]
-    make = torch.optim.Adam if spec.optimizer == "adam" else torch.optim.SGD
-    return make([group for group in groups if group["params"]], lr=0.0)
+    groups = [group for group in groups if group["params"]]
+    if spec.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0)
+    return torch.optim.Adam(groups, lr=0.0, betas=(0.9, spec.beta2))
 
 
 def build_schedule(spec: RaceSpec, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler | None:
@@ -760,6 +773,7 @@ def run(spec: RaceSpec, on_steps: Callable[[int], None] = lambda step: None) -> 
         "feedback": contender_of(spec.contender).feedback,
         "phase": spec.phase,
         "optimizer": spec.optimizer,
+        "beta2": spec.beta2,
         "schedule": spec.schedule,
         "clipping": spec.clipping,
         "initialization": spec.initialization,
