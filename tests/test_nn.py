@@ -12,6 +12,7 @@ import pytest
 import torch
 from _cases import DTYPES, RULES
 from _compare import assert_budget, assert_identical, assert_near, assert_same_pattern
+from _modules import run
 from _oracle import extended, rnn_backward, rnn_forward
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,17 +33,6 @@ def pair(rule: object = None, backend: str = "auto", dtype: torch.dtype = torch.
         torch.manual_seed(1)
         modules.append(make(M, N, dtype=dtype, **options, **extra))
     return tuple(modules)
-
-
-def run(module: nn.Module, x: Tensor, h0: Tensor | None, grad: Tensor, grad_last: Tensor) -> dict[str, Tensor]:
-    """Outputs and all gradients, from gradients that arrive at both outputs."""
-    leaves = {"grad_x": x.clone().requires_grad_()}
-    if h0 is not None:
-        leaves["grad_h0"] = h0.clone().requires_grad_()
-    output, last = module(*leaves.values())
-    leaves |= {f"grad_{name}": parameter for name, parameter in module.named_parameters()}
-    grads = torch.autograd.grad((output, last), list(leaves.values()), (grad, grad_last))
-    return {"output": output.detach(), "last": last.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
 def exact(
@@ -735,11 +725,11 @@ def test_autocast_keeps_to_the_parameters_dtype(half, backend):
     before = nn.Linear(M, N)
     with torch.autocast("cpu", half):
         features = before(X)
-        output, last = layer(features)
-        last.sum().backward()
+        output, last = layer(features, H0)
+        last.sum().backward()  # without autocast too
     assert features.dtype == half
     assert output.dtype == torch.float32
-    expected = plain(features.detach().float())[1]
+    expected = plain(features.detach().float(), H0)[1]
     expected.sum().backward()
     assert_identical(last.detach(), expected.detach(), "last state")
     for name, parameter in layer.named_parameters():

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tp_kernels._library import without_autocast
+
 
 class _Refusal(torch.autograd.Function):
     """Hands on the first ``count`` tensors, and raises where a derivative is taken through them in any of the rest."""
@@ -23,7 +25,8 @@ class _Refusal(torch.autograd.Function):
 def first_derivatives_only(backward: Callable[..., tuple]) -> Callable[..., tuple]:
     """A backward pass that raises where a second derivative is taken through it: never a derivative of zero.
 
-    It is called with the saved tensors after ``ctx``: they are unpacked here, once, as checkpointing demands.
+    It is called with the saved tensors after ``ctx``: they are unpacked here, once, as checkpointing demands. It runs
+    without autocast, as the forward pass did.
 
     ``torch.autograd.function.once_differentiable`` does so only where a gradient that arrives requires a gradient
     itself, and does not know what the results depend on: of ``h.sum()`` the second derivatives would be missing
@@ -33,7 +36,8 @@ def first_derivatives_only(backward: Callable[..., tuple]) -> Callable[..., tupl
     @functools.wraps(backward)
     def run(ctx: Any, *gradients: Tensor | None) -> tuple:
         saved = ctx.saved_tensors
-        with torch.no_grad():
+        device = next(tensor.device.type for tensor in saved if tensor is not None)
+        with torch.no_grad(), without_autocast(device):
             found = backward(ctx, saved, *gradients)
         if not torch.is_grad_enabled():  # it is with create_graph=True only
             return found

@@ -1,5 +1,6 @@
 """Registration with ``torch.library``: one definition, one implementation, one fake per op."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 
@@ -18,17 +19,19 @@ def autocast_enabled(device: str) -> bool:
     return _has_autocast(device) and torch.is_autocast_enabled(device)
 
 
+def without_autocast(device: str) -> contextlib.AbstractContextManager:
+    """Autocast would change the dtype of what torch computes in between, behind the kernels' back."""
+    return torch.autocast(device, enabled=False) if autocast_enabled(device) else contextlib.nullcontext()
+
+
 def register(schema: str, implementation: Callable, fake: Callable) -> None:
     """Define ``tp_kernels::<schema>``: the implementation picks the back-end, the fake gives shapes and dtypes."""
     name = schema.partition("(")[0]
 
     @functools.wraps(implementation)
     def run(*arguments: object) -> object:
-        # Autocast would change the dtype of what torch computes in between, behind the kernels' back.
         device = next(argument.device.type for argument in arguments if isinstance(argument, torch.Tensor))
-        if not autocast_enabled(device):
-            return implementation(*arguments)
-        with torch.autocast(device, enabled=False):
+        with without_autocast(device):
             return implementation(*arguments)
 
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from tp_kernels import _validate
 from tp_kernels._autograd import first_derivatives_only
+from tp_kernels._library import without_autocast
 from tp_kernels.nn.rnn import RNN
 from tp_kernels.ops.rnn.reference import ACTIVATIONS
 from tp_kernels.rules import BackProp, Rule, Sweep
@@ -131,7 +132,7 @@ class LearnedInverse(RNN):
         return super()._shapes() | {"inverse_ih_l0": (N, M), "inverse_hh_l0": (N, N)} | bias
 
     def _states(self, x: Tensor, h0: Tensor | None) -> tuple[Tensor, Tensor]:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             bias = self.bias_ih_l0 + self.bias_hh_l0 if self.bias else None
             return LearnedInverseFunction.apply(
                 *(functional.linear(x, self.weight_ih_l0, bias), self.weight_hh_l0, h0, x),
@@ -174,20 +175,19 @@ class LearnedInverseFunction(torch.autograd.Function):
     def backward(ctx: Any, saved: tuple, grad_h: Tensor | None, grad_last: Tensor | None) -> tuple:
         u, weight, h0, x, *inverse, h = saved
         nonlinearity, update, step, noise, backend = ctx.words
-        with torch.autocast(h.device.type, enabled=False):
-            grad = torch.zeros_like(h) if grad_h is None else grad_h.clone()
-            if grad_last is not None:
-                grad[-1] += grad_last
-            before = torch.cat([torch.zeros_like(h[:1]) if h0 is None else h0[None], h[:-1]])
-            displacements, first = _displacements(grad, h, x, inverse, nonlinearity, step)
-            # Displacements in the place of gradients and nothing carried: the last step of every rule.
-            grad_u, _, through = torch.ops.tp_kernels.rnn_bwd(
-                *(displacements, None, h, weight, None, None, None, None, None),
-                *(*Sweep(nonlinearity, "none", update), backend),
-            )
-            grad_weight = grad_u.flatten(0, 1).mT @ before.flatten(0, 1)
-            trained = ctx.needs_input_grad[4:7]
-            grad_inverse = _reconstruction_gradients(u, weight, before, x, inverse, trained, nonlinearity, noise)
+        grad = torch.zeros_like(h) if grad_h is None else grad_h.clone()
+        if grad_last is not None:
+            grad[-1] += grad_last
+        before = torch.cat([torch.zeros_like(h[:1]) if h0 is None else h0[None], h[:-1]])
+        displacements, first = _displacements(grad, h, x, inverse, nonlinearity, step)
+        # Displacements in the place of gradients and nothing carried: the last step of every rule.
+        grad_u, _, through = torch.ops.tp_kernels.rnn_bwd(
+            *(displacements, None, h, weight, None, None, None, None, None),
+            *(*Sweep(nonlinearity, "none", update), backend),
+        )
+        grad_weight = grad_u.flatten(0, 1).mT @ before.flatten(0, 1)
+        trained = ctx.needs_input_grad[4:7]
+        grad_inverse = _reconstruction_gradients(u, weight, before, x, inverse, trained, nonlinearity, noise)
         grad_h0 = None if h0 is None else through if update == "total" else first
         return grad_u, grad_weight, grad_h0, None, *grad_inverse, *[None] * 5
 
