@@ -20,6 +20,7 @@ T* at(std::uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
+using Array2 = std::array<std::ptrdiff_t, 2>;
 using Array3 = std::array<std::ptrdiff_t, 3>;
 using Array4 = std::array<std::ptrdiff_t, 4>;
 

@@ -93,6 +93,59 @@ py::object rnn_bwd(bool is_double, std::uintptr_t grad_h, const Array3& grad_h_s
     return py::make_tuple(unsolved.t, unsolved.b, unsolved.head, unsolved.residual);
 }
 
+void gru_fwd(bool is_double, std::uintptr_t u, const Array2& u_strides, std::uintptr_t weight, std::uintptr_t bias,
+             std::uintptr_t h0, std::uintptr_t h, std::uintptr_t gates, const Array3& sizes, int threads) {
+    for_dtype(is_double, [&](auto zero) {
+        using T = decltype(zero);
+        launch(launchers<T>().gru_forward, GruForward<T>{at<const T>(u),
+                                                         {u_strides[0], u_strides[1]},
+                                                         at<const T>(weight),
+                                                         at<const T>(bias),
+                                                         at<const T>(h0),
+                                                         at<T>(h),
+                                                         at<T>(gates),
+                                                         sizes[0],
+                                                         sizes[1],
+                                                         sizes[2],
+                                                         threads});
+    });
+}
+
+// Where the solve of "jacobian" gave up, (step, sample, relative residual); None where it did not.
+py::object gru_bwd(bool is_double, std::uintptr_t grad_h, const Array2& grad_h_strides, std::uintptr_t grad_last,
+                   std::uintptr_t h, std::uintptr_t gates, std::uintptr_t weight, std::uintptr_t feedback,
+                   std::uintptr_t h0, std::uintptr_t grad_u, std::uintptr_t grad_h0, const Array3& sizes,
+                   const std::string& inverse, const std::string& update, double step, double clip, double reg,
+                   double rtol, int threads) {
+    Unsolved unsolved = {};
+    for_dtype(is_double, [&](auto zero) {
+        using T = decltype(zero);
+        launch(launchers<T>().gru_backward, GruBackward<T>{at<const T>(grad_h),
+                                                           {grad_h_strides[0], grad_h_strides[1]},
+                                                           at<const T>(grad_last),
+                                                           at<const T>(h),
+                                                           at<const T>(gates),
+                                                           at<const T>(weight),
+                                                           at<const T>(feedback),
+                                                           at<const T>(h0),
+                                                           at<T>(grad_u),
+                                                           at<T>(grad_h0),
+                                                           &unsolved,
+                                                           sizes[0],
+                                                           sizes[1],
+                                                           sizes[2],
+                                                           inverse_of(inverse),
+                                                           update_of(update),
+                                                           static_cast<T>(step),
+                                                           static_cast<T>(clip),
+                                                           static_cast<T>(reg),
+                                                           static_cast<T>(rtol),
+                                                           threads});
+    });
+    if (unsolved.residual == 0) return py::none();
+    return py::make_tuple(unsolved.t, unsolved.b, unsolved.residual);
+}
+
 // Whether any of a batch's flags is set.
 bool any(std::uintptr_t flags, std::ptrdiff_t count) {
     const bool* first = at<const bool>(flags);
@@ -154,6 +207,12 @@ PYBIND11_MODULE(_cpu, m) {
           py::arg("h0"), py::arg("grad_u"), py::arg("iterations"), py::arg("sizes"), py::arg("nonlinearity"),
           py::arg("inverse"), py::arg("update"), py::arg("step"), py::arg("clip"), py::arg("reg"), py::arg("rtol"),
           py::arg("first"), py::arg("threads"));
+    m.def("gru_fwd", &gru_fwd, py::kw_only(), py::arg("double"), py::arg("u"), py::arg("u_strides"), py::arg("weight"),
+          py::arg("bias"), py::arg("h0"), py::arg("h"), py::arg("gates"), py::arg("sizes"), py::arg("threads"));
+    m.def("gru_bwd", &gru_bwd, py::kw_only(), py::arg("double"), py::arg("grad_h"), py::arg("grad_h_strides"),
+          py::arg("grad_last"), py::arg("h"), py::arg("gates"), py::arg("weight"), py::arg("feedback"), py::arg("h0"),
+          py::arg("grad_u"), py::arg("grad_h0"), py::arg("sizes"), py::arg("inverse"), py::arg("update"),
+          py::arg("step"), py::arg("clip"), py::arg("reg"), py::arg("rtol"), py::arg("threads"));
     m.def("regularized_solve", &regularized_solve, py::kw_only(), py::arg("double"), py::arg("weight"), py::arg("rhs"),
           py::arg("reg"), py::arg("solved"), py::arg("failed"), py::arg("sizes"), py::arg("threads"));
     m.def("regularized_polar", &regularized_polar, py::kw_only(), py::arg("weight"), py::arg("reg"), py::arg("polar"),

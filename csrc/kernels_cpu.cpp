@@ -1,6 +1,7 @@
 // Every CPU kernel, for the instruction set TPK_ISA. CMakeLists.txt compiles this file once for each.
 #include "common/isa.h"
 #include "common/peak.inl"
+#include "gru/kernel_cpu.inl"
 #include "regularized_inverse/kernel_cpu.inl"
 #include "regularized_inverse/polar_cpu.inl"
 #include "rnn/kernel_cpu.inl"
@@ -13,8 +14,10 @@ namespace tpk::TPK_ISA {
 extern const IsaLevel level;
 const IsaLevel level = {
     TPK_STRING(TPK_ISA),
-    {rnn_forward<float>, rnn_backward<float>, regularized_solve<float>, multiply_add_loop<float>},
-    {rnn_forward<double>, rnn_backward<double>, regularized_solve<double>, multiply_add_loop<double>},
+    {rnn_forward<float>, rnn_backward<float>, gru_forward<float>, gru_backward<float>, regularized_solve<float>,
+     multiply_add_loop<float>},
+    {rnn_forward<double>, rnn_backward<double>, gru_forward<double>, gru_backward<double>, regularized_solve<double>,
+     multiply_add_loop<double>},
     regularized_polar,
 };
 

@@ -140,3 +140,42 @@ RULES: dict[str, tp.BackProp | tp.TargetProp] = {
     "identity-total": tp.TargetProp(inverse="identity", step=0.7),
     "identity-local": tp.TargetProp(inverse="identity", update="local"),
 }
+
+
+@dataclass(frozen=True)
+class GRUCase:
+    """One call of ``gru``; ``str()`` of it is its id."""
+
+    T: int = 3
+    B: int = 2
+    N: int = 5
+    bias: bool = True
+    h0: bool = True
+
+    def __str__(self) -> str:
+        words = [word for word, there in (("nobias", self.bias), ("zero", self.h0)) if not there]
+        return "-".join([f"T{self.T}-B{self.B}-N{self.N}", *words])
+
+    def tensors(self, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """u, W, b and h_0."""
+        numbers = torch.Generator().manual_seed(seed)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=numbers, dtype=torch.float64)
+
+        u, weight = random(self.T, self.B, 3 * self.N), 0.9 / self.N**0.5 * random(3 * self.N, self.N)
+        bias = 0.5 * random(self.N) if self.bias else None
+        h0 = random(self.B, self.N) if self.h0 else None
+        return tuple(None if tensor is None else tensor.to(dtype) for tensor in (u, weight, bias, h0))
+
+    def gradient(self, dtype: torch.dtype, seed: int = 1) -> Tensor:
+        """What arrives from the loss at every state."""
+        return RNNCase(self.T, self.B, self.N).gradient(dtype, seed)
+
+    def inverses(self, dtype: torch.dtype, inverse: str) -> Tensor | None:
+        """Some P for the op."""
+        blocks = {"weight": (), "layer": (3,)}
+        return matrices((*blocks[inverse], self.N, self.N), dtype, seed=2) if inverse in blocks else None
+
+
+GRU_RULES = {name: rule for name, rule in RULES.items() if getattr(rule, "mode", "linearized") == "linearized"}

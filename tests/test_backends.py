@@ -8,20 +8,25 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from _cases import RNNCase, matrices
+from _cases import GRUCase, RNNCase, matrices
 
 import tp_kernels as tp
 from tp_kernels import _native, _triton, info
 from tp_kernels._backends import NAMES, Backend, BackendTable, BackendUnavailableError
+from tp_kernels.ops.gru import op as gru_op
 from tp_kernels.ops.regularized_inverse import op as inverse_op
 from tp_kernels.ops.rnn import backends as rnn_backends
 
-OPS = {"rnn": rnn_backends, "regularized_inverse": inverse_op}
+OPS = {"rnn": rnn_backends, "gru": gru_op, "regularized_inverse": inverse_op}
+ON_A_GPU = ("rnn", "regularized_inverse")  # have kernels there
 
 
 def call(op: str, backend: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     if op == "rnn":
         return tp.rnn(*RNNCase().tensors(dtype), backend=backend)
+    if op == "gru":
+        u, weight, bias, h0 = GRUCase().tensors(dtype)
+        return tp.gru(u, weight, h0, bias=bias, backend=backend)
     return tp.regularized_inverse(matrices((3, 2), dtype), 0.25, backend=backend)
 
 
@@ -34,7 +39,7 @@ def test_every_backend_is_in_the_table(op):
     assert tp.BackendUnavailableError is BackendUnavailableError
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ON_A_GPU)
 @pytest.mark.parametrize("case", ["no package", "no device", "CPU tensors"])
 def test_triton_says_why_not(case, op, monkeypatch):
     """On any machine: whether the package is there, a device is, and the tensors are on it."""
@@ -71,7 +76,7 @@ def test_triton_says_why_not(case, op, monkeypatch):
     ],
     ids=["no module", "no device", "other device"],
 )
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ON_A_GPU)
 def test_cuda_says_why_not(op, module, reason, monkeypatch):
     monkeypatch.setattr(_native, "cuda", module)
     monkeypatch.setattr(_native, "_cuda_error", "not built", raising=False)

@@ -169,3 +169,42 @@ def rnn(
     numbers_of_rule(op, rule, nonlinearity, u.dtype)
     checkpoint_every(op, every)
     backend(op, backend_name)
+
+
+def rule_of_gru(op: str, rule: Rule) -> None:
+    if isinstance(rule, TargetProp) and rule.mode != "linearized":
+        raise ValueError(f"{op}: rule must have mode='linearized', got mode={rule.mode!r}")
+    if isinstance(rule, TargetProp) and rule.inverse == "layer" and rule.clip >= 0.5:
+        raise ValueError(
+            f"{op}: rule must have clip below 0.5, as gates are clipped to [clip, 1 - clip], got {rule.clip}"
+        )
+
+
+def gru(
+    u: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    h0: torch.Tensor | None,
+    rule: Rule,
+    backend_name: str,
+) -> None:
+    op = "gru"
+    floating_tensor(op, "u", u)
+    floating_tensor(op, "weight", weight)
+    if u.dim() != 3 or u.shape[-1] == 0 or u.shape[-1] % 3:
+        raise ValueError(f"{op}: u must have shape [T, B, 3N] with N >= 1, got {_shape(u)}")
+    if u.shape[0] == 0:
+        raise ValueError(f"{op}: u must have at least one time step (T >= 1), got {_shape(u)}")
+    B, N = u.shape[1], u.shape[2] // 3
+    if list(weight.shape) != [3 * N, N]:
+        raise ValueError(f"{op}: weight must have shape [3N, N] = {[3 * N, N]}, got {_shape(weight)}")
+    same_kind(op, "weight", weight, "u", u)
+    for argument, value, letters, expected in (("bias", bias, "[N]", [N]), ("h0", h0, "[B, N]", [B, N])):
+        if value is not None:
+            floating_tensor(op, argument, value)
+            if list(value.shape) != expected:
+                raise ValueError(f"{op}: {argument} must have shape {letters} = {expected}, got {_shape(value)}")
+            same_kind(op, argument, value, "u", u)
+    rule_of_gru(op, rule)
+    numbers_of_rule(op, rule, "tanh", u.dtype)
+    backend(op, backend_name)

@@ -13,13 +13,14 @@ import torch
 import tp_kernels
 from tp_kernels import _native
 from tp_kernels._backends import NAMES, BackendTable, dtype_name
+from tp_kernels.ops.gru import op as gru
 from tp_kernels.ops.regularized_inverse import op as regularized_inverse
 from tp_kernels.ops.rnn import op as rnn
 from tp_kernels.ops.rnn.cuda_paths import LARGEST_ON_ONE, cuda_path
 
 _AS_ON_AN_H100 = 1024  # units of a cluster
 
-TABLES: tuple[BackendTable, ...] = (rnn.BACKENDS, regularized_inverse.BACKENDS)
+TABLES: tuple[BackendTable, ...] = (rnn.BACKENDS, gru.BACKENDS, regularized_inverse.BACKENDS)
 
 
 def versions() -> dict[str, str]:

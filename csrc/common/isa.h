@@ -1,6 +1,7 @@
 // The instruction sets the CPU kernels are compiled for, and the one in use.
 #pragma once
 
+#include "../gru/kernel.h"
 #include "../regularized_inverse/kernel.h"
 #include "../rnn/kernel.h"
 
@@ -11,6 +12,8 @@ template <class T>
 struct Launchers {
     bool (*rnn_forward)(const RnnForward<T>&);
     bool (*rnn_backward)(const RnnBackward<T>&);
+    bool (*gru_forward)(const GruForward<T>&);
+    bool (*gru_backward)(const GruBackward<T>&);
     bool (*regularized_solve)(const RegularizedSolve<T>&);
     double (*multiply_add_loop)(long iterations);  // the ceiling; returns the operations it took
 };

@@ -39,6 +39,12 @@ inline V broadcast(T x) {
     return x - V{};
 }
 
+template <class V, class T>
+inline V clamp(V x, T low, T high) {
+    const V raised = x < low ? broadcast<V>(low) : x;
+    return raised > high ? broadcast<V>(high) : raised;  // NaN stays
+}
+
 // Sum of the lanes, by halves.
 template <class T, class V>
 inline T sum(V v) {

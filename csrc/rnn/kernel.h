@@ -7,12 +7,11 @@
 #include <stdint.h>
 
 #include "../common/half.h"
+#include "../common/rule.h"
 
 namespace tpk {
 
 enum class Nonlinearity { tanh, relu, identity };
-enum class Inverse { none, identity, weight, layer, jacobian, difference, direct };
-enum class Update { total, local };
 
 struct Strides {
     ptrdiff_t time, batch, head;
@@ -32,12 +31,6 @@ struct RnnForward {
     ptrdiff_t T_, B, H, N;
     Nonlinearity nonlinearity;
     int threads;
-};
-
-// Where the solve of "jacobian" gave up, and the relative residual it was left with; 0: nowhere.
-struct Unsolved {
-    double residual;
-    ptrdiff_t t, b, head;
 };
 
 // Number: of the rule's numbers.

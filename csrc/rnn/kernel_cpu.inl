@@ -5,36 +5,18 @@
 #include "../common/gemm.h"
 #include "../common/memory.h"
 #include "../common/threads.h"
+#include "../common/tiles.h"
 #include "jacobian_cpu.inl"
 #include "kernel.h"
 #include "tile.h"
 
 namespace tpk::TPK_ISA {
 
-struct Tiles {
-    ptrdiff_t rows, per_head, count;  // rows of a tile, tiles of a head, tiles in all
-
-    Tiles(ptrdiff_t B, ptrdiff_t H, int threads) {
-        const ptrdiff_t fair = divide_up(B * H, threads > 0 ? threads : 1);
-        per_head = divide_up(B, fair < largest_tile ? fair : largest_tile);
-        rows = divide_up(B, per_head);
-        per_head = divide_up(B, rows);
-        count = per_head * H;
-    }
-};
-
 // packed[head] of a weight [H][N][N]: the right-hand matrix of a row vector times Wᵀ (transposed) or times W.
 template <class T>
 void pack_heads(const T* weight, bool transposed, ptrdiff_t H, ptrdiff_t N, T* packed) {
     for (ptrdiff_t head = 0; head < H; ++head)
         pack(weight + head * N * N, transposed ? 1 : N, transposed ? N : 1, N, N, packed + head * N * padded<T>(N), N);
-}
-
-template <class T>
-inline void copy_rows(const T* source, ptrdiff_t source_row, ptrdiff_t rows, ptrdiff_t n, T* target,
-                      ptrdiff_t target_row) {
-    for (ptrdiff_t i = 0; i < rows; ++i)
-        __builtin_memcpy(target + i * target_row, source + i * source_row, static_cast<size_t>(n) * sizeof(T));
 }
 
 // With a projection, `state` [rows][N + M] holds h_{t-1} and x_t side by side, and one product gives the whole
@@ -65,11 +47,6 @@ void forward_tile(const RnnForward<T>& f, const T* packed, ptrdiff_t head, ptrdi
         });
         before = h;
     }
-}
-
-template <class T>
-inline void clear(T* elements, ptrdiff_t count) {
-    __builtin_memset(elements, 0, static_cast<size_t>(count) * sizeof(T));
 }
 
 template <class T, Nonlinearity a>

@@ -1,4 +1,4 @@
-// A tile of batch rows: how large it may be, and what happens to its elements.
+// What happens to the elements of a tile of batch rows.
 #pragma once
 
 #include "../common/atanh.h"
@@ -6,9 +6,6 @@
 #include "kernel.h"
 
 namespace tpk::TPK_ISA {
-
-// Rows at most: enough to hide the weights' trip from the second-level cache.
-constexpr ptrdiff_t largest_tile = 48;
 
 template <Nonlinearity a, class T, class V>
 inline V activation(V z) {
@@ -22,12 +19,6 @@ inline V through_activation(V adjoint, V h) {
     if constexpr (a == Nonlinearity::tanh) return adjoint * (1 - h * h);
     if constexpr (a == Nonlinearity::relu) return h <= 0 ? V{} : adjoint;
     return adjoint;
-}
-
-template <class V, class T>
-inline V clamp(V x, T low, T high) {
-    const V raised = x < low ? broadcast<V>(low) : x;
-    return raised > high ? broadcast<V>(high) : raised;  // NaN stays
 }
 
 // The linearized inverse of the activation, at h; that of relu is relu.

@@ -1,20 +1,16 @@
-"""Drop-in modules: swap ``torch.nn.RNN`` for ``tp_kernels.nn.RNN(rule=...)``."""
-
-import math
-import warnings
+"""The Elman layer: swap ``torch.nn.RNN`` for ``tp_kernels.nn.RNN(rule=...)``."""
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch import Tensor
 
 from tp_kernels import _validate
-from tp_kernels._library import autocast_enabled
+from tp_kernels.nn._recurrent import Recurrent
 from tp_kernels.ops.rnn.feedback import RefreshedFeedback
 from tp_kernels.ops.rnn.op import rnn_layer
-from tp_kernels.rules import Rule, resolve, uses_inverse
+from tp_kernels.rules import Rule, uses_inverse
 
 
-class RNN(nn.Module):
+class RNN(Recurrent):
     """Elman recurrent layer with the constructor, shapes and ``state_dict`` of ``torch.nn.RNN``, plus ``rule``.
 
     ``h_t = a(x_t W_ihᵀ + b_ih + h_{t-1} W_hhᵀ + b_hh)``. Initialization draws the same numbers in the same order as
@@ -64,7 +60,7 @@ class RNN(nn.Module):
         (torch.Size([10, 2, 8]), torch.Size([1, 2, 8]))
     """
 
-    _NAME = "nn.RNN"  # in errors
+    _NAME = "nn.RNN"
 
     def __init__(
         self,
@@ -87,61 +83,29 @@ class RNN(nn.Module):
         displacements: str = "auto",
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
-            _validate.count(self._NAME, name, size)
-        for name, value in (("bias", bias), ("batch_first", batch_first), ("bidirectional", bidirectional)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{self._NAME}: {name} must be a bool, got {type(value).__name__}")
-        if num_layers > 1:
-            raise self._not_implemented(f"num_layers={num_layers}")
-        if bidirectional:
-            raise self._not_implemented("bidirectional=True")
-        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
-            raise ValueError(f"{self._NAME}: dropout must be a number in [0, 1], got {dropout!r}")
         _validate.word(self._NAME, "nonlinearity", nonlinearity, _validate.NONLINEARITIES)
         _validate.checkpoint_every(self._NAME, checkpoint_every)
         if not isinstance(return_sequence, bool):
             raise TypeError(f"{self._NAME}: return_sequence must be a bool, got {type(return_sequence).__name__}")
-        _validate.backend(self._NAME, backend)
-        self.input_size = input_size
-        self.hidden_size = hidden_size
-        self.num_layers = num_layers
-        self.nonlinearity = nonlinearity
-        self.bias = bias
-        self.batch_first = batch_first
-        self.dropout = float(dropout)
-        self.bidirectional = bidirectional
-        self.rule = rule
-        self.checkpoint_every = checkpoint_every
+        super().__init__(
+            *(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype),
+            rule=rule,
+            backend=backend,
+        )
         _validate.displacements(self._NAME, displacements, self.rule, checkpoint_every)
-        self.displacements = displacements
-        self.return_sequence = return_sequence
-        self.backend = backend
-        kind = {"device": device, "dtype": dtype}
-        self.weight_ih_l0 = nn.Parameter(torch.empty(hidden_size, input_size, **kind))
-        self.weight_hh_l0 = nn.Parameter(torch.empty(hidden_size, hidden_size, **kind))
-        if bias:
-            self.bias_ih_l0 = nn.Parameter(torch.empty(hidden_size, **kind))
-            self.bias_hh_l0 = nn.Parameter(torch.empty(hidden_size, **kind))
         _validate.feedback(self._NAME, feedback, self.weight_hh_l0, "weight_hh_l0", self.rule)
+        self.nonlinearity = nonlinearity
+        self.checkpoint_every = checkpoint_every
+        self.return_sequence = return_sequence
+        self.displacements = displacements
         self.register_buffer("feedback", feedback, persistent=False)
         self.refresh = refresh
         self.reset_parameters()
 
-    @property
-    def rule(self) -> Rule:
-        """What backward computes. Assigning ``None`` means ``TargetProp()``."""
-        return self._rule
-
-    @rule.setter
+    @Recurrent.rule.setter
     def rule(self, rule: Rule | None) -> None:
         self._rule = self._resolved(rule)
         self._forget_inverse()
-
-    def _resolved(self, rule: Rule | None) -> Rule:
-        """The rule that assigning this one gives, or an error."""
-        return resolve(self._NAME, rule)
 
     @property
     def refresh(self) -> int:
@@ -158,42 +122,8 @@ class RNN(nn.Module):
             self.refreshed.forget()
 
     def reset_parameters(self) -> None:
-        """Uniform on ±1/√N, as in ``torch.nn.RNN``."""
-        bound = 1 / math.sqrt(self.hidden_size)
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
+        super().reset_parameters()
         self._forget_inverse()
-
-    def flatten_parameters(self) -> None:
-        """Nothing to do: the kernels take the parameters as they are. Here for code written for ``torch.nn.RNN``."""
-
-    @property
-    def all_weights(self) -> list[list[nn.Parameter]]:
-        return [list(self.parameters())]
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
-        if isinstance(input, PackedSequence):
-            raise self._not_implemented("a PackedSequence as input")
-        if isinstance(input, Tensor) and autocast_enabled(input.device.type):
-            input, hx = self._in_own_dtype(input), self._in_own_dtype(hx)
-        self._check_parameters()
-        self._check_input(input, hx)
-        batched = input.dim() == 3
-        x = input if batched else input.unsqueeze(0 if self.batch_first else 1)
-        h, last = self._states(
-            x.transpose(0, 1) if self.batch_first else x, hx[0] if batched and hx is not None else hx
-        )
-        if h is not None:
-            h = h.squeeze(1) if not batched else h.transpose(0, 1) if self.batch_first else h
-        return h, last.unsqueeze(0) if batched else last
-
-    def _not_implemented(self, what: str) -> NotImplementedError:
-        return NotImplementedError(f"{self._NAME}: {what} is not implemented yet")
-
-    def _in_own_dtype(self, value: object) -> object:
-        """A floating-point tensor in the dtype of the parameters, whatever that of the layer before; the rest as is."""
-        floating = isinstance(value, Tensor) and value.is_floating_point()
-        return value.to(self.weight_ih_l0.dtype) if floating else value
 
     def _feedback(self) -> Tensor | None:
         """The matrix to take in place of P; ``None``: P of the weight as it is."""
@@ -202,7 +132,7 @@ class RNN(nn.Module):
         return self.feedback
 
     def _states(self, x: Tensor, h0: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        """The layer itself, on x: [T, B, M] and h0: [B, N]."""
+        _validate.numbers_of_rule(self._NAME, self.rule, self.nonlinearity, x.dtype)
         return rnn_layer(
             x,
             self.weight_ih_l0,
@@ -218,152 +148,21 @@ class RNN(nn.Module):
             backend=self.backend,
         )
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every parameter, by name."""
-        M, N = self.input_size, self.hidden_size
-        biases = {"bias_ih_l0": (N,), "bias_hh_l0": (N,)} if self.bias else {}
-        return {"weight_ih_l0": (N, M), "weight_hh_l0": (N, N)} | biases
-
     def _check_parameters(self) -> None:
-        """Parameters can be put in from outside; the kernels read them by their address."""
-        for name, shape in self._shapes().items():
-            parameter = getattr(self, name)
-            if parameter.shape != shape:
-                raise ValueError(f"{self._NAME}: {name} must have shape {shape}, got {tuple(parameter.shape)}")
-            _validate.same_kind(self._NAME, name, parameter, "weight_ih_l0", self.weight_ih_l0)
+        super()._check_parameters()
         _validate.feedback(self._NAME, self.feedback, self.weight_hh_l0, "weight_hh_l0", self.rule)
         _validate.displacements(self._NAME, self.displacements, self.rule, self.checkpoint_every)
 
-    def _check_input(self, input: Tensor, hx: Tensor | None) -> None:
-        _validate.floating_tensor(self._NAME, "input", input)
-        letters = "[B, T, M]" if self.batch_first else "[T, B, M]"
-        if input.dim() not in (2, 3):
-            raise ValueError(f"{self._NAME}: input must have shape {letters} or [T, M], got {tuple(input.shape)}")
-        if input.shape[-1] != self.input_size:
-            letters = letters if input.dim() == 3 else "[T, M]"
-            raise ValueError(
-                f"{self._NAME}: input must have shape {letters} with M = {self.input_size}, got {tuple(input.shape)}"
-            )
-        if input.shape[1 if self.batch_first and input.dim() == 3 else 0] == 0:
-            raise ValueError(f"{self._NAME}: input must have at least one time step (T >= 1), got {tuple(input.shape)}")
-        _validate.same_kind(self._NAME, "input", input, "weight_ih_l0", self.weight_ih_l0)
-        _validate.numbers_of_rule(self._NAME, self.rule, self.nonlinearity, input.dtype)
-        if hx is None:
-            return
-        _validate.floating_tensor(self._NAME, "hx", hx)
-        if input.dim() == 2:
-            letters, expected = "[1, N]", [1, self.hidden_size]
-        else:
-            letters, expected = "[1, B, N]", [1, input.shape[0 if self.batch_first else 1], self.hidden_size]
-        if list(hx.shape) != expected:
-            raise ValueError(f"{self._NAME}: hx must have shape {letters} = {expected}, got {tuple(hx.shape)}")
-        _validate.same_kind(self._NAME, "hx", hx, "input", input)
-
     def extra_repr(self) -> str:
-        words = [f"{self.input_size}, {self.hidden_size}"]
-        if self.nonlinearity != "tanh":
-            words.append(f"nonlinearity={self.nonlinearity!r}")
-        if not self.bias:
-            words.append("bias=False")
-        if self.batch_first:
-            words.append("batch_first=True")
-        words.append(f"rule={self.rule!r}")
+        own = []
         if self.checkpoint_every is not None:
-            words.append(f"checkpoint_every={self.checkpoint_every}")
+            own.append(f"checkpoint_every={self.checkpoint_every}")
         if not self.return_sequence:
-            words.append("return_sequence=False")
+            own.append("return_sequence=False")
         if self.feedback is not None:
-            words.append("feedback=...")
+            own.append("feedback=...")
         if self.displacements != "auto":
-            words.append(f"displacements={self.displacements!r}")
+            own.append(f"displacements={self.displacements!r}")
         if self.refresh > 1:
-            words.append(f"refresh={self.refresh}")
-        if self.backend != "auto":
-            words.append(f"backend={self.backend!r}")
-        return ", ".join(words)
-
-
-def _why_not(module: nn.RNN) -> str | None:
-    """Why this ``torch.nn.RNN`` cannot be swapped; ``None`` if it can."""
-    if type(module) is not nn.RNN:
-        return f"it is a subclass, {type(module).__name__}, whose own code would be lost"
-    if module.num_layers > 1:
-        return f"num_layers={module.num_layers} is not implemented yet"
-    if module.bidirectional:
-        return "bidirectional=True is not implemented yet"
-    names = ["weight_ih_l0", "weight_hh_l0", *(["bias_ih_l0", "bias_hh_l0"] if module.bias else [])]
-    if sorted(module._parameters) != sorted(names) or any(
-        parameter is None for parameter in module._parameters.values()
-    ):
-        return f"its parameters are not {', '.join(names)}"
-    if module._buffers or module._modules:
-        return "it has buffers or modules of its own"
-    plain = nn.RNN(1, 1, device="meta")
-    if any(getattr(module, name) for name in vars(plain) if name.endswith("_hooks")):
-        return "it has hooks"
-    extra = sorted(set(vars(module)) - set(vars(plain)))
-    return f"it has attributes of its own: {', '.join(extra)}" if extra else None
-
-
-def _swapped(module: nn.RNN, rule: Rule) -> RNN:
-    # On "meta" no memory is taken and no random number is drawn: the parameters are shared below.
-    new = RNN(
-        module.input_size,
-        module.hidden_size,
-        nonlinearity=module.nonlinearity,
-        bias=module.bias,
-        batch_first=module.batch_first,
-        dropout=module.dropout,
-        device="meta",
-        rule=rule,
-    )
-    for name, parameter in module.named_parameters(remove_duplicate=False):  # biases may be tied
-        setattr(new, name, parameter)
-    return new.train(module.training)
-
-
-def convert(model: nn.Module, rule: Rule | None = None) -> nn.Module:
-    """Swap every ``torch.nn.RNN`` in ``model`` for ``tp_kernels.nn.RNN`` in place, sharing the parameters.
-
-    Optimizers that hold the parameters go on as they were. ``tp_kernels.nn.RNN`` modules already there get the new
-    rule. What cannot be swapped (several layers, two directions, a subclass, a module with hooks) stays, with a
-    ``UserWarning`` that names it and says why.
-
-    Args:
-        model: any module. If it is itself a ``torch.nn.RNN``, the swap is the returned module.
-        rule: ``TargetProp(...)``, ``BackProp()``; ``None`` is ``TargetProp()``.
-
-    Returns:
-        ``model``, or its replacement where it is itself a ``torch.nn.RNN``.
-
-    Raises:
-        TypeError: ``model`` is not a module or ``rule`` not a rule.
-
-    Example:
-        >>> import torch, tp_kernels as tp
-        >>> model = torch.nn.ModuleDict({"rnn": torch.nn.RNN(4, 8), "readout": torch.nn.Linear(8, 2)})
-        >>> type(tp.nn.convert(model, tp.BackProp())["rnn"])
-        <class 'tp_kernels.nn.rnn.RNN'>
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"nn.convert: model must be a torch.nn.Module, got {type(model).__name__}")
-    rule = resolve("nn.convert", rule)
-    ours = [module for module in model.modules() if isinstance(module, RNN)]
-    for module in ours:
-        module._resolved(rule)  # one that takes no rule raises before anything is changed
-    for module in ours:
-        module.rule = rule
-    swaps: dict[nn.Module, nn.Module] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.RNN):
-            reason = _why_not(module)
-            if reason is None:
-                swaps[module] = _swapped(module, rule)
-            else:
-                where = repr(name) if name else "the model itself"
-                warnings.warn(f"nn.convert: {where} stays a torch.nn.RNN: {reason}", UserWarning, stacklevel=2)
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):  # named_children() leaves out a module's second name
-            if child in swaps:
-                setattr(parent, name, swaps[child])
-    return swaps.get(model, model)
+            own.append(f"refresh={self.refresh}")
+        return self._described([f"nonlinearity={self.nonlinearity!r}"] if self.nonlinearity != "tanh" else [], own)

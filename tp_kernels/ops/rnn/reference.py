@@ -175,29 +175,38 @@ def _inverse_difference(displacement: Tensor, h: Tensor, nonlinearity: str, clip
 
 
 def _jacobian_term(displacement: Tensor, h: Tensor, weight: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor]:
-    """``Jᵀ y`` with ``(J Jᵀ + rI) y = λ``, and the relative residual of every solve; NaN and no residual for a sample
-    that is not finite. Half precision is factored in float32.
-    """
+    slope = _through_activation(torch.ones_like(h), h, sweep.nonlinearity)
     dtype = torch.promote_types(h.dtype, torch.float32)
-    slope = _through_activation(torch.ones_like(h), h, sweep.nonlinearity).to(dtype)
-    jacobian, right = slope[..., None] * weight.to(dtype), displacement.to(dtype)[..., None]
+    return regularized_term(slope.to(dtype)[..., None] * weight.to(dtype), displacement, sweep.reg)
+
+
+def regularized_term(jacobian: Tensor, displacement: Tensor, reg: float) -> tuple[Tensor, Tensor]:
+    """``Jᵀ y`` with ``(J Jᵀ + rI) y = λ``, and the relative residual of every solve; NaN and no residual for a sample
+    that is not finite.
+
+    Args:
+        jacobian: [..., N, N], J of each sample, at least in single precision: half precision is factored in that.
+        displacement: [..., N], λ.
+        reg: r.
+    """
+    right = displacement.to(jacobian.dtype)[..., None]
     finite = (jacobian.isfinite() & right.isfinite()).all(dim=(-2, -1))[..., None, None]
     jacobian, right = torch.where(finite, jacobian, 0), torch.where(finite, right, 0)
     gram = jacobian @ jacobian.mT
-    gram.diagonal(dim1=-2, dim2=-1).add_(sweep.reg)
+    gram.diagonal(dim1=-2, dim2=-1).add_(reg)
     factor, info = torch.linalg.cholesky_ex(gram)
     size = right.abs().amax(dim=-2, keepdim=True)  # in its unit no square over- or underflows
     size = torch.where(size == 0, 1, size)
     right = right / size
     solution = torch.cholesky_solve(right, factor)
-    missed = right - jacobian @ (jacobian.mT @ solution) - sweep.reg * solution
+    missed = right - jacobian @ (jacobian.mT @ solution) - reg * solution
     norms = (torch.linalg.vector_norm(vector, dim=(-2, -1)) for vector in (missed, right))
     residual = torch.where((right == 0).all(dim=(-2, -1)), 0, torch.div(*norms).nan_to_num(nan=torch.inf))
     term = torch.where(finite, size * (jacobian.mT @ solution), torch.nan)[..., 0]
-    return term.to(h.dtype), torch.where(info == 0, residual, torch.inf)
+    return term.to(displacement.dtype), torch.where(info == 0, residual, torch.inf)
 
 
-def check_residuals(residuals: Tensor, sweep: Sweep, dtype: torch.dtype) -> None:
+def check_residuals(residuals: Tensor, sweep: Sweep, dtype: torch.dtype, op: str = "rnn") -> None:
     """Raises where the solve of "jacobian" missed its residual. On a GPU, reading them waits for it.
 
     ``residuals``: [T, B] or [T, B, H].
@@ -205,16 +214,16 @@ def check_residuals(residuals: Tensor, sweep: Sweep, dtype: torch.dtype) -> None
     if residuals.numel() and residuals.max() > sweep.rtol:
         t, b, *head = torch.unravel_index(residuals.argmax(), residuals.shape)
         where = (int(t) + sweep.first, int(b), int(head[0]) if head else None)
-        raise unsolved(*where, float(residuals.max()), sweep, dtype)
+        raise unsolved(*where, float(residuals.max()), sweep, dtype, op)
 
 
 def unsolved(
-    t: int, b: int, head: int | None, residual: float, sweep: Sweep, dtype: torch.dtype
+    t: int, b: int, head: int | None, residual: float, sweep: Sweep, dtype: torch.dtype, op: str = "rnn"
 ) -> torch.linalg.LinAlgError:
     """What to raise where the solve of "jacobian" missed its residual, steps and samples counted from 0."""
     sample = f"sample {b}" if head is None else f"sample {b}, head {head}"
     return torch.linalg.LinAlgError(
-        f"rnn: inverse='jacobian' could not be solved in {dtype_name(dtype)} at reg={sweep.reg:g}: "
+        f"{op}: inverse='jacobian' could not be solved in {dtype_name(dtype)} at reg={sweep.reg:g}: "
         f"worst at time step {t}, {sample}, with a relative residual of {residual:.3g}, above rtol={sweep.rtol:g}; "
         "use a larger reg, a larger rtol or float64"
     )
