@@ -497,6 +497,8 @@ def test_the_papers_settings() -> None:
         ("digits28", 784): TargetProp(inverse="layer", reg=1.0, step=1e-4),
     }
     assert small_plan(contenders=["tp-paper"], gamma=0.5).settings[0].rules == (TargetProp(inverse="layer", step=0.5),)
+    named = small_plan(contenders=["tp-paper:reg=5", "tp-paper:step=2"], gamma=0.5, reg=3.0).settings[0].rules
+    assert [(rule.reg, rule.step) for rule in named] == [(5.0, 0.5), (3.0, 2.0)]
     assert small_plan(contenders=["tp"], gamma=0.5, reg=3.0).settings[0].rules == (TargetProp(),)
 
 

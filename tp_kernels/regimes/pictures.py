@@ -194,9 +194,9 @@ def _bare(axis: Axes) -> None:
 def race_curves(race: list[dict]) -> bytes:
     """Accuracy over seconds and over steps: the median over the seeds, and their whole spread."""
     finals = finals_of(race)
-    # One whose rule the user changed has no colour of its own: it takes one that is free here.
+    # One whose rule the user changed has no colour of its own: it takes one that is free here, while there are any.
     free = (colour for name, colour in CURVE_COLOURS.items() if name not in finals)
-    colours = {name: CURVE_COLOURS.get(name) or next(free) for name in finals}
+    colours = {name: CURVE_COLOURS.get(name) or next(free, _INK) for name in finals}
     figure = Figure(figsize=(10.5, 3.9), layout="constrained")
     for axis, quantity in zip(figure.subplots(1, 2, sharey=True), ("seconds", "step"), strict=True):
         for name, runs in finals.items():

@@ -415,7 +415,9 @@ def _start(preset: tuple[dict[str, Any], ...], task: str, T: int | None) -> dict
 def _rule(contender: Contender, reg: float | None, gamma: float) -> Rule | None:
     if not contender.name.startswith("tp-paper"):
         return contender.rule
-    return replace(contender.rule, step=gamma) if reg is None else replace(contender.rule, reg=reg, step=gamma)
+    numbers = {"step": gamma} if reg is None else {"step": gamma, "reg": reg}
+    changed = {change.partition("=")[0] for change in contender.name.split(":")[1:]}  # by name: that holds
+    return replace(contender.rule, **{name: value for name, value in numbers.items() if name not in changed})
 
 
 def _setting(options: dict[str, Any]) -> Setting:
