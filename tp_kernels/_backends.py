@@ -32,20 +32,23 @@ class Backend:
     """One implementation of an op.
 
     ``available()`` says whether it can run on this machine at all, ``supports(tensor, ...)`` whether it can run
-    this call; both answer ``(ok, reason)``. ``layer_forward`` is a forward pass that does the input projection too,
-    where there is one.
+    this call; both answer ``(ok, reason)``. ``fuses_projection(...)`` says whether its forward pass should be given the
+    input projection of this call to do as well.
     """
 
     forward: Callable
     backward: Callable
     available: Callable[[], Support] = lambda: (True, "")
     supports: Callable[..., Support] = lambda tensor, **options: (True, "")
-    layer_forward: Callable | None = None
+    fuses_projection: Callable[..., bool] = lambda *arguments: False
 
 
 @dataclass(frozen=True)
 class BackendTable:
-    """The back-ends of one op, and the measured order in which ``auto`` tries them on each kind of device."""
+    """The back-ends of one op, and the measured order in which ``auto`` tries them on each kind of device.
+
+    What has no implementation of the op is not in ``backends``.
+    """
 
     op: str
     backends: Mapping[str, Backend]
@@ -66,8 +69,13 @@ class BackendTable:
             )
         return self.backends[name]
 
+    def available(self, name: str) -> Support:
+        """Whether that back-end can run this op on this machine at all, and the reason where it cannot."""
+        if name not in self.backends:
+            return False, f"it has no kernel for {self.op} yet"
+        return self.backends[name].available()
+
     def supports(self, name: str, tensor: torch.Tensor, **options: object) -> Support:
         """Whether that back-end can run this call, and the reason where it cannot."""
-        backend = self.backends[name]
-        ok, reason = backend.available()
-        return backend.supports(tensor, **options) if ok else (ok, reason)
+        ok, reason = self.available(name)
+        return self.backends[name].supports(tensor, **options) if ok else (ok, reason)

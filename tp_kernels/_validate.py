@@ -5,6 +5,7 @@ import math
 import torch
 
 from tp_kernels._backends import NAMES, dtype_name
+from tp_kernels.ops.recurrence.cell import Cell
 from tp_kernels.rules import Rule, TargetProp, uses_inverse
 
 NONLINEARITIES = ("tanh", "relu", "identity")
@@ -107,104 +108,91 @@ def displacements(op: str, value: object, rule: Rule, every: int | None) -> None
         raise ValueError(f"{op}: displacements='parallel' needs all states: checkpoint_every must be None, got {every}")
 
 
-def numbers_of_rule(op: str, rule: Rule, nonlinearity: str, dtype: torch.dtype) -> None:
+def numbers_of_rule(op: str, rule: Rule, cell: Cell, dtype: torch.dtype) -> None:
     """Whether the rule's numbers mean something in this dtype."""
     if not isinstance(rule, TargetProp):
         return
     if rule.inverse == "jacobian":  # elsewhere, it is for regularized_inverse to say
         regularization(op, rule.reg, dtype)
     smallest = torch.finfo(dtype).eps
-    if rule.inverse == "layer" and nonlinearity == "tanh" and rule.clip < smallest:
+    if rule.inverse == "layer" and cell.clips and rule.clip < smallest:
         # 1 - clip(h)² would be 0 where h rounds to 1
         raise ValueError(
             f"{op}: rule must have clip of at least {smallest:.3g} in {dtype_name(dtype)}, got {rule.clip!r}"
         )
 
 
-def feedback(op: str, value: object, weight: torch.Tensor, weight_name: str, rule: Rule) -> None:
+def feedback(op: str, value: object, inverted: torch.Tensor, what: str, rule: Rule) -> None:
+    """``inverted``: the blocks of the weight whose P it replaces, of the name ``what``."""
     if value is None:
         return
     floating_tensor(op, "feedback", value)
     if not uses_inverse(rule):
         raise ValueError(f"{op}: feedback must be None where the rule has no inverse to replace, got one with {rule!r}")
-    if value.shape != weight.shape:
-        raise ValueError(f"{op}: feedback must have the shape of {weight_name}, {_shape(weight)}, got {_shape(value)}")
-    same_kind(op, "feedback", value, weight_name, weight)
+    if value.shape != inverted.shape:
+        raise ValueError(f"{op}: feedback must have the shape of {what}, {_shape(inverted)}, got {_shape(value)}")
+    same_kind(op, "feedback", value, what, inverted)
     if value.requires_grad:
         raise ValueError(f"{op}: feedback must not require a gradient, as none reaches it")
 
 
-def rnn(
-    u: torch.Tensor,
-    weight: torch.Tensor,
-    h0: torch.Tensor | None,
-    feedback_matrix: torch.Tensor | None,
-    nonlinearity: str,
-    rule: Rule,
-    every: int | None,
-    backend_name: str,
-) -> None:
-    op = "rnn"
-    floating_tensor(op, "u", u)
-    floating_tensor(op, "weight", weight)
-    if u.dim() not in (3, 4):
-        raise ValueError(f"{op}: u must have shape [T, B, N] or [T, B, H, N], got {_shape(u)}")
-    if u.shape[0] == 0:
-        raise ValueError(f"{op}: u must have at least one time step (T >= 1), got {_shape(u)}")
-    if u.shape[-1] == 0 or (u.dim() == 4 and u.shape[2] == 0):
-        raise ValueError(f"{op}: u must have N >= 1 (and H >= 1 with heads), got {_shape(u)}")
-    letters = "[N, N]" if u.dim() == 3 else "[H, N, N]"
-    expected = [*u.shape[2:], u.shape[-1]]
-    if list(weight.shape) != expected:
-        raise ValueError(f"{op}: weight must have shape {letters} = {expected}, got {_shape(weight)}")
-    same_kind(op, "weight", weight, "u", u)
-    if h0 is not None:
-        floating_tensor(op, "h0", h0)
-        if h0.shape != u.shape[1:]:
-            letters = "[B, N]" if u.dim() == 3 else "[B, H, N]"
-            raise ValueError(f"{op}: h0 must have shape {letters} = {list(u.shape[1:])}, got {_shape(h0)}")
-        same_kind(op, "h0", h0, "u", u)
-    feedback(op, feedback_matrix, weight, "weight", rule)
-    word(op, "nonlinearity", nonlinearity, NONLINEARITIES)
-    numbers_of_rule(op, rule, nonlinearity, u.dtype)
-    checkpoint_every(op, every)
-    backend(op, backend_name)
-
-
-def rule_of_gru(op: str, rule: Rule) -> None:
-    if isinstance(rule, TargetProp) and rule.mode != "linearized":
-        raise ValueError(f"{op}: rule must have mode='linearized', got mode={rule.mode!r}")
-    if isinstance(rule, TargetProp) and rule.inverse == "layer" and rule.clip >= 0.5:
-        raise ValueError(
-            f"{op}: rule must have clip below 0.5, as gates are clipped to [clip, 1 - clip], got {rule.clip}"
-        )
-
-
-def gru(
+def recurrence(
+    cell: Cell,
     u: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     h0: torch.Tensor | None,
+    feedback_matrix: torch.Tensor | None,
     rule: Rule,
+    every: int | None,
     backend_name: str,
 ) -> None:
-    op = "gru"
+    """The arguments of a public function of a cell."""
+    op, gates = cell.op, cell.gates
+    letters = "N" if gates == 1 else f"{gates}N"
     floating_tensor(op, "u", u)
     floating_tensor(op, "weight", weight)
-    if u.dim() != 3 or u.shape[-1] == 0 or u.shape[-1] % 3:
-        raise ValueError(f"{op}: u must have shape [T, B, 3N] with N >= 1, got {_shape(u)}")
+    if u.dim() not in (3, 4):
+        raise ValueError(f"{op}: u must have shape [T, B, {letters}] or [T, B, H, {letters}], got {_shape(u)}")
     if u.shape[0] == 0:
         raise ValueError(f"{op}: u must have at least one time step (T >= 1), got {_shape(u)}")
-    B, N = u.shape[1], u.shape[2] // 3
-    if list(weight.shape) != [3 * N, N]:
-        raise ValueError(f"{op}: weight must have shape [3N, N] = {[3 * N, N]}, got {_shape(weight)}")
-    same_kind(op, "weight", weight, "u", u)
-    for argument, value, letters, expected in (("bias", bias, "[N]", [N]), ("h0", h0, "[B, N]", [B, N])):
+    if u.shape[-1] == 0 or u.shape[-1] % gates or (u.dim() == 4 and u.shape[2] == 0):
+        multiple = "" if gates == 1 else f"a last axis of {letters} with "
+        raise ValueError(f"{op}: u must have {multiple}N >= 1 (and H >= 1 with heads), got {_shape(u)}")
+    B, heads, N = u.shape[1], list(u.shape[2:-1]), u.shape[-1] // gates
+    head = "H, " if heads else ""
+
+    def of_shape(argument: str, value: torch.Tensor, shape: str, expected: list[int]) -> None:
+        if list(value.shape) != expected:
+            raise ValueError(f"{op}: {argument} must have shape {shape} = {expected}, got {_shape(value)}")
+        same_kind(op, argument, value, "u", u)
+
+    of_shape("weight", weight, f"[{head}{letters}, N]", [*heads, gates * N, N])
+    for argument, value, shape, expected in (
+        ("bias", bias, f"[{head}N]", [*heads, N]),
+        ("h0", h0, f"[B, {head}N]", [B, *heads, N]),
+    ):
         if value is not None:
             floating_tensor(op, argument, value)
-            if list(value.shape) != expected:
-                raise ValueError(f"{op}: {argument} must have shape {letters} = {expected}, got {_shape(value)}")
-            same_kind(op, argument, value, "u", u)
-    rule_of_gru(op, rule)
-    numbers_of_rule(op, rule, "tanh", u.dtype)
+            of_shape(argument, value, shape, expected)
+    rule_of_cell(op, rule, cell)
+    if feedback_matrix is not None:
+        inverted = cell.inverted(weight, rule.inverse) if uses_inverse(rule) else weight
+        feedback(
+            op, feedback_matrix, inverted, "weight" if gates == 1 else "the blocks of weight it replaces P of", rule
+        )
+    numbers_of_rule(op, rule, cell, u.dtype)
+    checkpoint_every(op, every)
     backend(op, backend_name)
+
+
+def rule_of_cell(op: str, rule: Rule, cell: Cell) -> None:
+    """Whether the cell has this rule."""
+    if not isinstance(rule, TargetProp):
+        return
+    if rule.mode != "linearized" and rule.mode not in cell.inverses:
+        raise ValueError(f"{op}: rule must have mode='linearized', got mode={rule.mode!r}")
+    if cell.gates > 1 and rule.inverse == "layer" and rule.clip >= 0.5:
+        raise ValueError(
+            f"{op}: rule must have clip below 0.5, as gates are clipped to [clip, 1 - clip], got {rule.clip}"
+        )

@@ -13,14 +13,15 @@ import torch
 import tp_kernels
 from tp_kernels import _native
 from tp_kernels._backends import NAMES, BackendTable, dtype_name
-from tp_kernels.ops.gru import op as gru
+from tp_kernels.ops.recurrence import op as recurrence
+from tp_kernels.ops.recurrence.cell import CELLS
+from tp_kernels.ops.recurrence.cuda import LARGEST_ON_ONE, cuda_path
 from tp_kernels.ops.regularized_inverse import op as regularized_inverse
-from tp_kernels.ops.rnn import op as rnn
-from tp_kernels.ops.rnn.cuda_paths import LARGEST_ON_ONE, cuda_path
 
 _AS_ON_AN_H100 = 1024  # units of a cluster
 
-TABLES: tuple[BackendTable, ...] = (rnn.BACKENDS, gru.BACKENDS, regularized_inverse.BACKENDS)
+OPS = tuple(dict.fromkeys(cell.op for cell in CELLS.values()))
+TABLES: tuple[BackendTable, ...] = (*map(recurrence.backends, OPS), regularized_inverse.BACKENDS)
 
 
 def versions() -> dict[str, str]:
@@ -51,7 +52,7 @@ def backends() -> dict[tuple[str, str], str]:
         (table.op, name): "yes" if ok else f"no: {reason}"
         for table in TABLES
         for name in NAMES
-        for ok, reason in [table.backends[name].available()]
+        for ok, reason in [table.available(name)]
     }
 
 
@@ -93,7 +94,7 @@ def cuda_path_of(shape: str) -> str:
     if not isinstance(dtype, torch.dtype) or int(given[1]) < 1:
         raise ValueError(f"info: shape must be like 'N=512,dtype=float32', got {shape!r}")
     here = _native.cuda_available()[0]
-    of_cluster = _native.cuda.rnn_cluster_largest(0) if here else _AS_ON_AN_H100
+    of_cluster = _native.cuda.recurrence_cluster_largest(0) if here else _AS_ON_AN_H100
     path = cuda_path(int(given[1]), dtype, of_cluster)
     device = "" if here else " (of an H100: no device is here)"
     if path is None:

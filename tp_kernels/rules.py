@@ -1,5 +1,6 @@
 """The rules: what ``backward`` computes. Forward passes never depend on them."""
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -97,6 +98,8 @@ class TargetProp:
         object.__setattr__(self, "step", _check_number("step", self.step, 0.0, math.inf, positive))
         object.__setattr__(self, "clip", _check_number("clip", self.clip, 0.0, 1.0, "in (0, 1)"))
         object.__setattr__(self, "rtol", _check_number("rtol", self.rtol, 0.0, 1.0, "in (0, 1)"))
+        # Once: where torch.compile traces a call, a rule's numbers may be symbols by then, which have no words.
+        object.__setattr__(self, "words", Sweep.of(self).words)
 
     @classmethod
     def paper(cls, reg: float = 1.0, step: float = 1.0) -> "TargetProp":
@@ -119,6 +122,11 @@ class BackProp:
         BackProp()
     """
 
+    @property
+    def words(self) -> str:
+        """Of its sweep."""
+        return Sweep().words
+
 
 Rule = TargetProp | BackProp
 
@@ -129,34 +137,65 @@ def uses_inverse(rule: Rule) -> bool:
 
 
 class Sweep(NamedTuple):
-    """What one sweep back over time computes: a rule for one nonlinearity, in the words of the backward ops."""
+    """What one sweep back over time computes: a rule, for any cell."""
 
-    nonlinearity: str
     inverse: str = "none"  # with the update "total": back-propagation; or the mode, "difference" or "direct"
     update: str = "total"
     step: float = 1.0
     clip: float = 1e-3
     reg: float = 0.25
     rtol: float = 1e-4
-    first: int = 0  # the number of its first step, for an error to name
 
     @property
     def uses_inverse(self) -> bool:
         """Whether it multiplies by P."""
         return self.inverse in ("weight", "layer", "difference", "direct")
 
+    @property
+    def words(self) -> str:
+        """As one argument of an op: a new option of a rule changes no schema. ``parse`` reads it.
+
+        Example:
+            >>> Sweep("identity").words
+            'inverse=identity update=total step=1.0 clip=0.001 reg=0.25 rtol=0.0001'
+        """
+        return (
+            f"inverse={self.inverse} update={self.update} "
+            f"step={self.step!r} clip={self.clip!r} reg={self.reg!r} rtol={self.rtol!r}"
+        )
+
     @classmethod
-    def of(cls, rule: Rule, nonlinearity: str) -> "Sweep":
+    def of(cls, rule: Rule) -> "Sweep":
         """The sweep of a rule.
 
         Example:
-            >>> Sweep.of(TargetProp(inverse="identity"), "tanh") == Sweep("tanh", "identity")
+            >>> Sweep.of(TargetProp(inverse="identity")) == Sweep("identity")
             True
         """
         if isinstance(rule, BackProp):
-            return cls(nonlinearity)
+            return cls()
         inverse = rule.inverse if rule.mode == "linearized" else rule.mode
-        return cls(nonlinearity, inverse, rule.update, rule.step, rule.clip, rule.reg, rule.rtol)
+        return cls(inverse, rule.update, rule.step, rule.clip, rule.reg, rule.rtol)
+
+    @classmethod
+    @functools.cache
+    def parse(cls, words: str) -> "Sweep":
+        """The sweep of these words.
+
+        Raises:
+            ValueError: they are not the words of a sweep.
+
+        Example:
+            >>> Sweep.parse(Sweep("weight", "local").words)
+            Sweep(inverse='weight', update='local', step=1.0, clip=0.001, reg=0.25, rtol=0.0001)
+        """
+        fields = dict(word.partition("=")[::2] for word in words.split())
+        if tuple(fields) != cls._fields:
+            raise ValueError(f"sweep must have the words {', '.join(cls._fields)}, got {words!r}")
+        return cls(*(float(value) if name in _NUMBERS else value for name, value in fields.items()))
+
+
+_NUMBERS = ("step", "clip", "reg", "rtol")
 
 
 def resolve(op: str, rule: Rule | None) -> Rule:

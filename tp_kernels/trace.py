@@ -3,7 +3,7 @@
 import json
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,19 +15,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import CheckpointError
 
+from tp_kernels.nn._recurrent import Recurrent
 from tp_kernels.nn.learned_inverse import LearnedInverse
-from tp_kernels.nn.rnn import RNN
-from tp_kernels.ops.rnn import reference
-from tp_kernels.ops.rnn.op import rnn_layer
+from tp_kernels.ops.recurrence import reference
+from tp_kernels.ops.recurrence.cell import CELLS
+from tp_kernels.ops.recurrence.op import Options, recurrent_layer, solver_iterations
 from tp_kernels.regimes.store import finite
 from tp_kernels.rules import BackProp, TargetProp
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# What RNNFunction takes and gives gradients in, in its order; the bias is the sum of the layer's two.
-_INPUTS = ("input", "weight_ih", "bias", "weight_hh", "h0")
-_PARAMETERS = ("weight_ih", "weight_hh", "bias")
+# What RecurrenceFunction takes and gives gradients in, in its order: the input's bias, a sum, and the cell's own.
+_INPUTS = ("input", "weight_ih", "input_bias", "weight_hh", "bias", "h0")
+_PARAMETERS = ("weight_ih", "weight_hh", "input_bias", "bias")
+_BIASES = ("bias_ih_l0", "bias_hh_l0")
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,12 @@ class Record:
         adjoint_mean, adjoint_max: ``‖μ_t‖``.
         gradient_mean, gradient_max: ``‖g_t‖``, of the gradient that arrives at h_t from outside the layer.
         saturated: share of the units with ``|h_t| > 1 - clip`` (tanh; the rule's clip, 1e-3 for ``BackProp``) or
-            ``h_t = 0`` (relu); 0 for the identity.
+            ``h_t = 0`` (relu); 0 for the identity. Of a GRU's candidates and gates with ``|n_t| > 1 - clip``, and
+            ``|2r_t - 1|`` and ``|2z_t - 1|`` likewise.
         angle_weight_ih, angle_weight_hh, angle_all: degrees between the gradient that the layer returned and BP's, for
             one weight and for all trained parameters of the layer together. ``None`` where there is none: a parameter
             that is not trained, a gradient that is zero or not finite.
-        weight_hh_norm: spectral norm ``‖W‖₂``.
+        weight_hh_norm: spectral norm ``‖W‖₂`` of the recurrent weight, [N, N] or a GRU's [3N, N].
         solver_iterations: the largest number of iterations at each time step, for an inverse found by iteration.
             ``None`` for the others.
     """
@@ -122,7 +125,7 @@ class Trace:
 
 
 def trace(model: nn.Module, every: int = 1) -> AbstractContextManager[Trace]:
-    """Record how credit flows through every ``tp_kernels.nn.RNN`` of a model, from pass to pass.
+    """Record how credit flows through every ``tp_kernels.nn.RNN`` and ``GRU`` of a model, from pass to pass.
 
     Inside the context each backward pass through a layer leaves one ``Record``: for every time step the norms of
     displacement ``λ_t``, adjoint ``μ_t`` and incoming gradient ``g_t`` and the share of saturated units; for the pass
@@ -130,7 +133,7 @@ def trace(model: nn.Module, every: int = 1) -> AbstractContextManager[Trace]:
     trace, and a model that is not traced pays nothing: the hooks are there only inside the context.
 
     A recorded pass costs a forward and a BP pass of the layer on its own kernels, the recursion once more in plain
-    PyTorch and in the layer's dtype (``ops/rnn/reference.py``: many times slower than the kernels on a CPU), and a
+    PyTorch and in the layer's dtype (``ops/recurrence/reference.py``: many times slower than the kernels on a CPU), and a
     singular value decomposition of W; and memory for all T states, also where ``checkpoint_every`` saves it.
 
     Args:
@@ -142,7 +145,7 @@ def trace(model: nn.Module, every: int = 1) -> AbstractContextManager[Trace]:
 
     Raises:
         TypeError: ``model`` is not a module or ``every`` not an int.
-        ValueError: there is no ``tp_kernels.nn.RNN`` in ``model``, or ``every`` is less than 1.
+        ValueError: there is no recurrent layer of this library in ``model``, or ``every`` is less than 1.
         RuntimeError: inside the context, a layer runs under ``torch.compile``, or a recorded pass goes back through
             ``torch.utils.checkpoint`` with ``use_reentrant=False``.
 
@@ -165,15 +168,17 @@ def trace(model: nn.Module, every: int = 1) -> AbstractContextManager[Trace]:
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, RNN) and not isinstance(module, LearnedInverse)
+        if isinstance(module, Recurrent) and not isinstance(module, LearnedInverse)
     }
     if not layers:
-        raise ValueError(f"trace: model must have a tp_kernels.nn.RNN in it, got a {type(model).__name__} without one")
+        raise ValueError(
+            f"trace: model must have a tp_kernels.nn.RNN or GRU in it, got a {type(model).__name__} without one"
+        )
     return _tracing(layers, every)
 
 
 @contextmanager
-def _tracing(layers: dict[str, RNN], every: int) -> Iterator[Trace]:
+def _tracing(layers: dict[str, Recurrent], every: int) -> Iterator[Trace]:
     found = Trace()
     recorders = [_Recorder(name, layer, every, found.records) for name, layer in layers.items()]
     try:
@@ -186,7 +191,7 @@ def _tracing(layers: dict[str, RNN], every: int) -> Iterator[Trace]:
 class _Recorder:
     """The hooks of one layer: one on its forward, and one on the autograd node of each call of it."""
 
-    def __init__(self, name: str, layer: RNN, every: int, records: list[Record]) -> None:
+    def __init__(self, name: str, layer: Recurrent, every: int, records: list[Record]) -> None:
         self.name, self.every, self.records = name, every, records
         self.passes = 0
         # First in the row: other hooks may hand on something else than what the layer gave.
@@ -197,7 +202,7 @@ class _Recorder:
         for handle in (self.forward, *self.backwards):
             handle.remove()
 
-    def on_forward(self, layer: RNN, inputs: tuple, outputs: tuple[Tensor | None, Tensor]) -> None:
+    def on_forward(self, layer: Recurrent, inputs: tuple, outputs: tuple[Tensor | None, Tensor]) -> None:
         compiled = f"trace: layer {self.name!r} cannot be traced under torch.compile: call the model that was compiled"
         if torch.compiler.is_compiling():
             raise RuntimeError(compiled)
@@ -205,12 +210,15 @@ class _Recorder:
         if not last.requires_grad or not last.numel():
             return
         node = last.grad_fn if last.dim() == 2 else last.grad_fn.next_functions[0][0]  # batched, last is a view
-        if node is None or node.name() != "RNNFunctionBackward":
+        if node is None or node.name() != "RecurrenceFunctionBackward":
             raise RuntimeError(compiled)
         weak = weakref.ref(node)  # a hook that held its own node would keep the graph alive
         clip = layer.rule.clip if isinstance(layer.rule, TargetProp) else TargetProp.clip
         device = last.device.type
-        biases = layer.bias_ih_l0.requires_grad + layer.bias_hh_l0.requires_grad if layer.bias else 0
+        biases = [name for name in _BIASES if layer.bias and getattr(layer, name).requires_grad]
+
+        def to_biases(gradients: dict[str, Tensor | None]) -> list[Tensor]:
+            return _through_biases(layer, biases, gradients)
 
         def on_backward(gradients: tuple[Tensor | None, ...], arrived: tuple[Tensor | None, ...]) -> None:
             index = self.passes
@@ -218,7 +226,7 @@ class _Recorder:
             if index % self.every:
                 return
             with torch.autocast(device, enabled=False):  # as in the layer, which keeps to its parameters' dtype
-                self.records.append(_record(self.name, index, weak(), gradients, arrived, clip, biases))
+                self.records.append(_record(self.name, index, weak(), gradients, arrived, clip, to_biases))
 
         self.backwards = [handle for handle in self.backwards if handle.hooks_dict_ref() is not None]
         self.backwards.append(node.register_hook(on_backward))
@@ -231,7 +239,7 @@ def _record(
     gradients: tuple[Tensor | None, ...],
     arrived: tuple[Tensor | None, Tensor | None],
     clip: float,
-    biases: int,
+    to_biases: Callable[[dict[str, Tensor | None]], list[Tensor]],
 ) -> Record:
     """One backward pass, from its autograd node, the gradients it returned and those that arrived at its outputs."""
     try:
@@ -244,85 +252,113 @@ def _record(
     inputs = dict(zip(_INPUTS, saved[: len(_INPUTS)], strict=True))
     present = [name for name, tensor in inputs.items() if tensor is not None]
     found = dict.fromkeys(_INPUTS) | dict(zip(present, gradients, strict=True))
-    power, sweep, backend = node.words
-    weight, nonlinearity = inputs["weight_hh"], sweep.nonlinearity
+    options: Options = node.options
+    cell, sweep, weight = CELLS[options.cell], options.sweep, inputs["weight_hh"]
     trained = [parameter for parameter in _PARAMETERS if found[parameter] is not None]
-    h, bp = _back_propagation(inputs, trained, arrived, nonlinearity, backend)
+    h, kept = _states(inputs, options)
+    bp = _back_propagation(inputs, trained, arrived, options)
     grad_h, grad_last = arrived
     g = torch.zeros_like(h) if grad_h is None else grad_h.clone()
     if grad_last is not None:
         g[-1] += grad_last
     feedback = saved[len(_INPUTS)]
     if feedback is None and sweep.uses_inverse:
-        feedback = torch.ops.tp_kernels.rnn_feedback(weight, sweep.reg, power, backend)
+        inverted = cell.inverted(weight, sweep.inverse)
+        feedback = torch.ops.tp_kernels.recurrence_feedback(inverted, sweep.reg, options.power, options.backend)
     u = iterations = None
     if sweep.inverse == "direct":
-        u = functional.linear(inputs["input"], inputs["weight_ih"], inputs["bias"])
-    arguments = (g, None, h, weight, feedback, None, None, u, inputs["h0"])
+        u = functional.linear(inputs["input"], inputs["weight_ih"], inputs["input_bias"])
+    sources = {"grad_h": g, "grad_last": None, "carried": None, "through": None}
+    tensors = {"h": h, "kept": kept, "weight": weight, "feedback": feedback, "u": u, "start": inputs["h0"], **sources}
     if sweep.inverse == "jacobian":
-        iterations = torch.ops.tp_kernels.rnn_iterations(*arguments, *sweep, backend).amax(1).tolist()
+        iterations = solver_iterations(cell, sweep, backend=options.backend, **tensors).amax(1).tolist()
     norms = [
-        torch.stack([*_mean_and_max(displacement), *_mean_and_max(adjoint), *_mean_and_max(g[t])])
-        for t, displacement, adjoint, *_ in reference.steps_back(*arguments, sweep)
+        torch.stack([*_mean_and_max(back.displacement), *_mean_and_max(back.adjoint), *_mean_and_max(g[back.t])])
+        for back in reference.steps_back(cell, sweep, **tensors)
     ]
 
-    def angle(*parameters: str) -> float | None:
-        chosen = [parameter for parameter in parameters if parameter in trained]
-        return _angle([found[parameter] for parameter in chosen], [bp[parameter] for parameter in chosen])
+    weights = [name for name in ("weight_ih", "weight_hh") if name in trained]
+    both = [[*(of[name] for name in weights), *to_biases(of)] for of in (found, dict.fromkeys(_INPUTS) | bp)]
 
     return Record(
         name,
         pass_index,
         *torch.stack(norms[::-1], dim=1).tolist(),
-        saturated=_saturated(h, nonlinearity, clip).tolist(),
-        angle_weight_ih=angle("weight_ih"),
-        angle_weight_hh=angle("weight_hh"),
-        angle_all=angle("weight_ih", "weight_hh", *["bias"] * biases),
+        saturated=cell.saturated(h, kept, clip).flatten(1).double().mean(1).tolist(),
+        angle_weight_ih=_angle([found["weight_ih"]], [bp["weight_ih"]]) if "weight_ih" in trained else None,
+        angle_weight_hh=_angle([found["weight_hh"]], [bp["weight_hh"]]) if "weight_hh" in trained else None,
+        angle_all=_angle(*both),
         weight_hh_norm=torch.linalg.matrix_norm(weight.double(), 2).item(),
         solver_iterations=iterations,
     )
+
+
+def _through_biases(layer: Recurrent, names: list[str], gradients: dict[str, Tensor | None]) -> list[Tensor]:
+    """The gradients in those of the layer's two biases, from the gradients in what it makes of them."""
+    if not names:
+        return []
+    with torch.enable_grad():
+        leaves = {name: torch.zeros_like(getattr(layer, name)).requires_grad_() for name in _BIASES}
+        made = dict(zip(("input_bias", "bias"), layer._biases(leaves), strict=True))
+    reached = [name for name, tensor in made.items() if tensor is not None and gradients[name] is not None]
+    return list(
+        torch.autograd.grad(
+            [made[name] for name in reached], [leaves[name] for name in names], [gradients[name] for name in reached]
+        )
+    )
+
+
+def _states(inputs: dict[str, Tensor | None], options: Options) -> tuple[Tensor, Tensor]:
+    """The layer's states, to the same bits, and what its cell keeps, whether or not forward kept them."""
+    h, _, kept = torch.ops.tp_kernels.recurrence_fwd(
+        options.cell,
+        inputs["input"],
+        inputs["weight_ih"],
+        inputs["input_bias"],
+        inputs["weight_hh"],
+        inputs["bias"],
+        inputs["h0"],
+        True,
+        options.sweep.inverse,
+        options.backend,
+    )
+    return h, kept
 
 
 def _back_propagation(
     inputs: dict[str, Tensor | None],
     trained: list[str],
     arrived: tuple[Tensor | None, Tensor | None],
-    nonlinearity: str,
-    backend: str,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The layer's states, to the same bits, and BP's gradients in its trained parameters, on its own kernels."""
+    options: Options,
+) -> dict[str, Tensor]:
+    """BP's gradients in the layer's trained parameters, on its own kernels."""
+    if not trained:
+        return {}
     leaves = {
         name: None if tensor is None else tensor.detach().requires_grad_(name in trained)
         for name, tensor in inputs.items()
     }
     with torch.enable_grad():
-        outputs = rnn_layer(
-            *leaves.values(),
-            nonlinearity=nonlinearity,
+        outputs = recurrent_layer(
+            options.cell,
+            leaves["input"],
+            leaves["weight_hh"],
+            leaves["h0"],
+            projection=leaves["weight_ih"],
+            input_bias=leaves["input_bias"],
+            bias=leaves["bias"],
             rule=BackProp(),
-            checkpoint_every=None,
-            return_sequence=True,
-            backend=backend,
+            backend=options.backend,
         )
-    gradients = ()
-    if trained:
-        reached, grads = zip(*((out, g) for out, g in zip(outputs, arrived, strict=True) if g is not None), strict=True)
-        gradients = torch.autograd.grad(reached, [leaves[name] for name in trained], grads)
-    return outputs[0].detach(), dict(zip(trained, gradients, strict=True))
+    reached, grads = zip(*((out, g) for out, g in zip(outputs, arrived, strict=True) if g is not None), strict=True)
+    gradients = torch.autograd.grad(reached, [leaves[name] for name in trained], grads)
+    return dict(zip(trained, gradients, strict=True))
 
 
 def _mean_and_max(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Of the norms of [B, N], in float64: squares of what the layer's dtype can hold may overflow there."""
     norms = torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float64)
     return norms.mean(), norms.amax()
-
-
-def _saturated(h: Tensor, nonlinearity: str, clip: float) -> Tensor:
-    """Share of saturated units at each time step: [T]."""
-    if nonlinearity == "identity":
-        return h.new_zeros(len(h))
-    saturated = h.abs() > 1 - clip if nonlinearity == "tanh" else h == 0
-    return saturated.flatten(1).double().mean(1)
 
 
 def _angle(gradients: list[Tensor], others: list[Tensor]) -> float | None:

@@ -1,4 +1,4 @@
-"""What the drop-ins for ``torch.nn``'s recurrent layers share: constructor checks, parameters, and shapes of a call."""
+"""What the drop-ins for ``torch.nn``'s recurrent layers share: all but the cell and what is peculiar to it."""
 
 import math
 
@@ -8,16 +8,20 @@ from torch.nn.utils.rnn import PackedSequence
 
 from tp_kernels import _validate
 from tp_kernels._library import autocast_enabled
-from tp_kernels.rules import Rule, resolve
+from tp_kernels.ops.recurrence.cell import Cell
+from tp_kernels.ops.recurrence.feedback import RefreshedFeedback
+from tp_kernels.ops.recurrence.op import recurrent_layer
+from tp_kernels.rules import Rule, resolve, uses_inverse
 
 
 class Recurrent(nn.Module):
-    """One layer, one direction, with the parameters, names and initialization of its ``torch.nn`` counterpart, ``rule``
-    and ``backend``. What is its own: ``_NAME``, ``_GATES`` and ``_states``.
+    """One layer, one direction, with the parameters, names and initialization of its ``torch.nn`` counterpart, and the
+    options of this library. What is its own: ``_NAME``, ``_cell`` and ``_biases``.
     """
 
     _NAME = ""  # in errors
-    _GATES = 1  # blocks of N rows in the weights
+    _cell: Cell
+    displacements = "auto"
 
     def __init__(
         self,
@@ -30,7 +34,12 @@ class Recurrent(nn.Module):
         bidirectional: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        *,
         rule: Rule | None,
+        checkpoint_every: int | None,
+        return_sequence: bool,
+        feedback: Tensor | None,
+        refresh: int,
         backend: str,
     ) -> None:
         super().__init__()
@@ -45,6 +54,9 @@ class Recurrent(nn.Module):
             raise self._not_implemented("bidirectional=True")
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
             raise ValueError(f"{self._NAME}: dropout must be a number in [0, 1], got {dropout!r}")
+        _validate.checkpoint_every(self._NAME, checkpoint_every)
+        if not isinstance(return_sequence, bool):
+            raise TypeError(f"{self._NAME}: return_sequence must be a bool, got {type(return_sequence).__name__}")
         _validate.backend(self._NAME, backend)
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -54,9 +66,14 @@ class Recurrent(nn.Module):
         self.dropout = float(dropout)
         self.bidirectional = bidirectional
         self.rule = rule
+        self.checkpoint_every = checkpoint_every
+        self.return_sequence = return_sequence
         self.backend = backend
         for name, shape in Recurrent._shapes(self).items():  # what a subclass adds comes after these
             setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.register_buffer("feedback", feedback, persistent=False)
+        self._check_feedback(self.weight_hh_l0)
+        self.refresh = refresh
 
     @property
     def rule(self) -> Rule:
@@ -66,16 +83,36 @@ class Recurrent(nn.Module):
     @rule.setter
     def rule(self, rule: Rule | None) -> None:
         self._rule = self._resolved(rule)
+        if getattr(self, "refreshed", None) is not None:
+            self.refresh = self.refresh  # what is inverted may be another part of the weight
 
     def _resolved(self, rule: Rule | None) -> Rule:
         """The rule that assigning this one gives, or an error."""
-        return resolve(self._NAME, rule)
+        rule = resolve(self._NAME, rule)
+        _validate.rule_of_cell(self._NAME, rule, self._cell)
+        return rule
+
+    @property
+    def refresh(self) -> int:
+        """At every how many training passes P is computed anew."""
+        return 1 if self.refreshed is None else self.refreshed.refresh
+
+    @refresh.setter
+    def refresh(self, refresh: int) -> None:
+        _validate.count(self._NAME, "refresh", refresh)
+        self.refreshed = RefreshedFeedback(self._inverted(self.weight_hh_l0), refresh) if refresh > 1 else None
+
+    def _inverted(self, weight: Tensor) -> Tensor:
+        """The blocks of the recurrent weight whose P the rule needs."""
+        return self._cell.inverted(weight.detach(), self.rule.inverse if uses_inverse(self.rule) else "weight")
 
     def reset_parameters(self) -> None:
         """Uniform on ±1/√N, as in ``torch.nn``."""
         bound = 1 / math.sqrt(self.hidden_size)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
+        if getattr(self, "refreshed", None) is not None:
+            self.refreshed.forget()
 
     def flatten_parameters(self) -> None:
         """Nothing to do: the kernels take the parameters as they are. Here for code written for ``torch.nn``."""
@@ -87,46 +124,79 @@ class Recurrent(nn.Module):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
         if isinstance(input, PackedSequence):
             raise self._not_implemented("a PackedSequence as input")
+        parameters = {name: getattr(self, name) for name in self._shapes()}  # each once: it may be parametrized
         if isinstance(input, Tensor) and autocast_enabled(input.device.type):
-            input, hx = self._in_own_dtype(input), self._in_own_dtype(hx)
-        self._check_parameters()
-        self._check_input(input, hx)
+            input, hx = self._in_own_dtype(input, parameters), self._in_own_dtype(hx, parameters)
+        self._check_parameters(parameters)
+        self._check_input(input, hx, parameters["weight_ih_l0"])
         batched = input.dim() == 3
         x = input if batched else input.unsqueeze(0 if self.batch_first else 1)
         h, last = self._states(
-            x.transpose(0, 1) if self.batch_first else x, hx[0] if batched and hx is not None else hx
+            x.transpose(0, 1) if self.batch_first else x, hx[0] if batched and hx is not None else hx, parameters
         )
         if h is not None:
             h = h.squeeze(1) if not batched else h.transpose(0, 1) if self.batch_first else h
         return h, last.unsqueeze(0) if batched else last
 
-    def _states(self, x: Tensor, h0: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    def _states(self, x: Tensor, h0: Tensor | None, parameters: dict[str, Tensor]) -> tuple[Tensor | None, Tensor]:
         """The layer itself, on x: [T, B, M] and h0: [B, N]: all states and the last one."""
+        _validate.numbers_of_rule(self._NAME, self.rule, self._cell, x.dtype)
+        input_bias, bias = self._biases(parameters) if self.bias else (None, None)
+        return recurrent_layer(
+            self._cell.name,
+            x,
+            parameters["weight_hh_l0"],
+            h0,
+            projection=parameters["weight_ih_l0"],
+            input_bias=input_bias,
+            bias=bias,
+            feedback=self._feedback(parameters["weight_hh_l0"]),
+            rule=self.rule,
+            checkpoint_every=self.checkpoint_every,
+            return_sequence=self.return_sequence,
+            displacements=self.displacements,
+            backend=self.backend,
+        )
+
+    def _biases(self, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """What is added to the projected input, and the cell's own bias, where there are biases."""
         raise NotImplementedError
+
+    def _feedback(self, weight: Tensor) -> Tensor | None:
+        """The matrix to take in place of P; ``None``: P of the weight as it is."""
+        if self.feedback is None and self.refreshed is not None and torch.is_grad_enabled() and uses_inverse(self.rule):
+            return self.refreshed(self._inverted(weight), self.rule, self.backend)
+        return self.feedback
 
     def _not_implemented(self, what: str) -> NotImplementedError:
         return NotImplementedError(f"{self._NAME}: {what} is not implemented yet")
 
-    def _in_own_dtype(self, value: object) -> object:
+    def _in_own_dtype(self, value: object, parameters: dict[str, Tensor]) -> object:
         """A floating-point tensor in the dtype of the parameters, whatever that of the layer before; the rest as is."""
         floating = isinstance(value, Tensor) and value.is_floating_point()
-        return value.to(self.weight_ih_l0.dtype) if floating else value
+        return value.to(parameters["weight_ih_l0"].dtype) if floating else value
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Of every parameter, by name."""
-        M, N, rows = self.input_size, self.hidden_size, self._GATES * self.hidden_size
+        M, N, rows = self.input_size, self.hidden_size, self._cell.gates * self.hidden_size
         biases = {"bias_ih_l0": (rows,), "bias_hh_l0": (rows,)} if self.bias else {}
         return {"weight_ih_l0": (rows, M), "weight_hh_l0": (rows, N)} | biases
 
-    def _check_parameters(self) -> None:
+    def _check_parameters(self, parameters: dict[str, Tensor]) -> None:
         """Parameters can be put in from outside; the kernels read them by their address."""
         for name, shape in self._shapes().items():
-            parameter = getattr(self, name)
+            parameter = parameters[name]
             if parameter.shape != shape:
                 raise ValueError(f"{self._NAME}: {name} must have shape {shape}, got {tuple(parameter.shape)}")
-            _validate.same_kind(self._NAME, name, parameter, "weight_ih_l0", self.weight_ih_l0)
+            _validate.same_kind(self._NAME, name, parameter, "weight_ih_l0", parameters["weight_ih_l0"])
+        self._check_feedback(parameters["weight_hh_l0"])
 
-    def _check_input(self, input: Tensor, hx: Tensor | None) -> None:
+    def _check_feedback(self, weight: Tensor) -> None:
+        if self.feedback is not None:
+            what = "weight_hh_l0" if self._cell.gates == 1 else "the blocks of weight_hh_l0 it replaces P of"
+            _validate.feedback(self._NAME, self.feedback, self._inverted(weight), what, self.rule)
+
+    def _check_input(self, input: Tensor, hx: Tensor | None, weight: Tensor) -> None:
         _validate.floating_tensor(self._NAME, "input", input)
         letters = "[B, T, M]" if self.batch_first else "[T, B, M]"
         if input.dim() not in (2, 3):
@@ -138,7 +208,7 @@ class Recurrent(nn.Module):
             )
         if input.shape[1 if self.batch_first and input.dim() == 3 else 0] == 0:
             raise ValueError(f"{self._NAME}: input must have at least one time step (T >= 1), got {tuple(input.shape)}")
-        _validate.same_kind(self._NAME, "input", input, "weight_ih_l0", self.weight_ih_l0)
+        _validate.same_kind(self._NAME, "input", input, "weight_ih_l0", weight)
         if hx is None:
             return
         _validate.floating_tensor(self._NAME, "hx", hx)
@@ -150,14 +220,28 @@ class Recurrent(nn.Module):
             raise ValueError(f"{self._NAME}: hx must have shape {letters} = {expected}, got {tuple(hx.shape)}")
         _validate.same_kind(self._NAME, "hx", hx, "input", input)
 
-    def _described(self, first: list[str], own: list[str]) -> str:
-        """For ``extra_repr``: what is not as by default, with a layer's own words before and after the shared ones."""
-        words = [f"{self.input_size}, {self.hidden_size}", *first]
+    def extra_repr(self) -> str:
+        """What is not as by default."""
+        words = [f"{self.input_size}, {self.hidden_size}", *self._own_options()]
         if not self.bias:
             words.append("bias=False")
         if self.batch_first:
             words.append("batch_first=True")
-        words += [f"rule={self.rule!r}", *own]
+        words.append(f"rule={self.rule!r}")
+        if self.checkpoint_every is not None:
+            words.append(f"checkpoint_every={self.checkpoint_every}")
+        if not self.return_sequence:
+            words.append("return_sequence=False")
+        if self.feedback is not None:
+            words.append("feedback=...")
+        if self.displacements != "auto":
+            words.append(f"displacements={self.displacements!r}")
+        if self.refresh > 1:
+            words.append(f"refresh={self.refresh}")
         if self.backend != "auto":
             words.append(f"backend={self.backend!r}")
         return ", ".join(words)
+
+    def _own_options(self) -> list[str]:
+        """Those of the subclass, for ``extra_repr``."""
+        return []

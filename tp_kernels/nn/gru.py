@@ -4,10 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tp_kernels import _validate
-from tp_kernels._library import without_autocast
 from tp_kernels.nn._recurrent import Recurrent
-from tp_kernels.ops.gru.op import gru_states
+from tp_kernels.ops.gru.cell import CELL
 from tp_kernels.rules import Rule
 
 
@@ -28,6 +26,9 @@ class GRU(Recurrent):
         device, dtype: of the parameters.
         rule: what backward computes: ``TargetProp(...)``, ``BackProp()``; ``None`` is ``TargetProp()``. Which inverse
             does what, ``tp_kernels.gru`` says.
+        checkpoint_every, return_sequence, refresh: as in ``tp_kernels.nn.RNN``.
+        feedback: fixed matrices in place of the rule's inverse, as in ``tp_kernels.gru``: [N, N] for
+            ``inverse="weight"``, [3, N, N] for "layer". A buffer that is not in ``state_dict``. ``None`` is P.
         backend: of the recurrence, as in ``tp_kernels.gru``.
 
     Shape:
@@ -52,7 +53,7 @@ class GRU(Recurrent):
     """
 
     _NAME = "nn.GRU"
-    _GATES = 3
+    _cell = CELL
 
     def __init__(
         self,
@@ -67,29 +68,32 @@ class GRU(Recurrent):
         dtype: torch.dtype | None = None,
         *,
         rule: Rule | None = None,
+        checkpoint_every: int | None = None,
+        return_sequence: bool = True,
+        feedback: Tensor | None = None,
+        refresh: int = 1,
         backend: str = "auto",
     ) -> None:
         super().__init__(
-            *(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype),
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device,
+            dtype,
             rule=rule,
+            checkpoint_every=checkpoint_every,
+            return_sequence=return_sequence,
+            feedback=feedback,
+            refresh=refresh,
             backend=backend,
         )
         self.reset_parameters()
 
-    def _resolved(self, rule: Rule | None) -> Rule:
-        rule = super()._resolved(rule)
-        _validate.rule_of_gru(self._NAME, rule)
-        return rule
-
-    def _states(self, x: Tensor, h0: Tensor | None) -> tuple[Tensor, Tensor]:
-        _validate.numbers_of_rule(self._NAME, self.rule, "tanh", x.dtype)
-        bias = inner = None
-        if self.bias:  # that of the state's share of n is multiplied by r
-            outer, inner = self.bias_hh_l0.split([2 * self.hidden_size, self.hidden_size])
-            bias = self.bias_ih_l0 + functional.pad(outer, (0, self.hidden_size))
-        with without_autocast(x.device.type):
-            u = functional.linear(x, self.weight_ih_l0, bias)
-        return gru_states(u, self.weight_hh_l0, inner, h0, self.rule, self.backend)
-
-    def extra_repr(self) -> str:
-        return self._described([], [])
+    def _biases(self, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """That of the state's share of n is multiplied by r, so it is the cell's own."""
+        outer, inner = parameters["bias_hh_l0"].split([2 * self.hidden_size, self.hidden_size])
+        return parameters["bias_ih_l0"] + functional.pad(outer, (0, self.hidden_size)), inner

@@ -1,7 +1,7 @@
 """Difference target propagation through time with a learned inverse: what the regularized one is compared with."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from tp_kernels import _validate
 from tp_kernels._autograd import first_derivatives_only
 from tp_kernels._library import without_autocast
 from tp_kernels.nn.rnn import RNN
-from tp_kernels.ops.rnn.reference import ACTIVATIONS
+from tp_kernels.ops.rnn.cell import ACTIVATIONS
 from tp_kernels.rules import BackProp, Rule, Sweep
 
 _UPDATES = ("local", "total")
@@ -131,18 +131,34 @@ class LearnedInverse(RNN):
         bias = {"inverse_bias_l0": (N,)} if self.bias else {}
         return super()._shapes() | {"inverse_ih_l0": (N, M), "inverse_hh_l0": (N, N)} | bias
 
-    def _states(self, x: Tensor, h0: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _states(self, x: Tensor, h0: Tensor | None, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         with without_autocast(x.device.type):
-            bias = self.bias_ih_l0 + self.bias_hh_l0 if self.bias else None
+            bias = self._biases(parameters)[0] if self.bias else None
             return LearnedInverseFunction.apply(
-                *(functional.linear(x, self.weight_ih_l0, bias), self.weight_hh_l0, h0, x),
-                *(self.inverse_ih_l0, self.inverse_hh_l0, self.inverse_bias_l0),
-                *(self.nonlinearity, self.update, self.step, self.noise, self.backend),
+                functional.linear(x, parameters["weight_ih_l0"], bias),
+                parameters["weight_hh_l0"],
+                h0,
+                x,
+                parameters["inverse_ih_l0"],
+                parameters["inverse_hh_l0"],
+                parameters.get("inverse_bias_l0"),
+                LearnedRule(self._cell.name, self.nonlinearity, self.update, self.step, self.noise, self.backend),
             )
 
     def extra_repr(self) -> str:
         words = f"update={self.update!r}, step={self.step}, noise={self.noise}"
         return super().extra_repr().replace(f"rule={self.rule!r}", words)
+
+
+class LearnedRule(NamedTuple):
+    """What the layer's backward pass computes, and on which back-end."""
+
+    cell: str
+    nonlinearity: str
+    update: str
+    step: float
+    noise: float
+    backend: str
 
 
 class LearnedInverseFunction(torch.autograd.Function):
@@ -158,38 +174,53 @@ class LearnedInverseFunction(torch.autograd.Function):
         inverse_ih: Tensor,
         inverse_hh: Tensor,
         inverse_bias: Tensor | None,
-        nonlinearity: str,
-        update: str,
-        step: float,
-        noise: float,
-        backend: str,
+        rule: LearnedRule,
     ) -> tuple[Tensor, Tensor]:
-        h = torch.ops.tp_kernels.rnn_fwd(u, weight, h0, nonlinearity, backend)
+        h, last, _ = torch.ops.tp_kernels.recurrence_fwd(
+            rule.cell, u, None, None, weight, None, h0, False, "none", rule.backend
+        )
         ctx.save_for_backward(u, weight, h0, x, inverse_ih, inverse_hh, inverse_bias, h)
         ctx.set_materialize_grads(False)
-        ctx.words = (nonlinearity, update, step, noise, backend)
-        return h, h[-1].clone()
+        ctx.rule = rule
+        return h, last
 
     @staticmethod
     @first_derivatives_only
     def backward(ctx: Any, saved: tuple, grad_h: Tensor | None, grad_last: Tensor | None) -> tuple:
         u, weight, h0, x, *inverse, h = saved
-        nonlinearity, update, step, noise, backend = ctx.words
+        rule = ctx.rule
         grad = torch.zeros_like(h) if grad_h is None else grad_h.clone()
         if grad_last is not None:
             grad[-1] += grad_last
-        before = torch.cat([torch.zeros_like(h[:1]) if h0 is None else h0[None], h[:-1]])
-        displacements, first = _displacements(grad, h, x, inverse, nonlinearity, step)
+        displacements, first = _displacements(grad, h, x, inverse, rule.nonlinearity, rule.step)
         # Displacements in the place of gradients and nothing carried: the last step of every rule.
-        grad_u, _, through = torch.ops.tp_kernels.rnn_bwd(
-            *(displacements, None, h, weight, None, None, None, None, None),
-            *(*Sweep(nonlinearity, "none", update), backend),
+        grad_u, _, _, grad_weight, _, _, through = torch.ops.tp_kernels.recurrence_bwd(
+            rule.cell,
+            displacements,
+            None,  # grad_last
+            None,  # x, projection, input_bias
+            None,
+            None,
+            weight,
+            h0,
+            h,
+            h.new_empty(0),  # kept
+            None,  # feedback, carried, through
+            None,
+            None,
+            False,
+            False,
+            ctx.needs_input_grad[1],
+            False,
+            Sweep("none", rule.update).words,
+            0,
+            rule.backend,
         )
-        grad_weight = grad_u.flatten(0, 1).mT @ before.flatten(0, 1)
+        before = torch.cat([torch.zeros_like(h[:1]) if h0 is None else h0[None], h[:-1]])
         trained = ctx.needs_input_grad[4:7]
-        grad_inverse = _reconstruction_gradients(u, weight, before, x, inverse, trained, nonlinearity, noise)
-        grad_h0 = None if h0 is None else through if update == "total" else first
-        return grad_u, grad_weight, grad_h0, None, *grad_inverse, *[None] * 5
+        grad_inverse = _reconstruction_gradients(u, weight, before, x, inverse, trained, rule)
+        grad_h0 = None if h0 is None else through if rule.update == "total" else first
+        return grad_u, grad_weight, grad_h0, None, *grad_inverse, None
 
 
 def _before_activation(h: Tensor, x: Tensor, inverse: list[Tensor | None]) -> Tensor:
@@ -219,14 +250,13 @@ def _reconstruction_gradients(
     x: Tensor,
     inverse: list[Tensor | None],
     trained: tuple[bool, ...],
-    nonlinearity: str,
-    noise: float,
+    rule: LearnedRule,
 ) -> list[Tensor | None]:
     """Gradients of the mean of ``‖G(f(h̃, x), x) - h̃‖²`` in the trained parameters of the inverse."""
     if not any(trained):
         return [None] * len(inverse)
-    activation = ACTIVATIONS[nonlinearity]
-    noisy = before + noise * torch.randn_like(before) if noise else before
+    activation = ACTIVATIONS[rule.nonlinearity]
+    noisy = before + rule.noise * torch.randn_like(before) if rule.noise else before
     after = activation(u + noisy @ weight.mT)
     with torch.enable_grad():
         leaves = [None if parameter is None else parameter.detach().requires_grad_() for parameter in inverse]

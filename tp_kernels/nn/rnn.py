@@ -5,9 +5,9 @@ from torch import Tensor
 
 from tp_kernels import _validate
 from tp_kernels.nn._recurrent import Recurrent
-from tp_kernels.ops.rnn.feedback import RefreshedFeedback
-from tp_kernels.ops.rnn.op import rnn_layer
-from tp_kernels.rules import Rule, uses_inverse
+from tp_kernels.ops.recurrence.cell import CELLS, Cell
+from tp_kernels.ops.rnn.cell import ACTIVATIONS
+from tp_kernels.rules import Rule
 
 
 class RNN(Recurrent):
@@ -61,6 +61,7 @@ class RNN(Recurrent):
     """
 
     _NAME = "nn.RNN"
+    nonlinearity = "tanh"
 
     def __init__(
         self,
@@ -83,86 +84,42 @@ class RNN(Recurrent):
         displacements: str = "auto",
         backend: str = "auto",
     ) -> None:
-        _validate.word(self._NAME, "nonlinearity", nonlinearity, _validate.NONLINEARITIES)
-        _validate.checkpoint_every(self._NAME, checkpoint_every)
-        if not isinstance(return_sequence, bool):
-            raise TypeError(f"{self._NAME}: return_sequence must be a bool, got {type(return_sequence).__name__}")
+        _validate.word(self._NAME, "nonlinearity", nonlinearity, tuple(ACTIVATIONS))
         super().__init__(
-            *(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype),
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device,
+            dtype,
             rule=rule,
+            checkpoint_every=checkpoint_every,
+            return_sequence=return_sequence,
+            feedback=feedback,
+            refresh=refresh,
             backend=backend,
         )
-        _validate.displacements(self._NAME, displacements, self.rule, checkpoint_every)
-        _validate.feedback(self._NAME, feedback, self.weight_hh_l0, "weight_hh_l0", self.rule)
         self.nonlinearity = nonlinearity
-        self.checkpoint_every = checkpoint_every
-        self.return_sequence = return_sequence
         self.displacements = displacements
-        self.register_buffer("feedback", feedback, persistent=False)
-        self.refresh = refresh
+        self._check_displacements()
         self.reset_parameters()
 
-    @Recurrent.rule.setter
-    def rule(self, rule: Rule | None) -> None:
-        self._rule = self._resolved(rule)
-        self._forget_inverse()
-
     @property
-    def refresh(self) -> int:
-        """At every how many training passes P is computed anew."""
-        return 1 if self.refreshed is None else self.refreshed.refresh
+    def _cell(self) -> Cell:
+        return CELLS[f"rnn_{self.nonlinearity}"]
 
-    @refresh.setter
-    def refresh(self, refresh: int) -> None:
-        _validate.count(self._NAME, "refresh", refresh)
-        self.refreshed = RefreshedFeedback(self.weight_hh_l0, refresh) if refresh > 1 else None
+    def _biases(self, parameters: dict[str, Tensor]) -> tuple[Tensor, None]:
+        return parameters["bias_ih_l0"] + parameters["bias_hh_l0"], None
 
-    def _forget_inverse(self) -> None:
-        if getattr(self, "refreshed", None) is not None:
-            self.refreshed.forget()
+    def _check_parameters(self, parameters: dict[str, Tensor]) -> None:
+        super()._check_parameters(parameters)
+        self._check_displacements()
 
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        self._forget_inverse()
-
-    def _feedback(self) -> Tensor | None:
-        """The matrix to take in place of P; ``None``: P of the weight as it is."""
-        if self.feedback is None and self.refreshed is not None and torch.is_grad_enabled() and uses_inverse(self.rule):
-            return self.refreshed(self.weight_hh_l0, self.rule, self.backend)
-        return self.feedback
-
-    def _states(self, x: Tensor, h0: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        _validate.numbers_of_rule(self._NAME, self.rule, self.nonlinearity, x.dtype)
-        return rnn_layer(
-            x,
-            self.weight_ih_l0,
-            self.bias_ih_l0 + self.bias_hh_l0 if self.bias else None,
-            self.weight_hh_l0,
-            h0,
-            feedback=self._feedback(),
-            nonlinearity=self.nonlinearity,
-            rule=self.rule,
-            checkpoint_every=self.checkpoint_every,
-            displacements=self.displacements,
-            return_sequence=self.return_sequence,
-            backend=self.backend,
-        )
-
-    def _check_parameters(self) -> None:
-        super()._check_parameters()
-        _validate.feedback(self._NAME, self.feedback, self.weight_hh_l0, "weight_hh_l0", self.rule)
+    def _check_displacements(self) -> None:
         _validate.displacements(self._NAME, self.displacements, self.rule, self.checkpoint_every)
 
-    def extra_repr(self) -> str:
-        own = []
-        if self.checkpoint_every is not None:
-            own.append(f"checkpoint_every={self.checkpoint_every}")
-        if not self.return_sequence:
-            own.append("return_sequence=False")
-        if self.feedback is not None:
-            own.append("feedback=...")
-        if self.displacements != "auto":
-            own.append(f"displacements={self.displacements!r}")
-        if self.refresh > 1:
-            own.append(f"refresh={self.refresh}")
-        return self._described([f"nonlinearity={self.nonlinearity!r}"] if self.nonlinearity != "tanh" else [], own)
+    def _own_options(self) -> list[str]:
+        return [f"nonlinearity={self.nonlinearity!r}"] if self.nonlinearity != "tanh" else []

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 import tp_kernels
 from tp_kernels import _native
 from tp_kernels.info import peak
-from tp_kernels.ops.rnn.backends import BACKENDS
-from tp_kernels.ops.rnn.feedback import forget_feedback
+from tp_kernels.ops.recurrence.feedback import forget_feedback
+from tp_kernels.ops.recurrence.op import backends
 from tp_kernels.regimes.cases import CONTENDERS, DTYPES, Case, Contender, Effort, LastState, spec
 from tp_kernels.regimes.store import key_of
 from tp_kernels.rules import Rule
@@ -176,8 +176,9 @@ class Cell:
         """The back-end that runs the recurrence."""
         if not contender.fused:
             return "torch"
-        chosen = BACKENDS.resolve(self.backend, self.x, size=self.case.N)
-        return next(name for name, backend in BACKENDS.backends.items() if backend is chosen)
+        table = backends("rnn")
+        chosen = table.resolve(self.backend, self.x, size=self.case.N)
+        return next(name for name, backend in table.backends.items() if backend is chosen)
 
 
 _PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")

@@ -105,7 +105,7 @@ def jacobian_fits(device: torch.device, size: int) -> bool:
     return jacobian_shared_memory(size) <= _limit(device)
 
 
-def supports(tensor: torch.Tensor, size: int = 1, sweep: Sweep | None = None) -> Support:
+def supports(tensor: torch.Tensor, size: int = 1, sweep: Sweep | None = None, **options: object) -> Support:
     """``size``: N; ``sweep``: of a backward pass."""
     ok, reason = _triton.supports(tensor)
     if not ok:

@@ -1,13 +1,13 @@
-"""``rnn`` in Triton: the whole sequence in one launch, a program for each tile of the batch and each head.
+"""The Elman cell's recurrence in Triton: the whole sequence in one launch, a program for each tile of the batch and each head.
 
 The matrices are read once and stay on chip for all T steps; what goes from step to step stays in float32 registers, is
 rounded to the storage dtype where it is multiplied, and h is all that backward reads of the forward pass.
 
-This is the only file of the op that imports triton. ``reference.py`` is the specification.
+This is the only file of the recurrence that imports triton. ``reference.py`` is the specification.
 """
 
 import contextlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,8 +16,19 @@ from torch import Tensor
 
 from tp_kernels import _native, _triton
 from tp_kernels._backends import tf32_allowed
-from tp_kernels.ops.rnn import reference, triton_blocks
-from tp_kernels.ops.rnn.launch import backward_outputs, check_given, sizes, strides, unit_stride
+from tp_kernels.ops.recurrence import triton_blocks
+from tp_kernels.ops.recurrence.cell import Cell
+from tp_kernels.ops.recurrence.launch import (
+    backward_outputs,
+    check_given,
+    contiguous,
+    forward_outputs,
+    missed_residuals,
+    sizes,
+    strides,
+    unit_stride,
+)
+from tp_kernels.ops.recurrence.reference import check_residuals
 from tp_kernels.rules import Sweep
 
 # --- device code
@@ -612,28 +623,40 @@ def launch(kernel: Any, h: Tensor, *arguments: Any, **words: Any) -> Any:
         )
 
 
-def forward(u: Tensor, weight: Tensor, h0: Tensor | None, nonlinearity: str, out: Tensor | None = None) -> Tensor:
+def forward(
+    cell: Cell,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    start: Tensor | None,
+    *,
+    keep: bool,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """``reference.forward``."""
-    _native.check_same_kind("rnn", u, weight, h0)
-    u, weight = unit_stride(u), weight.contiguous()
-    h0 = None if h0 is None else h0.contiguous()
-    h = u.new_empty(u.shape) if out is None else out
+    _native.check_same_kind(cell.op, u, weight, start)
+    u, weight, start = unit_stride(u), weight.contiguous(), contiguous(start)
+    h, kept = forward_outputs(cell, u, weight, keep) if out is None else out
     T, B, _, N = sizes(h)
-    launch(forward_kernel, h, u, weight, h0, h, T, B, N, *strides(u), NONLINEARITY=nonlinearity)
-    return h
+    launch(forward_kernel, h, u, weight, start, h, T, B, N, *strides(u), NONLINEARITY=cell.nonlinearity)
+    return h, kept
 
 
 def backward(
+    cell: Cell,
+    sweep: Sweep,
+    *,
     grad_h: Tensor | None,
     grad_last: Tensor | None,
     h: Tensor,
+    kept: Tensor,
     weight: Tensor,
     feedback: Tensor | None,
     carried: Tensor | None,
     through: Tensor | None,
     u: Tensor | None,
-    h0: Tensor | None,
-    sweep: Sweep,
+    start: Tensor | None,
+    first: int = 0,
     iterations: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.backward``.
@@ -641,88 +664,143 @@ def backward(
     The total update needs two matrices where the rule has an inverse. Where they do not both fit on chip, displacements
     are one sweep and their back-propagation another.
     """
-    _native.check_same_kind("rnn", h, grad_h, grad_last, weight, feedback, carried, through, u, h0)
-    check_given(sweep, feedback, u)
-    u, h0 = (u, h0) if sweep.inverse == "direct" else (None, None)
+    _native.check_same_kind(cell.op, h, grad_h, grad_last, weight, feedback, carried, through, u, start)
+    check_given(cell, sweep, feedback, u)
+    u, start = (u, start) if sweep.inverse == "direct" else (None, None)
     grad_h, u, h, weight = unit_stride(grad_h), unit_stride(u), h.contiguous(), weight.contiguous()
-    grad_last, feedback, carried, through, h0 = (
-        None if tensor is None else tensor.contiguous() for tensor in (grad_last, feedback, carried, through, h0)
+    grad_last, feedback, start = contiguous(grad_last), contiguous(feedback), contiguous(start)
+    carried = contiguous(carried) if sweep.inverse != "none" else None
+    through = contiguous(through) if sweep.update == "total" else None
+    grad_u, carried_out, through_out = backward_outputs(cell, h, sweep)
+    call = _SweepBack(
+        cell=cell,
+        sweep=sweep,
+        grad_h=grad_h,
+        grad_last=grad_last,
+        h=h,
+        weight=weight,
+        feedback=feedback,
+        carried=carried,
+        through=through,
+        u=u,
+        start=start,
+        grad_u=grad_u,
+        carried_out=carried_out,
+        through_out=through_out,
     )
-    carried = carried if sweep.inverse != "none" else None
-    through = through if sweep.update == "total" else None
-    grad_u, carried_out, through_out = backward_outputs(h, sweep)
     if sweep.inverse == "jacobian":
-        outputs = grad_u, carried_out, through_out
-        _jacobian_sweep_back(grad_h, grad_last, h, weight, carried, through, *outputs, sweep, iterations)
-        return outputs
+        _jacobian_sweep_back(call, first, iterations)
+        return grad_u, carried_out, through_out
     if sweep.update == "total" and sweep.uses_inverse and not triton_blocks.fits(h, matrices=2):
         displacements = torch.empty_like(h, dtype=torch.float32)
-        outputs = displacements, carried_out, None
         _sweep_back(
-            *(grad_h, grad_last, h, None, feedback, carried, None, u, h0, *outputs),
-            sweep._replace(update="displacement"),
+            call._replace(
+                sweep=sweep._replace(update="displacement"),
+                weight=None,
+                through=None,
+                grad_u=displacements,
+                through_out=None,
+            )
         )
         _sweep_back(
-            *(displacements, None, h, weight, None, None, through, None, None, grad_u, None, through_out),
-            sweep._replace(inverse="none", step=1.0),
+            call._replace(
+                sweep=sweep._replace(inverse="none", step=1.0),
+                grad_h=displacements,
+                grad_last=None,
+                feedback=None,
+                carried=None,
+                u=None,
+                start=None,
+                carried_out=None,
+            )
         )
     else:
-        outputs = grad_u, carried_out, through_out
-        _sweep_back(grad_h, grad_last, h, weight, feedback, carried, through, u, h0, *outputs, sweep)
+        _sweep_back(call)
     if iterations is not None:
         iterations.zero_()
     return grad_u, carried_out, through_out
 
 
-def _sweep_back(
-    grad_h: Tensor | None,
-    grad_last: Tensor | None,
-    h: Tensor,
-    weight: Tensor | None,
-    feedback: Tensor | None,
-    carried: Tensor | None,
-    through: Tensor | None,
-    u: Tensor | None,
-    h0: Tensor | None,
-    grad_u: Tensor,
-    carried_out: Tensor | None,
-    through_out: Tensor | None,
-    sweep: Sweep,
-) -> None:
-    T, B, _, N = sizes(h)
+class _SweepBack(NamedTuple):
+    """One launch: what it reads, and what it fills."""
+
+    cell: Cell
+    sweep: Sweep
+    grad_h: Tensor | None
+    grad_last: Tensor | None
+    h: Tensor
+    weight: Tensor | None
+    feedback: Tensor | None
+    carried: Tensor | None
+    through: Tensor | None
+    u: Tensor | None
+    start: Tensor | None
+    grad_u: Tensor
+    carried_out: Tensor | None
+    through_out: Tensor | None
+
+
+def _sweep_back(call: _SweepBack) -> None:
+    T, B, _, N = sizes(call.h)
     launch(
-        *(backward_kernel, h, grad_h, grad_last, h, weight, feedback, carried, through, u, h0),
-        *(grad_u, carried_out, through_out, T, B, N, *strides(grad_h), *strides(u), sweep.step, sweep.clip),
-        NONLINEARITY=sweep.nonlinearity,
-        INVERSE=sweep.inverse,
-        UPDATE=sweep.update,
+        backward_kernel,
+        call.h,
+        call.grad_h,
+        call.grad_last,
+        call.h,
+        call.weight,
+        call.feedback,
+        call.carried,
+        call.through,
+        call.u,
+        call.start,
+        call.grad_u,
+        call.carried_out,
+        call.through_out,
+        T,
+        B,
+        N,
+        *strides(call.grad_h),
+        *strides(call.u),
+        call.sweep.step,
+        call.sweep.clip,
+        NONLINEARITY=call.cell.nonlinearity,
+        INVERSE=call.sweep.inverse,
+        UPDATE=call.sweep.update,
     )
 
 
-def _jacobian_sweep_back(
-    grad_h: Tensor | None,
-    grad_last: Tensor | None,
-    h: Tensor,
-    weight: Tensor,
-    carried: Tensor | None,
-    through: Tensor | None,
-    grad_u: Tensor,
-    carried_out: Tensor,
-    through_out: Tensor | None,
-    sweep: Sweep,
-    iterations: Tensor | None,
-) -> None:
-    T, B, H, N = sizes(h)
-    double = weight.double()  # torch may have been told to multiply float32 as tf32
+def _jacobian_sweep_back(call: _SweepBack, first: int, iterations: Tensor | None) -> None:
+    T, B, H, N = sizes(call.h)
+    double = call.weight.double()  # torch may have been told to multiply float32 as tf32
     gram = (double @ double.mT).float()
     norms = gram.abs().sum(-1).amax(-1) + (0 * double).sum(dim=(-2, -1))  # NaN where W is not finite
-    scaled = h.new_empty((2, B, H, N), dtype=torch.float32)
-    missed = h.new_empty(h.shape[:-1], dtype=torch.float32)
+    missed = missed_residuals(call.h)
     launch(
-        *(jacobian_kernel, h, grad_h, grad_last, h, weight, gram, norms.float(), carried, through),
-        *(grad_u, carried_out, through_out, scaled, iterations, missed, T, B, N, *strides(grad_h)),
-        *(sweep.step, sweep.reg, sweep.rtol),
-        NONLINEARITY=sweep.nonlinearity,
-        UPDATE=sweep.update,
+        jacobian_kernel,
+        call.h,
+        call.grad_h,
+        call.grad_last,
+        call.h,
+        call.weight,
+        gram,
+        norms.float(),
+        call.carried,
+        call.through,
+        call.grad_u,
+        call.carried_out,
+        call.through_out,
+        call.h.new_empty((2, B, H, N), dtype=torch.float32),
+        iterations,
+        missed,
+        T,
+        B,
+        N,
+        *strides(call.grad_h),
+        call.sweep.step,
+        call.sweep.reg,
+        call.sweep.rtol,
+        NONLINEARITY=call.cell.nonlinearity,
+        UPDATE=call.sweep.update,
     )
-    reference.check_residuals(missed, sweep, h.dtype)  # waits for the kernel, once
+    check_residuals(call.cell, missed, call.sweep, call.h.dtype, first)  # waits for the kernel, once

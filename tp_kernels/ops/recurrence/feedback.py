@@ -1,4 +1,6 @@
-"""The matrix that carries displacements back: P of the recurrent weight, and for how long one P is used."""
+"""The matrix that carries displacements back: P of the recurrent weight, or of blocks of it, and for how long one P is
+used.
+"""
 
 from typing import Any
 
@@ -51,7 +53,7 @@ def forget_feedback() -> None:
 
 
 register(
-    "rnn_feedback(Tensor weight, float reg, float power, str backend) -> Tensor",
+    "recurrence_feedback(Tensor weight, float reg, float power, str backend) -> Tensor",
     _feedback,
     lambda weight, reg, power, backend: weight.new_empty(weight.shape),
 )
@@ -70,7 +72,7 @@ def _refreshed_feedback(
 
 
 register(
-    "rnn_refreshed_feedback(Tensor weight, Tensor(a!) origin, Tensor(b!) kept, Tensor(c!) age, float reg, float power, "
+    "recurrence_refreshed_feedback(Tensor weight, Tensor(a!) origin, Tensor(b!) kept, Tensor(c!) age, float reg, float power, "
     "int refresh, str backend) -> Tensor",
     _refreshed_feedback,
     lambda weight, *rest: weight.new_empty(weight.shape),
@@ -101,7 +103,7 @@ class RefreshedFeedback(nn.Module):
         return super()._apply(*arguments, **options)
 
     def forward(self, weight: Tensor, rule: TargetProp, backend: str) -> Tensor:
-        return torch.ops.tp_kernels.rnn_refreshed_feedback(
+        return torch.ops.tp_kernels.recurrence_refreshed_feedback(
             weight.detach(), self.origin, self.kept, self.age, rule.reg, rule.power, self.refresh, backend
         )
 

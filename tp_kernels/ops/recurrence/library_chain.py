@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from tp_kernels import _native
-from tp_kernels.ops.rnn.launch import sizes, strides
+from tp_kernels.ops.recurrence.launch import sizes, strides
 from tp_kernels.rules import Sweep
+
+NAME = "library chain"
 
 LARGEST_COUNT = 8
 """Recordings that are kept, each with its inputs and results: the latest."""
@@ -34,27 +36,27 @@ def _multiply(x: Tensor, matrix: Tensor, out: Tensor, plus: Tensor | None = None
     torch.bmm(x, matrix, out=out) if plus is None else torch.baddbmm(plus.transpose(0, 1), x, matrix, out=out)
 
 
-def forward(results: tuple[Tensor], nonlinearity: str, u: Tensor, weight: Tensor, h0: Tensor | None) -> None:
+def forward(results: tuple[Tensor], cell: str, u: Tensor, weight: Tensor, start: Tensor | None) -> None:
     """Fills h, contiguous, [T, B, N] or [T, B, H, N]."""
     (h,) = results
-    state = h0
+    state = start
     for t in range(h.shape[0]):
         if state is None:
             h[t].copy_(u[t])
         else:
             _multiply(state, weight.mT, h[t], u[t])
         state = h[t]
-        _native.cuda.rnn_activation(
+        _native.cuda.chain_activation(
+            cell=cell,
             h=_native.pointer(state),
             count=state.numel(),
-            nonlinearity=nonlinearity,
             **_native.device_and_stream(h),
         )
 
 
 def backward(
     results: tuple[Tensor, Tensor, Tensor],
-    sweep: Sweep,
+    rule: tuple[str, Sweep],
     grad_h: Tensor | None,
     grad_last: Tensor | None,
     h: Tensor,
@@ -65,6 +67,7 @@ def backward(
 ) -> None:
     """Fills δ, term(λ_1) and ``Wᵀ δ_1``. Everything but grad_h is contiguous, and that is so in its last axis."""
     grad_u, carried_out, through_out = results
+    cell, sweep = rule
     multiplies, adjoins = sweep.uses_inverse, sweep.update == "total"
     # Without a product what is sent is the term itself, in place.
     sent = h.new_empty(h.shape[1:]) if multiplies else carried_out
@@ -73,7 +76,8 @@ def backward(
     T = h.shape[0]
     for t in reversed(range(T)):
         grad = None if grad_h is None else grad_h[t : t + 1]
-        _native.cuda.rnn_step(
+        _native.cuda.chain_step(
+            cell=cell,
             grad_h=_native.pointer(grad),
             grad_h_strides=strides(grad),
             grad_last=_native.pointer(grad_last if t == T - 1 else None),
@@ -83,7 +87,6 @@ def backward(
             carried_out=_native.pointer(None if sweep.inverse == "none" else sent),
             grad_u=_native.pointer(grad_u[t]),
             sizes=sizes(h[t : t + 1]),
-            nonlinearity=sweep.nonlinearity,
             inverse=sweep.inverse,
             update=sweep.update,
             step=sweep.step,

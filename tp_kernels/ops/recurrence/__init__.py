@@ -1,0 +1,1 @@
+"""One recurrence for every cell: its ops, its back-ends and its autograd Function. Read ``op.py`` first."""

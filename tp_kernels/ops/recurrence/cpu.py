@@ -1,0 +1,122 @@
+"""The recurrence on the "cpu" back-end: how its native module is called."""
+
+import torch
+from torch import Tensor
+
+from tp_kernels import _native
+from tp_kernels.ops.recurrence.cell import Cell
+from tp_kernels.ops.recurrence.launch import (
+    backward_outputs,
+    check_given,
+    contiguous,
+    forward_outputs,
+    sizes,
+    strides,
+    unit_stride,
+)
+from tp_kernels.ops.recurrence.reference import unsolved
+from tp_kernels.rules import Sweep
+
+
+def fuses_projection(cell: Cell, x: Tensor, N: int) -> bool:
+    """Whether ``forward`` should be given the input projection, to do it in the sweep.
+
+    There the projection of few sequences would be products of a few rows; as one product it has T·B of them.
+    """
+    return cell.gates == 1 and (x.shape[1] >= 4 or 4 * x.shape[2] <= N)
+
+
+def forward(
+    cell: Cell,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    start: Tensor | None,
+    *,
+    keep: bool,
+    out: tuple[Tensor, Tensor] | None = None,
+    projection: Tensor | None = None,
+    input_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``reference.forward``; with a projection, of ``x Uᵀ + b`` in place of u, which then is nowhere in memory."""
+    _native.check_same_kind(cell.op, u, weight, bias, start, projection, input_bias)
+    u, weight, bias, start = unit_stride(u), weight.contiguous(), contiguous(bias), contiguous(start)
+    projection, input_bias = contiguous(projection), contiguous(input_bias)
+    h, kept = forward_outputs(cell, u, weight, keep) if out is None else out
+    _native.cpu.recurrence_fwd(
+        double=_native.is_double(u),
+        cell=cell.name,
+        input=_native.pointer(u),
+        input_strides=strides(u),
+        projection=_native.pointer(projection),
+        projected=0 if projection is None else projection.shape[1],
+        input_bias=_native.pointer(input_bias),
+        weight=_native.pointer(weight),
+        bias=_native.pointer(bias),
+        start=_native.pointer(start),
+        h=_native.pointer(h),
+        kept=_native.pointer(kept if keep and cell.kept else None),
+        sizes=sizes(h),
+        threads=torch.get_num_threads(),
+    )
+    return h, kept
+
+
+def backward(
+    cell: Cell,
+    sweep: Sweep,
+    *,
+    grad_h: Tensor | None,
+    grad_last: Tensor | None,
+    h: Tensor,
+    kept: Tensor,
+    weight: Tensor,
+    feedback: Tensor | None,
+    carried: Tensor | None,
+    through: Tensor | None,
+    u: Tensor | None,
+    start: Tensor | None,
+    first: int = 0,
+    iterations: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``reference.backward``."""
+    _native.check_same_kind(cell.op, h, grad_h, grad_last, kept, weight, feedback, carried, through, u, start)
+    check_given(cell, sweep, feedback, u)
+    grad_h, u = unit_stride(grad_h), unit_stride(u)
+    h, kept, weight = h.contiguous(), kept.contiguous(), weight.contiguous()
+    grad_last, feedback, start = contiguous(grad_last), contiguous(feedback), contiguous(start)
+    carried, through = contiguous(carried), contiguous(through)
+    grad_u, carried_out, through_out = backward_outputs(cell, h, sweep)
+    missed = _native.cpu.recurrence_bwd(
+        double=_native.is_double(h),
+        cell=cell.name,
+        grad_h=_native.pointer(grad_h),
+        grad_h_strides=strides(grad_h),
+        grad_last=_native.pointer(grad_last),
+        h=_native.pointer(h),
+        kept=_native.pointer(kept if cell.kept else None),
+        weight=_native.pointer(weight),
+        feedback=_native.pointer(feedback),
+        carried_in=_native.pointer(carried),
+        through_in=_native.pointer(through),
+        carried_out=_native.pointer(carried_out),
+        through_out=_native.pointer(through_out),
+        u=_native.pointer(u),
+        u_strides=strides(u),
+        start=_native.pointer(start),
+        grad_u=_native.pointer(grad_u),
+        iterations=_native.pointer(iterations),
+        sizes=sizes(h),
+        inverse=sweep.inverse,
+        update=sweep.update,
+        step=sweep.step,
+        clip=sweep.clip,
+        reg=sweep.reg,
+        rtol=sweep.rtol,
+        first=first,
+        threads=torch.get_num_threads(),
+    )
+    if missed is not None:
+        t, b, head, residual = missed
+        raise unsolved(cell, (t, b, head if h.dim() == 4 else None), residual, sweep, h.dtype)
+    return grad_u, carried_out, through_out

@@ -1,0 +1,58 @@
+"""What every launcher of the recurrence shares: how tensors lie in memory, and what the passes fill."""
+
+import torch
+from torch import Tensor
+
+from tp_kernels.ops.recurrence.cell import Cell
+from tp_kernels.rules import Sweep
+
+
+def unit_stride(tensor: Tensor | None) -> Tensor | None:
+    """The native kernels take any strides but for the last axis."""
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def strides(tensor: Tensor | None) -> tuple[int, int, int]:
+    """Strides over time, batch and heads."""
+    if tensor is None:
+        return 0, 0, 0
+    return tensor.stride(0), tensor.stride(1), tensor.stride(2) if tensor.dim() == 4 else 0
+
+
+def sizes(h: Tensor) -> tuple[int, int, int, int]:
+    """T, B, H and N."""
+    return h.shape[0], h.shape[1], h.shape[2] if h.dim() == 4 else 1, h.shape[-1]
+
+
+def check_given(cell: Cell, sweep: Sweep, feedback: Tensor | None, u: Tensor | None) -> None:
+    """What the sweep cannot do without is there."""
+    for argument, tensor, needed in (("feedback", feedback, sweep.uses_inverse), ("u", u, sweep.inverse == "direct")):
+        if needed and tensor is None:
+            raise TypeError(f"{cell.op}: {argument} must be a torch.Tensor with inverse={sweep.inverse!r}, got None")
+
+
+def forward_outputs(cell: Cell, u: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """Memory for the states and for what the cell keeps. ``u`` may be the input that is projected to it."""
+    shape = (*u.shape[:-1], weight.shape[-1])
+    return u.new_empty(shape), u.new_empty((*shape[:-1], len(cell.kept), shape[-1]) if keep and cell.kept else (0,))
+
+
+def backward_outputs(cell: Cell, h: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor, Tensor]:
+    """What backward fills: δ, and what it sends on to an earlier call."""
+    return h.new_empty((*h.shape[:-1], cell.gates * h.shape[-1])), *sent_outputs(h, sweep)
+
+
+def sent_outputs(h: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor]:
+    """Memory for term(λ_1) and ``Jᵀ_1 μ_1``; empty where the rule sends nothing."""
+    carried = h.new_empty(h.shape[1:] if sweep.inverse != "none" else (0,))
+    through = h.new_empty(h.shape[1:] if sweep.update == "total" else (0,))
+    return carried, through
+
+
+def missed_residuals(h: Tensor) -> Tensor:
+    """Memory for the residuals of the solves of "jacobian", [T, B] or [T, B, H]."""
+    return h.new_empty(h.shape[:-1], dtype=torch.float32)
