@@ -8,7 +8,6 @@ from tp_kernels._backends import NAMES, dtype_name
 from tp_kernels.ops.recurrence.cell import Cell
 from tp_kernels.rules import Rule, TargetProp, uses_inverse
 
-NONLINEARITIES = ("tanh", "relu", "identity")
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -178,9 +177,8 @@ def recurrence(
     rule_of_cell(op, rule, cell)
     if feedback_matrix is not None:
         inverted = cell.inverted(weight, rule.inverse) if uses_inverse(rule) else weight
-        feedback(
-            op, feedback_matrix, inverted, "weight" if gates == 1 else "the blocks of weight it replaces P of", rule
-        )
+        what = "weight" if gates == 1 else "the blocks of weight it replaces P of"
+        feedback(op, feedback_matrix, inverted, what, rule)
     numbers_of_rule(op, rule, cell, u.dtype)
     checkpoint_every(op, every)
     backend(op, backend_name)

@@ -133,8 +133,8 @@ def trace(model: nn.Module, every: int = 1) -> AbstractContextManager[Trace]:
     trace, and a model that is not traced pays nothing: the hooks are there only inside the context.
 
     A recorded pass costs a forward and a BP pass of the layer on its own kernels, the recursion once more in plain
-    PyTorch and in the layer's dtype (``ops/recurrence/reference.py``: many times slower than the kernels on a CPU), and a
-    singular value decomposition of W; and memory for all T states, also where ``checkpoint_every`` saves it.
+    PyTorch and in the layer's dtype (``ops/recurrence/reference.py``: many times slower than the kernels on a CPU), and
+    a singular value decomposition of W; and memory for all T states, also where ``checkpoint_every`` saves it.
 
     Args:
         model: any module; its layers are those it has on entry.

@@ -72,8 +72,8 @@ def _refreshed_feedback(
 
 
 register(
-    "recurrence_refreshed_feedback(Tensor weight, Tensor(a!) origin, Tensor(b!) kept, Tensor(c!) age, float reg, float power, "
-    "int refresh, str backend) -> Tensor",
+    "recurrence_refreshed_feedback(Tensor weight, Tensor(a!) origin, Tensor(b!) kept, Tensor(c!) age, float reg, "
+    "float power, int refresh, str backend) -> Tensor",
     _refreshed_feedback,
     lambda weight, *rest: weight.new_empty(weight.shape),
 )

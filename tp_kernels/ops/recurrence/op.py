@@ -389,7 +389,7 @@ class RecurrenceFunction(torch.autograd.Function):
         x, projection, input_bias, weight, bias, start, feedback, states, kept = saved
         options = ctx.options
         cell, sweep, words, every = options.cell, options.sweep, options.words, options.checkpoint_every
-        needs_x, needs_projection, needs_input_bias, needs_weight, needs_bias, needs_start = ctx.needs_input_grad[:6]
+        needs_x, needs_projection, needs_input_bias, needs_weight, needs_bias = ctx.needs_input_grad[:5]
         if feedback is None and sweep.uses_inverse:
             inverted = CELLS[cell].inverted(weight, sweep.inverse)
             feedback = torch.ops.tp_kernels.recurrence_feedback(inverted, sweep.reg, options.power, options.backend)

@@ -89,7 +89,8 @@ def _apply(matrix: Tensor, states: Tensor) -> Tensor:
 
 
 register(
-    "recurrence_displacements(Tensor? grad_h, Tensor? grad_last, Tensor h, Tensor feedback, float step) -> (Tensor, Tensor)",
+    "recurrence_displacements(Tensor? grad_h, Tensor? grad_last, Tensor h, Tensor feedback, float step) "
+    "-> (Tensor, Tensor)",
     displacements,
     lambda grad_h, grad_last, h, *rest: (h.new_empty(h.shape), h.new_empty(h.shape[1:])),
 )

@@ -1,4 +1,5 @@
-"""The Elman cell's recurrence in Triton: the whole sequence in one launch, a program for each tile of the batch and each head.
+"""The Elman cell's recurrence in Triton: the whole sequence in one launch, a program for each tile of the batch and
+each head.
 
 The matrices are read once and stay on chip for all T steps; what goes from step to step stays in float32 registers, is
 rounded to the storage dtype where it is multiplied, and h is all that backward reads of the forward pass.
