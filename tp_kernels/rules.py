@@ -101,6 +101,11 @@ class TargetProp:
         # Once: where torch.compile traces a call, a rule's numbers may be symbols by then, which have no words.
         object.__setattr__(self, "words", Sweep.of(self).words)
 
+    @property
+    def carries(self) -> bool:
+        """Whether displacements go back in time."""
+        return True
+
     @classmethod
     def paper(cls, reg: float = 1.0, step: float = 1.0) -> "TargetProp":
         """The paper's own rule: power 1, ``inverse="layer"``, ``update="local"``.
@@ -126,6 +131,8 @@ class BackProp:
     def words(self) -> str:
         """Of its sweep."""
         return Sweep().words
+
+    carries = False
 
 
 Rule = TargetProp | BackProp

@@ -11,6 +11,7 @@ from tp_kernels._library import autocast_enabled
 from tp_kernels.ops.recurrence.cell import Cell
 from tp_kernels.ops.recurrence.feedback import RefreshedFeedback
 from tp_kernels.ops.recurrence.op import recurrent_layer
+from tp_kernels.ops.recurrence.state import hand_on, relay_of
 from tp_kernels.rules import Rule, resolve, uses_inverse
 
 
@@ -131,15 +132,18 @@ class Recurrent(nn.Module):
         self._check_input(input, hx, parameters["weight_ih_l0"])
         batched = input.dim() == 3
         x = input if batched else input.unsqueeze(0 if self.batch_first else 1)
-        h, last = self._states(
-            x.transpose(0, 1) if self.batch_first else x, hx[0] if batched and hx is not None else hx, parameters
+        relay = relay_of(hx, self._NAME, self.rule.carries)
+        h, last, relay = self._states(
+            x.transpose(0, 1) if self.batch_first else x, hx[0] if batched and hx is not None else hx, relay, parameters
         )
         if h is not None:
             h = h.squeeze(1) if not batched else h.transpose(0, 1) if self.batch_first else h
-        return h, last.unsqueeze(0) if batched else last
+        return h, hand_on(last.unsqueeze(0) if batched else last, relay)
 
-    def _states(self, x: Tensor, h0: Tensor | None, parameters: dict[str, Tensor]) -> tuple[Tensor | None, Tensor]:
-        """The layer itself, on x: [T, B, M] and h0: [B, N]: all states and the last one."""
+    def _states(
+        self, x: Tensor, h0: Tensor | None, relay: Tensor | None, parameters: dict[str, Tensor]
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """The layer itself, on x: [T, B, M] and h0: [B, N], with its relay: all states, the last one and its relay."""
         _validate.numbers_of_rule(self._NAME, self.rule, self._cell, x.dtype)
         input_bias, bias = self._biases(parameters) if self.bias else (None, None)
         return recurrent_layer(
@@ -151,6 +155,7 @@ class Recurrent(nn.Module):
             input_bias=input_bias,
             bias=bias,
             feedback=self._feedback(parameters["weight_hh_l0"]),
+            relay=relay,
             rule=self.rule,
             checkpoint_every=self.checkpoint_every,
             return_sequence=self.return_sequence,

@@ -131,10 +131,12 @@ class LearnedInverse(RNN):
         bias = {"inverse_bias_l0": (N,)} if self.bias else {}
         return super()._shapes() | {"inverse_ih_l0": (N, M), "inverse_hh_l0": (N, N)} | bias
 
-    def _states(self, x: Tensor, h0: Tensor | None, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _states(
+        self, x: Tensor, h0: Tensor | None, relay: Tensor | None, parameters: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, None]:
         with without_autocast(x.device.type):
             bias = self._biases(parameters)[0] if self.bias else None
-            return LearnedInverseFunction.apply(
+            h, last = LearnedInverseFunction.apply(
                 functional.linear(x, parameters["weight_ih_l0"], bias),
                 parameters["weight_hh_l0"],
                 h0,
@@ -144,6 +146,7 @@ class LearnedInverse(RNN):
                 parameters.get("inverse_bias_l0"),
                 LearnedRule(self._cell.name, self.nonlinearity, self.update, self.step, self.noise, self.backend),
             )
+            return h, last, None
 
     def extra_repr(self) -> str:
         words = f"update={self.update!r}, step={self.step}, noise={self.noise}"

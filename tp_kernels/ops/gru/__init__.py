@@ -5,6 +5,7 @@ from torch import Tensor
 from tp_kernels import _validate
 from tp_kernels.ops.gru.cell import CELL
 from tp_kernels.ops.recurrence.op import recurrent_layer
+from tp_kernels.ops.recurrence.state import hand_on, relay_of
 from tp_kernels.rules import Rule, resolve
 
 __all__ = ["gru"]
@@ -19,8 +20,9 @@ def gru(
     feedback: Tensor | None = None,
     rule: Rule | None = None,
     checkpoint_every: int | None = None,
+    return_last: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """States of a gated recurrent unit over a whole sequence, with the rule's gradients.
 
     ``h_t = (1 - z_t) n_t + z_t h_{t-1}`` for t = 1 … T, with the gates ``r_t = σ(u_r + W_r h_{t-1})`` and
@@ -47,10 +49,13 @@ def gru(
             - by "identity": as it is.
         checkpoint_every: k >= 1: keep u and every k-th state for backward, and compute the other states and the gates
             again, to the same bits. ``None`` keeps all states and gates, 5N numbers a step.
+        return_last: whether to return the last state too, to hand on to the next call as it is: then the gradients of
+            the calls are those of one. (``h[-1]`` is another tensor: through it no displacement goes back.)
         backend: "auto", "reference" or "cpu": what runs the recurrence. P comes from the same one.
 
     Returns:
-        h: [T, B, N] or [T, B, H, N], all states h_1 … h_T.
+        h: [T, B, N] or [T, B, H, N], all states h_1 … h_T; with ``return_last`` also h_T, [B, N] or
+            [B, H, N].
 
     Raises:
         TypeError: an argument of another kind or dtype than stated.
@@ -77,7 +82,7 @@ def gru(
     """
     rule = resolve("gru", rule)
     _validate.recurrence(CELL, u, weight, bias, h0, feedback, rule, checkpoint_every, backend)
-    return recurrent_layer(
+    h, last, relay = recurrent_layer(
         CELL.name,
         u,
         weight,
@@ -86,5 +91,7 @@ def gru(
         feedback=feedback,
         rule=rule,
         checkpoint_every=checkpoint_every,
+        relay=relay_of(h0, "gru", rule.carries),
         backend=backend,
-    )[0]
+    )
+    return (h, hand_on(last, relay)) if return_last else h

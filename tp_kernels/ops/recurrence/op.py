@@ -19,6 +19,7 @@ from tp_kernels._library import register
 from tp_kernels.ops.recurrence import cpu, cuda, parallel, reference, triton_blocks
 from tp_kernels.ops.recurrence.cell import CELLS, Cell
 from tp_kernels.ops.recurrence.launch import forward_outputs, sent_outputs
+from tp_kernels.ops.recurrence.state import new_relay
 from tp_kernels.rules import Rule, Sweep, TargetProp
 
 # --- back-ends
@@ -348,8 +349,9 @@ class RecurrenceFunction(torch.autograd.Function):
         bias: Tensor | None,
         start: Tensor | None,
         feedback: Tensor | None,
+        relay: Tensor | None,
         options: Options,
-    ) -> tuple[Tensor | None, Tensor]:
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         every, inverse = options.checkpoint_every, options.sweep.inverse
         # Without gradients any back-end will do that has the forward pass.
         inverse = inverse if options.needs_backward else "none"
@@ -379,11 +381,14 @@ class RecurrenceFunction(torch.autograd.Function):
         )
         ctx.set_materialize_grads(False)
         ctx.options = options
-        return sequence if options.return_sequence else None, last
+        carries = options.needs_backward and options.sweep.inverse != "none"
+        return sequence if options.return_sequence else None, last, new_relay(last) if carries else None
 
     @staticmethod
     @first_derivatives_only
-    def backward(ctx: Any, saved: tuple, grad_h: Tensor | None, grad_last: Tensor | None) -> tuple:
+    def backward(
+        ctx: Any, saved: tuple, grad_h: Tensor | None, grad_last: Tensor | None, grad_relay: Tensor | None
+    ) -> tuple:
         x, projection, input_bias, weight, bias, start, feedback, states, kept = saved
         options = ctx.options
         cell, sweep, words, every = options.cell, options.sweep, options.words, options.checkpoint_every
@@ -391,6 +396,7 @@ class RecurrenceFunction(torch.autograd.Function):
         if feedback is None and sweep.uses_inverse:
             inverted = CELLS[cell].inverted(weight, sweep.inverse)
             feedback = torch.ops.tp_kernels.recurrence_feedback(inverted, sweep.reg, options.power, options.backend)
+        carried, through = (None, None) if grad_relay is None else grad_relay.unbind()
         first_displacement = None
         if options.displacements == "parallel" or (
             options.displacements == "auto"
@@ -399,6 +405,8 @@ class RecurrenceFunction(torch.autograd.Function):
             and every is None
             and parallel.worth_it(grad_h, states)
         ):
+            if carried is not None:  # a source like any other, but for γ
+                grad_last = carried / sweep.step if grad_last is None else grad_last + carried / sweep.step
             grad_h, first_displacement = torch.ops.tp_kernels.recurrence_displacements(
                 grad_h, grad_last, states, feedback, sweep.step
             )
@@ -444,10 +452,10 @@ class RecurrenceFunction(torch.autograd.Function):
             return gradients, carried, None if sweep.update == "local" else through
 
         if every is None:
-            gradients, carried, through = gradients_of(0, x, start, states, kept, grad_h, grad_last, None, None)
+            gradients, carried, through = gradients_of(0, x, start, states, kept, grad_h, grad_last, carried, through)
             carried = carried if first_displacement is None else first_displacement
         else:
-            gradients, carried, through = None, None, None
+            gradients = None
             grad_x = torch.empty_like(x) if needs_x else None
             for i in reversed(range(states.shape[0])):
                 first = i * every
@@ -466,10 +474,14 @@ class RecurrenceFunction(torch.autograd.Function):
                 part[0] = None
                 gradients = part if gradients is None else [_sum(a, b) for a, b in zip(gradients, part, strict=True)]
             gradients[0] = grad_x
-        gradients.append(through if sweep.update == "total" else carried)  # of the first state
+        sent = through if sweep.update == "total" else carried
         needed = ctx.needs_input_grad[:6]
-        found = [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
-        return *found, None, None  # none in feedback and options
+        found = [gradient if need else None for gradient, need in zip([*gradients, sent], needed, strict=True)]
+        relayed = None
+        if ctx.needs_input_grad[7]:  # the call before gets both, and the state itself no gradient
+            found[5], nothing = None, torch.zeros_like(sent)
+            relayed = torch.stack([nothing if part is None else part for part in (carried, through)])
+        return *found, None, relayed, None  # none in feedback and options
 
 
 def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
@@ -486,13 +498,15 @@ def recurrent_layer(
     input_bias: Tensor | None = None,
     bias: Tensor | None = None,
     feedback: Tensor | None = None,
+    relay: Tensor | None = None,
     rule: Rule,
     checkpoint_every: int | None = None,
     return_sequence: bool = True,
     displacements: str = "auto",
     backend: str = "auto",
-) -> tuple[Tensor | None, Tensor]:
-    """All states (``None`` without ``return_sequence``) and the last one, from arguments that have been checked.
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """All states (``None`` without ``return_sequence``), the last one and its relay (``state.py``), from arguments that
+    have been checked.
 
     The last state is an output of its own, so that its gradient needs no zero-filled [T, B, N].
     """
@@ -508,7 +522,7 @@ def recurrent_layer(
         backend=backend,
         needs_backward=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained),
     )
-    return RecurrenceFunction.apply(x, projection, input_bias, weight, bias, start, feedback, options)
+    return RecurrenceFunction.apply(x, projection, input_bias, weight, bias, start, feedback, relay, options)
 
 
 def solver_iterations(

@@ -5,6 +5,7 @@ from torch import Tensor
 from tp_kernels import _validate
 from tp_kernels.ops.recurrence.cell import CELLS
 from tp_kernels.ops.recurrence.op import recurrent_layer
+from tp_kernels.ops.recurrence.state import hand_on, relay_of
 from tp_kernels.ops.rnn.cell import ACTIVATIONS
 from tp_kernels.rules import Rule, resolve
 
@@ -21,8 +22,9 @@ def rnn(
     rule: Rule | None = None,
     checkpoint_every: int | None = None,
     displacements: str = "auto",
+    return_last: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """States of an Elman recurrent layer over a whole sequence, with the rule's gradients.
 
     ``h_t = a(u_t + h_{t-1} Wᵀ)`` for t = 1 … T. What backward returns is the rule's: ``TargetProp`` sends targets
@@ -42,11 +44,14 @@ def rnn(
             same bits. ``None`` keeps all states. Saves memory where u is at hand anyway and h is not kept.
         displacements: of ``inverse="weight"``: "sweep", step by step with the rest of backward; "parallel", all at once
             by about log₂T large products; or "auto", which measures faster. "parallel" excludes checkpoints.
+        return_last: whether to return the last state too, to hand on to the next call as it is: then the gradients of
+            the calls are those of one. (``h[-1]`` is another tensor: through it no displacement goes back.)
         backend: "auto", "reference", "cpu", "triton" or "cuda": what runs the recurrence. P comes from the same one
             where that has a ``regularized_inverse``, else from its "auto".
 
     Returns:
-        h: all states h_1 … h_T, of the shape, dtype and device of ``u``.
+        h: all states h_1 … h_T, of the shape, dtype and device of ``u``; with ``return_last`` also h_T, [B, N] or
+            [B, H, N].
 
     Raises:
         TypeError: an argument of another kind or dtype than stated.
@@ -74,7 +79,7 @@ def rnn(
     cell = CELLS[f"rnn_{nonlinearity}"]
     _validate.recurrence(cell, u, weight, None, h0, feedback, rule, checkpoint_every, backend)
     _validate.displacements("rnn", displacements, rule, checkpoint_every)
-    return recurrent_layer(
+    h, last, relay = recurrent_layer(
         cell.name,
         u,
         weight,
@@ -83,5 +88,7 @@ def rnn(
         rule=rule,
         checkpoint_every=checkpoint_every,
         displacements=displacements,
+        relay=relay_of(h0, "rnn", rule.carries),
         backend=backend,
-    )[0]
+    )
+    return (h, hand_on(last, relay)) if return_last else h
