@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import CheckpointError
 
+from tp_kernels._json import finite
 from tp_kernels.nn.learned_inverse import LearnedInverse
 from tp_kernels.nn.rnn import RNN
 from tp_kernels.ops.rnn import reference
 from tp_kernels.ops.rnn.op import rnn_layer
-from tp_kernels.regimes.store import finite
 from tp_kernels.rules import BackProp, TargetProp
 
 if TYPE_CHECKING:
