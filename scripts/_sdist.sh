@@ -3,8 +3,8 @@
 # make_sdist PYTHON FOLDER: writes a source distribution of this checkout into FOLDER. It is made from a copy: what lies
 # about in the checkout (build/, an old list of files in *.egg-info) must not get into it, nor anything new into the checkout.
 make_sdist() {
-    local python=$1 folder=$2 copy left
-    copy=$(mktemp -d)
+    local python=$1 folder=$2 copy=$2/checkout left
+    mkdir "$copy"
     if [[ -e .git ]]; then
         git ls-files -z --cached --others --exclude-standard | tar --null --files-from=- -cf - | tar -xf - -C "$copy"
     else
