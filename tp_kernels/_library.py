@@ -9,14 +9,14 @@ import torch
 _LIBRARY = torch.library.Library("tp_kernels", "FRAGMENT")
 
 
-@torch.compiler.assume_constant_result  # torch.compile of torch 2.11 cannot trace the question
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
+# The types of device that hold tensors and have no autocast. They are asked for once, here: torch.compile of torch 2.11
+# cannot trace the question, and torch.compiler.assume_constant_result, which would spare it that, imports the compiler.
+_NO_AUTOCAST = tuple(device for device in ("lazy", "meta", "vulkan") if not torch.amp.is_autocast_available(device))
 
 
 def autocast_enabled(device: str) -> bool:
     """Whether autocast is on for that type of device; some, such as "meta", have none."""
-    return _has_autocast(device) and torch.is_autocast_enabled(device)
+    return device not in _NO_AUTOCAST and torch.is_autocast_enabled(device)
 
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager:
