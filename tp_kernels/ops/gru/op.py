@@ -11,7 +11,7 @@ from torch import Tensor
 from tp_kernels import _native, _validate
 from tp_kernels._autograd import first_derivatives_only
 from tp_kernels._backends import Backend, BackendTable, Support
-from tp_kernels._library import register
+from tp_kernels._library import op, register
 from tp_kernels.ops.gru import reference
 from tp_kernels.ops.rnn.backends import SWEEP
 from tp_kernels.ops.rnn.launch import unit_stride
@@ -142,6 +142,7 @@ register(
     f"{SWEEP}, str backend) -> (Tensor, Tensor)",
     _backward,
     lambda grad_h, grad_last, h, *rest: _backward_outputs(h),
+    twin=True,  # as of rnn_bwd
 )
 
 
@@ -185,7 +186,7 @@ class GRUFunction(torch.autograd.Function):
         if sweep.uses_inverse:
             inverted = weight[2 * N :] if sweep.inverse == "weight" else weight.unflatten(0, (3, N))
             feedback = torch.ops.tp_kernels.rnn_feedback(inverted, sweep.reg, power, backend)
-        grad_u, grad_h0 = torch.ops.tp_kernels.gru_bwd(
+        grad_u, grad_h0 = op("gru_bwd", waits=sweep.inverse == "jacobian")(
             grad_h, grad_last, h, gates, weight, feedback, h0, *sweep, backend
         )
         grad_weight = grad_bias = None

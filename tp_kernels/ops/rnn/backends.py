@@ -308,9 +308,11 @@ register(
     f"rnn_bwd({_BACKWARD_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
+    twin=True,  # "jacobian" reads its residuals
 )
 register(
     f"rnn_iterations({_BACKWARD_ARGUMENTS}) -> Tensor",
     _iterations,
     lambda grad_h, grad_last, h, *rest: h.new_empty(h.shape[:-1], dtype=torch.int32),
+    cudagraph_unsafe=True,  # as the twin of rnn_bwd
 )

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from tp_kernels import _validate
 from tp_kernels._autograd import first_derivatives_only
-from tp_kernels._library import register
+from tp_kernels._library import op, register
 from tp_kernels.ops.rnn import parallel
 from tp_kernels.ops.rnn.backends import BACKENDS, SWEEP, for_both_passes
 from tp_kernels.ops.rnn.launch import sent_outputs
@@ -134,6 +134,7 @@ register(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _layer_backward,
     _fake_layer_backward,
+    twin=True,  # as of rnn_bwd
 )
 
 
@@ -235,15 +236,15 @@ class RNNFunction(torch.autograd.Function):
             first: int, h: Tensor, start: Tensor | None, x: Tensor | None, *sources: Tensor | None
         ) -> tuple:
             """Gradients in x, U, b and W of the steps from ``first`` on, and what these send on to those before."""
-            words = sweep._replace(first=first)
+            words, waits = sweep._replace(first=first), sweep.inverse == "jacobian"
             grad_h, grad_last, carried, through = sources
             if projection is None:
-                grad_x, carried, through = torch.ops.tp_kernels.rnn_bwd(
+                grad_x, carried, through = op("rnn_bwd", waits=waits)(
                     grad_h, grad_last, h, weight, feedback, carried, through, x, start, *words, backend
                 )
                 gradients = [grad_x, None, None, _weight_gradient(grad_x, h, start) if needs_weight else None]
             else:
-                *gradients, carried, through = torch.ops.tp_kernels.rnn_layer_bwd(
+                *gradients, carried, through = op("rnn_layer_bwd", waits=waits)(
                     *(grad_h, grad_last, x, projection, bias, h, weight, start, feedback, carried, through),
                     *(*words, needs_x, needs_projection or needs_bias, needs_weight, backend),
                 )
