@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import tp_kernels as tp
 from tp_kernels import _native
-from tp_kernels.ops.rnn import op
+from tp_kernels.ops.rnn import feedback, op
 from tp_kernels.rules import Sweep
 
 M, N, T, B = 3, 5, 7, 4
@@ -917,6 +917,14 @@ def test_an_inverse_that_does_not_fit_any_more_is_not_used(change, backend):
     assert_identical(weight_gradient(layer), weight_gradient(layer, before), "with the P that is kept")
     change(layer)
     assert_identical(weight_gradient(layer), weight_gradient(layer, inverse_of(layer)), "grad_weight")
+
+
+def test_only_the_cpu_looks_how_far_the_weight_has_moved():
+    """To read a number of another device is to wait for it; of a meta tensor there is none to be read."""
+    near, far = torch.ones(2, 2), torch.full((2, 2), 1.2)
+    assert feedback._is_near(near, near)
+    assert not feedback._is_near(far, near)
+    assert feedback._is_near(far.to("meta"), near.to("meta"))
 
 
 def test_each_pass_keeps_the_inverse_it_took(backend):

@@ -288,6 +288,42 @@ def test_opcheck(name, dtype, backend):
     )
 
 
+def test_what_must_not_be_recorded():
+    """Ops that wait for the device, or count on the host, tell torch.compile so; each other one may be recorded."""
+    names = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if "tp_kernels::" in name}
+    tagged = {name for name in names if torch.Tag.cudagraph_unsafe in getattr(ops, name).default.tags}
+    twins = {"rnn_bwd_waiting", "rnn_layer_bwd_waiting", "gru_bwd_waiting"}
+    assert tagged == twins | {"rnn_iterations", "rnn_refreshed_feedback"}
+    for name in twins:
+        twin, own = (str(getattr(ops, each).default._schema) for each in (name, name.removesuffix("_waiting")))
+        assert twin.replace("_waiting", "") == own
+
+
+@pytest.mark.parametrize("cell", ["rnn", "rnn-layer", "gru"])
+def test_a_pass_that_waits_calls_the_op_that_says_so(cell):
+    """The solves of "jacobian" are checked by reading their residuals."""
+    called: list[str] = []
+
+    class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            called.append(str(function))
+            return function(*arguments, **(options or {}))
+
+    for inverse in ("jacobian", "weight"):
+        rule = tp.TargetProp(inverse=inverse)
+        layer = tp.nn.GRU(3, 5, rule=rule) if cell == "gru" else tp.nn.RNN(3, 5, rule=rule)
+        with Calls():
+            if cell == "rnn":
+                weight = layer.weight_hh_l0
+                tp.rnn(torch.ones(4, 2, 5), weight, rule=rule).sum().backward()
+            else:
+                layer(torch.ones(4, 2, 3))[0].sum().backward()
+        name = f"tp_kernels.{cell.replace('-', '_')}_bwd"
+        assert (f"{name}_waiting.default" in called) == (inverse == "jacobian")
+        assert (f"{name}.default" in called) == (inverse != "jacobian")
+        called.clear()
+
+
 # --- compile
 
 
@@ -1273,6 +1309,14 @@ def test_parallel_gradients_are_those_of_the_sweep(case, update, sources, dtype,
         results.append(torch.autograd.grad(outputs, leaves, arrived))
     for what, *pair in zip(("grad_u", "grad_weight", "grad_h0"), *results, strict=True):
         assert_near(pair[0], extended(pair[1]), what)
+
+
+def test_what_was_measured_on_the_cpu_holds_there():
+    """On another device the sweep is taken, until somebody has measured it."""
+    for device, expected in (("cpu", True), ("meta", False)):
+        h = torch.empty((8192, 1, 256), device=device)
+        assert parallel.worth_it(None, h) is expected
+        assert parallel.worth_it(h, h) is False
 
 
 def test_parallel_compiles():

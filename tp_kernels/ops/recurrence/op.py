@@ -15,7 +15,7 @@ from torch.nn import functional
 from tp_kernels import _native, _triton
 from tp_kernels._autograd import first_derivatives_only
 from tp_kernels._backends import Backend, BackendTable
-from tp_kernels._library import register
+from tp_kernels._library import find_op, register
 from tp_kernels.ops.recurrence import cpu, cuda, parallel, reference, triton_blocks
 from tp_kernels.ops.recurrence.cell import CELLS, Cell
 from tp_kernels.ops.recurrence.launch import forward_outputs, sent_outputs
@@ -303,6 +303,7 @@ register(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
+    twin=True,  # "jacobian" reads its residuals
 )
 
 
@@ -417,7 +418,7 @@ class RecurrenceFunction(torch.autograd.Function):
             through: Tensor | None,
         ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
             """Gradients of the steps from ``first`` on, and what these send on to those before."""
-            *gradients, carried, through = torch.ops.tp_kernels.recurrence_bwd(
+            *gradients, carried, through = find_op("recurrence_bwd", waits=sweep.inverse == "jacobian")(
                 cell,
                 grad_h,
                 grad_last,
