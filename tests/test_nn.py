@@ -653,8 +653,7 @@ def test_functional_call(layer):
 # --- portions of time: checkpoints and chunks
 
 
-@pytest.mark.parametrize("batch_first", [False, True], ids=["time-first", "batch-first"])
-@pytest.mark.parametrize("every", [1, 3, 50])
+@pytest.mark.parametrize(("every", "batch_first"), [(1, False), (3, True), (3, False), (50, False)])
 @over_rules
 def test_checkpoints(layer, rule, every, batch_first, backend):
     """The same states, and gradients that differ by the order of sums only."""
@@ -835,13 +834,11 @@ def weight_gradient(layer: Recurrent, feedback: Tensor | None = None) -> Tensor:
     return gradients(layer, data(layer.weight_hh_l0.dtype)[0])["weight_hh_l0"]
 
 
-@pytest.mark.parametrize(
-    "rule", [tp.TargetProp(), tp.TargetProp(inverse="layer", update="local")], ids=lambda rule: rule.inverse
-)
+@pytest.mark.parametrize("rule", ["weight-total", "layer-local"])
 @over_layers
 def test_refresh(layer, rule, dtype, backend):
     """P of the first, fourth, seventh … weight."""
-    ours = layer.make(rule=rule, refresh=3, backend=backend, dtype=dtype)
+    ours = layer.make(rule=RULES[rule], refresh=3, backend=backend, dtype=dtype)
     for step in range(8):
         if step % 3 == 0:
             p = inverse_of(ours)

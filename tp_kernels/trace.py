@@ -401,7 +401,7 @@ def _draw(layers: dict[str, list[Record]], axes: "list[Axes]") -> None:
         norms.set(yscale="log", title=f"{where}: norms", xlabel="time step", ylabel="mean, shaded up to the largest")
         norms.legend(fontsize=8)
         saturation.plot(steps, [100 * share for share in last.saturated], color="#8c510a", linewidth=1.6, marker=".")
-        saturation.set(title=f"{where}: saturated units", xlabel="time step", ylabel="percent of the units")
+        saturation.set(title=f"{where}: saturation", xlabel="time step", ylabel="percent of the activations")
         saturation.set_ylim(0, max(1, 105 * max(last.saturated)))
         for name, (label, colour, style) in _ANGLES.items():
             values = [math.nan if getattr(record, name) is None else getattr(record, name) for record in records]
