@@ -3,16 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from _cases import RULES
-from _oracle import ACTIVATIONS, SLOPES
+from _cases import rules_of
 from torch import Tensor, nn
 from torch.nn import functional
 
 import tp_kernels as tp
 from tp_kernels.nn._recurrent import Recurrent
-from tp_kernels.rules import Rule, Sweep
+from tp_kernels.rules import Rule
 
 M, N, T, B = 3, 5, 7, 4
 
@@ -46,9 +44,17 @@ class Layer:
 
     @property
     def rules(self) -> dict[str, Rule]:
-        """Those of ``RULES`` that the cell has."""
-        inverses = ("none", *self.ours(1, 1)._cell.inverses)
-        return {name: rule for name, rule in RULES.items() if Sweep.of(rule).inverse in inverses}
+        """Those of ``RULES`` that it has."""
+        return rules_of(self.cell)
+
+    @property
+    def cell(self) -> str:
+        """What the ops call it."""
+        return self.ours(1, 1, **self.options)._cell.name
+
+    @property
+    def gates(self) -> int:
+        return self.ours(1, 1)._cell.gates
 
     def make(self, *sizes: int, seed: int = 1, **options: object) -> Recurrent:
         """Ours, of M and N where no sizes are given."""
@@ -108,78 +114,3 @@ def data(
 
     x, hx, grad, grad_last = (random(T, *batch, M), random(1, *batch, N), random(T, *batch, N), random(1, *batch, N))
     return (x.transpose(0, 1), hx, grad.transpose(0, 1), grad_last) if batch_first else (x, hx, grad, grad_last)
-
-
-# --- back-propagation once more, in NumPy and in extended precision
-
-
-def _sigmoid(z: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-z))
-
-
-def _elman_forward(u: np.ndarray, product: np.ndarray, before: np.ndarray, word: str) -> np.ndarray:
-    return ACTIVATIONS[word](u + product)
-
-
-def _elman_back(
-    mu: np.ndarray, u: np.ndarray, product: np.ndarray, before: np.ndarray, h: np.ndarray, word: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    delta = SLOPES[word](h) * mu
-    return delta, delta, np.zeros_like(mu)
-
-
-def _gates(u: np.ndarray, product: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    (u_r, u_z, u_n), (p_r, p_z, q) = np.split(u, 3, axis=-1), np.split(product, 3, axis=-1)
-    r, z = _sigmoid(u_r + p_r), _sigmoid(u_z + p_z)
-    return r, z, np.tanh(u_n + r * q), q
-
-
-def _gru_forward(u: np.ndarray, product: np.ndarray, before: np.ndarray) -> np.ndarray:
-    _, z, n, _ = _gates(u, product)
-    return (1 - z) * n + z * before
-
-
-def _gru_back(
-    mu: np.ndarray, u: np.ndarray, product: np.ndarray, before: np.ndarray, h: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    r, z, n, q = _gates(u, product)
-    of_n = (1 - z) * (1 - n**2) * mu
-    of_r, of_z = of_n * q * r * (1 - r), (before - n) * z * (1 - z) * mu
-    return np.concatenate([of_r, of_z, of_n], -1), np.concatenate([of_r, of_z, r * of_n], -1), z * mu
-
-
-_ORACLES = {"RNN": (_elman_forward, _elman_back), "GRU": (_gru_forward, _gru_back)}
-
-
-def bp_oracle(
-    layer: Layer,
-    u: np.ndarray,
-    weight: np.ndarray,
-    bias: np.ndarray | None,
-    start: np.ndarray | None,
-    h: np.ndarray,
-    arrives: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The states; and, at the given ones, the gradients in u, in ``W h_{t-1} + b`` and in h_0.
-
-    Args:
-        u: [T, B, G N], the projected input with its own bias.
-        weight, bias: [G N, N] and [G N], ``weight_hh_l0`` and ``bias_hh_l0``.
-        h, arrives: [T, B, N], the states and ∂loss/∂h.
-    """
-    forward, back = _ORACLES[layer.name]
-    words = {"word": layer.options.get("nonlinearity", "tanh")} if layer.name == "RNN" else {}
-    zero = np.zeros_like(h[0])
-    state, start, bias = zero if start is None else start, zero if start is None else start, 0 if bias is None else bias
-    states = []
-    for u_t in u:
-        state = forward(u_t, state.dot(weight.T) + bias, state, **words)
-        states.append(state)
-    deltas, intos, through = [], [], zero
-    for t in range(len(h) - 1, -1, -1):
-        before = h[t - 1] if t else start
-        delta, into, past = back(arrives[t] + through, u[t], before.dot(weight.T) + bias, before, h[t], **words)
-        through = past + into.dot(weight)
-        deltas.append(delta)
-        intos.append(into)
-    return np.stack(states), np.stack(deltas[::-1]), np.stack(intos[::-1]), through

@@ -9,12 +9,13 @@ import io
 import pickle
 from collections.abc import Callable
 
+import _oracle_recurrence as oracle
 import numpy as np
 import pytest
 import torch
 from _cases import DTYPES, RULES
 from _compare import assert_budget, assert_identical, assert_near, assert_same_pattern
-from _modules import LAYERS, LAYERS_AND_RULES, VARIANTS, B, Layer, M, N, T, bp_oracle, data, run
+from _modules import LAYERS, LAYERS_AND_RULES, VARIANTS, B, Layer, M, N, T, data, run
 from _oracle import extended
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ import tp_kernels as tp
 from tp_kernels import _native
 from tp_kernels.nn._recurrent import Recurrent
 from tp_kernels.ops.recurrence import op
+from tp_kernels.rules import Sweep
 
 over_layers = pytest.mark.parametrize("layer", LAYERS, ids=str)
 over_variants = pytest.mark.parametrize("layer", VARIANTS, ids=str)
@@ -79,17 +81,22 @@ def exact(
     arrives[-1] += extended(grad_last)[0]
     flat = inputs.reshape(-1, inputs.shape[-1])
     u = flat.dot(w_ih.T).reshape(*inputs.shape[:-1], len(w_ih)) + (0 if b_ih is None else b_ih)
-    output, delta, into, first = bp_oracle(layer, u, w_hh, b_hh, start, extended(states), arrives)
-    rows, into = delta.reshape(-1, len(w_ih)), into.reshape(-1, len(w_hh))
-    before = np.concatenate([np.zeros_like(output[:1]) if start is None else start[None], extended(states)[:-1]])
-    before = before.reshape(len(rows), w_hh.shape[1])
+    bias = None if b_hh is None or not layer.own_bias else b_hh[-w_hh.shape[1] :]
+    if b_hh is not None:  # all of it, or what is left
+        u = u + (np.concatenate([b_hh[: -w_hh.shape[1]], 0 * bias]) if layer.own_bias else b_hh)
+    h = extended(states)
+    given = {"h": h, "weight": w_hh, "u": u, "h0": start, "bias": bias}
+    output = oracle.forward(layer.cell, u, w_hh, bias, start)
+    back = oracle.backward(layer.cell, Sweep(), grad=arrives, **given)
+    rows, into = back.grad_u.reshape(-1, len(w_ih)), back.into.reshape(-1, len(w_hh))
+    before = oracle.states_before(h, start).reshape(len(rows), w_hh.shape[1])
     answers = {
         "output": (output, 1.0),
         "last": (output[-1:], 1.0),
         "grad_x": (rows.dot(w_ih).reshape(x.shape), abs(rows).dot(abs(w_ih))),
-        "grad_h0": (first[None], abs(into[: x.shape[1]]).dot(abs(w_hh))),
+        "grad_h0": (back.grad_h0[None], abs(into[: x.shape[1]]).dot(abs(w_hh))),
         "grad_weight_ih_l0": (rows.T.dot(flat), abs(rows).T.dot(abs(flat))),
-        "grad_weight_hh_l0": (into.T.dot(before), abs(into).T.dot(abs(before))),
+        "grad_weight_hh_l0": (back.grad_weight, abs(into).T.dot(abs(before))),
         "grad_bias_ih_l0": (rows.sum(axis=0), abs(rows).sum(axis=0)),
         "grad_bias_hh_l0": (into.sum(axis=0), abs(into).sum(axis=0)),
     }
@@ -140,7 +147,7 @@ def test_not_finite_flows_as_in_torch(layer, where, value, dtype, backend):
     found, expected = (run(module, x, start, grad, grad_last) for module in (ours, theirs))
     for name in ("output", "last"):
         assert torch.equal(found[name].isfinite(), expected[name].isfinite()), name
-    for name in expected if ours._cell.gates == 1 else ():
+    for name in expected if layer.gates == 1 else ():
         assert_same_pattern(found[name], expected[name], name)
     assert not all(tensor.isfinite().all() for tensor in expected.values())
 
@@ -803,7 +810,7 @@ def test_feedback_is_a_buffer_of_its_own(layer, rule):
 
 @over_layers
 def test_feedback_is_checked(layer):
-    what = "weight_hh_l0" if layer.ours(1, 1)._cell.gates == 1 else "the blocks of weight_hh_l0 it replaces P of"
+    what = "weight_hh_l0" if layer.gates == 1 else "the blocks of weight_hh_l0 it replaces P of"
     text = f"nn.{layer.name}: feedback must have the shape of {what}, (5, 5), got (3, 3)"
     assert_refused(lambda: layer.make(feedback=torch.eye(M)), ValueError, text)
     ours = layer.make()

@@ -184,7 +184,7 @@ def test_words_that_are_no_sweep(words):
 
 
 def test_the_numbers_of_a_sweep_are_numbers():
-    with pytest.raises(ValueError, match="could not convert string to float"):
+    with pytest.raises(ValueError, match="sweep must have a number as step, got"):
         Sweep.parse(Sweep().words.replace("step=1.0", "step=one"))
 
 
