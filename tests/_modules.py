@@ -69,16 +69,23 @@ class Layer:
         """Theirs and ours, of one seed. Back-propagation, where no rule is given."""
         return self.make_theirs(**options), self.make(rule=rule or tp.BackProp(), backend=backend, **options)
 
-    def by_op(self, layer: Recurrent, x: Tensor, h0: Tensor | None = None, **options: object) -> Tensor:
-        """The states that the op gives after a projection of x, [T, B, M]."""
-        bias, outer = layer.bias_ih_l0, layer.bias_hh_l0
+    def projected(self, layer: Recurrent, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the op is given for x, [T, B, M]: u, and the cell's own bias where it has one."""
+        if not layer.bias:
+            return functional.linear(x, layer.weight_ih_l0), None
+        inner, n = None, layer.hidden_size
+        outer = layer.bias_hh_l0
         if self.own_bias:
-            n = layer.hidden_size
-            options["bias"] = outer[-n:]
-            outer = functional.pad(outer[:-n], (0, n))
-        u = functional.linear(x, layer.weight_ih_l0, bias + outer)
-        rule = options.pop("rule", layer.rule)
-        return self.op(u, layer.weight_hh_l0, h0, rule=rule, backend=layer.backend, **self.options, **options)
+            inner, outer = outer[-n:], functional.pad(outer[:-n], (0, n))
+        return functional.linear(x, layer.weight_ih_l0, layer.bias_ih_l0 + outer), inner
+
+    def by_op(self, layer: Recurrent, x: Tensor, h0: Tensor | None = None, **options: object) -> Tensor:
+        """The states that the op gives after a projection of x."""
+        u, bias = self.projected(layer, x)
+        if bias is not None:
+            options["bias"] = bias
+        options |= {"rule": layer.rule, "backend": layer.backend, **self.options}
+        return self.op(u, layer.weight_hh_l0, h0, **options)
 
 
 # A new layer is one line more here.

@@ -79,11 +79,14 @@ def exact(
     inputs, start = extended(x), None if h0 is None else extended(h0[0])
     arrives = extended(grad)
     arrives[-1] += extended(grad_last)[0]
-    flat = inputs.reshape(-1, inputs.shape[-1])
-    u = flat.dot(w_ih.T).reshape(*inputs.shape[:-1], len(w_ih)) + (0 if b_ih is None else b_ih)
-    bias = None if b_hh is None or not layer.own_bias else b_hh[-w_hh.shape[1] :]
-    if b_hh is not None:  # all of it, or what is left
-        u = u + (np.concatenate([b_hh[: -w_hh.shape[1]], 0 * bias]) if layer.own_bias else b_hh)
+    flat, bias = inputs.reshape(-1, inputs.shape[-1]), None
+    u = flat.dot(w_ih.T).reshape(*inputs.shape[:-1], len(w_ih))
+    if b_ih is not None:  # the recurrent one: all of it, or what is not the cell's own
+        outer = b_hh
+        if layer.own_bias:
+            outer, bias = np.split(b_hh, [-w_hh.shape[1]])
+            outer = np.concatenate([outer, 0 * bias])
+        u = u + b_ih + outer
     h = extended(states)
     given = {"h": h, "weight": w_hh, "u": u, "h0": start, "bias": bias}
     output = oracle.forward(layer.cell, u, w_hh, bias, start)

@@ -8,6 +8,7 @@ import sys
 import weakref
 from collections.abc import Callable
 
+import _oracle_recurrence as oracle
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tp_kernels as tp
 from tp_kernels.nn._recurrent import Recurrent
+from tp_kernels.rules import Sweep
 from tp_kernels.trace import Record, Trace, _angle
 
 NORMS = ("displacement", "adjoint", "gradient")
@@ -84,44 +86,18 @@ def step_of(layer: Recurrent) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda x, before: torch.func.functional_call(cell, named, (x, before))
 
 
-def gates_of(layer: tp.nn.GRU, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """r, z, n and q, of any leading axes."""
-    projected = (x @ layer.weight_ih_l0.mT + layer.bias_ih_l0).chunk(3, -1)
-    states = (before @ layer.weight_hh_l0.mT + layer.bias_hh_l0).chunk(3, -1)
-    r, z = (torch.sigmoid(a + b) for a, b in zip(projected[:2], states[:2], strict=True))
-    return r, z, torch.tanh(projected[2] + r * states[2]), states[2]
+def oracle_of(layer: Recurrent, t: int, before: Tensor, h: Tensor) -> oracle.ElmanStep | oracle.GRUStep:
+    """Step t of the layer, in extended precision."""
+    kind = next(kind for kind in LAYERS if kind.ours is type(layer))
+    u, bias = kind.projected(layer, data(torch.float64)[0][t])
+    return oracle.step_of(layer._cell.name, *map(extended, (u, layer.weight_hh_l0, bias, before, h)))
 
 
-def term_of_an_rnn(layer: tp.nn.RNN, rule: tp.TargetProp, lam: Tensor, x: Tensor, before: Tensor, h: Tensor) -> Tensor:
-    p, high, word = inverses_of(layer, rule), 1 - rule.clip, layer.nonlinearity
-    if rule.inverse == "weight":
-        return lam @ p.mT
-    if rule.mode == "linearized":
-        slope = {"tanh": 1 - h.clamp(-high, high) ** 2, "relu": torch.where(h > 0, 1.0, torch.inf)}.get(word, 1.0)
-        return (lam / slope) @ p.mT
-    u = x @ layer.weight_ih_l0.mT + layer.bias_ih_l0 + layer.bias_hh_l0
-    of_target, of_state = ((v.clamp(-high, high).atanh() - u) @ p.mT for v in (h - lam, h))  # tanh only
-    return before - of_target if rule.mode == "direct" else of_state - of_target
-
-
-def term_of_a_gru(layer: tp.nn.GRU, rule: tp.TargetProp, lam: Tensor, x: Tensor, before: Tensor, h: Tensor) -> Tensor:
-    r, z, n, q = gates_of(layer, x, before)
-    p = inverses_of(layer, rule)
-    if rule.inverse == "weight":
-        return z * lam + (1 - z).sqrt() * (((1 - z).sqrt() * r * lam) @ p[2].mT)
-    r, z = r.clamp(rule.clip, 1 - rule.clip), z.clamp(rule.clip, 1 - rule.clip)
-    s = (1 - n**2) * (1 - z) * lam
-    shares = q * s / (r * (1 - r)), (before - n) * lam / (z * (1 - z)), r * s
-    return z * lam + sum(share @ block.mT for share, block in zip(shares, p, strict=True))
-
-
-TERMS = {"RNN": term_of_an_rnn, "GRU": term_of_a_gru}
-
-
-def inverses_of(layer: Recurrent, rule: tp.TargetProp) -> Tensor:
-    """P of every block of the recurrent weight: [N, N], or [3, N, N] of a GRU."""
-    blocks = layer.weight_hh_l0.unflatten(0, (-1, N)).squeeze(0)
-    return torch.from_numpy(regularized_inverse(extended(blocks), rule.reg, rule.power).astype(float))
+def inverses_of(layer: Recurrent, rule: tp.TargetProp) -> np.ndarray:
+    """P of the blocks of the recurrent weight that the rule inverts."""
+    blocks = extended(layer.weight_hh_l0.unflatten(0, (-1, N)).squeeze(0))
+    inverted = blocks[-1] if rule.inverse == "weight" and blocks.ndim == 3 else blocks
+    return regularized_inverse(inverted, rule.reg, rule.power)
 
 
 def sweep_of(layer: Recurrent, rule: object, g: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -150,7 +126,9 @@ def sweep_of(layer: Recurrent, rule: object, g: Tensor) -> tuple[Tensor, Tensor,
             gram = jacobian @ jacobian.mT + rule.reg * torch.eye(N, dtype=torch.float64)
             carried = (jacobian.mT @ torch.linalg.solve(gram, lam[t][..., None]))[..., 0]
         else:
-            carried = TERMS[type(layer).__name__](layer, rule, lam[t], x[t], before, h[t]).detach()
+            step = oracle_of(layer, t, before, h[t])
+            found = step.term(extended(lam[t]), inverses_of(layer, rule), Sweep.of(rule))
+            carried = torch.from_numpy(found.astype(float))
     return lam, mu, gradients
 
 
@@ -159,8 +137,9 @@ def saturation_of(layer: Recurrent) -> Tensor:
     x, hx, *_ = data(torch.float64)
     h, clip = layer(x, hx)[0], layer.rule.clip if isinstance(layer.rule, tp.TargetProp) else 1e-3
     if isinstance(layer, tp.nn.GRU):
-        r, z, n, _ = gates_of(layer, x, torch.cat([hx, h[:-1]]))
-        h = torch.cat([n, 2 * r - 1, 2 * z - 1], dim=-1)
+        gates = [oracle_of(layer, t, h[t - 1] if t else hx[0], h[t]) for t in range(T)]
+        centred = [np.concatenate([step.n, 2 * step.r - 1, 2 * step.z - 1], axis=-1) for step in gates]
+        h = torch.from_numpy(np.stack(centred).astype(float))
     found = {"relu": h == 0, "identity": h.isnan()}.get(getattr(layer, "nonlinearity", "tanh"), h.abs() > 1 - clip)
     return found.double().mean((1, 2))
 
