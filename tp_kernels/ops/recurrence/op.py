@@ -103,7 +103,7 @@ def _forward(
         h, kept = forward_outputs(cell, x, weight, keep)
         for steps in _chunks(x.device, x.shape[0], x.shape[1], cell.gates * N):
             u = functional.linear(x[steps], projection, input_bias)
-            out = h[steps], kept[steps] if kept.numel() else kept
+            out = h[steps], kept[steps] if kept.dim() > 1 else kept
             chosen.forward(cell, u, weight, bias, start, keep=keep, out=out)
             start = h[steps.stop - 1]
     return h, h[-1].clone(), kept
@@ -157,7 +157,7 @@ def _backward(
     for steps in reversed(chunks):
         last = steps is chunks[-1]
         before = h[steps.start - 1] if steps.start else start
-        of_steps = kept[steps] if kept.numel() else kept
+        of_steps = kept[steps] if kept.dim() > 1 else kept
         u = x if projection is None else None
         if projection is not None and sweep.inverse == "direct":
             u = functional.linear(x[steps], projection, input_bias)
