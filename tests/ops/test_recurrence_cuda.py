@@ -27,11 +27,11 @@ from _cuda_device import (
     tensors_of,
 )
 from _oracle import extended
+from tp_kernels.ops.rnn.backends import BACKENDS
 
 import tp_kernels as tp
 from conftest import assert_within_fences
 from tp_kernels import _native
-from tp_kernels.ops.rnn.backends import BACKENDS
 from tp_kernels.rules import Sweep
 
 pytestmark = pytest.mark.usefixtures("cuda")

@@ -13,12 +13,12 @@ from _checks import capture_check, rnn_backward_check, rnn_forward_check, stream
 from _compare import assert_near
 from _cuda_device import DEVICE, FLOAT, ON_GPU, SWEPT, emulate, everything, in_two_parts, needs_gpu, ops
 from _oracle import extended
+from tp_kernels.ops.rnn.cuda_paths import LARGEST_ON_ONE, cuda_path
 
 import tp_kernels as tp
 from conftest import assert_within_fences
 from tp_kernels import _native, info
 from tp_kernels.ops.rnn import library_chain
-from tp_kernels.ops.rnn.cuda_paths import LARGEST_ON_ONE, cuda_path
 from tp_kernels.rules import Sweep
 
 CASES = (

@@ -24,12 +24,12 @@ from _checks import (
 )
 from _compare import assert_identical, assert_near, assert_same_pattern, assert_solved
 from _oracle import extended
+from tp_kernels.ops.rnn.backends import BACKENDS
 
 import tp_kernels as tp
 from conftest import absent
 from tp_kernels import _triton
 from tp_kernels.ops.rnn import triton_blocks
-from tp_kernels.ops.rnn.backends import BACKENDS
 from tp_kernels.rules import Sweep
 
 ops = torch.ops.tp_kernels
