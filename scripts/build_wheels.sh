@@ -8,7 +8,11 @@
 # libgomp stays out of the wheels. torch's wheels for Linux have one, torch/lib/libgomp.so.1, whose name (its SONAME) is that
 # of every GCC's; torch is imported before our module, so that the loader finds a library of this name loaded and takes that.
 # A copy of ours, which auditwheel would rename, would be a second OpenMP runtime with threads of its own. check_install.sh
-# reads in /proc/self/maps that one is loaded. Found with torch 2.13.0, the CPU build, and in the files of 2.14.1 for CUDA.
+# reads in /proc/self/maps how many are loaded: one, and with the copy two (torch 2.13.0, the CPU build; the CUDA build of
+# 2.14.1 has its libgomp under the same name).
+#
+# The tag follows from the C and C++ libraries here: manylinux_2_34 with GCC 12 and glibc 2.36, for three symbols of libstdc++
+# and glibc. Built on an older system the wheels run on older ones.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/_sdist.sh
