@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tp_kernels.ops.rnn.triton_blocks import Block
+from tp_kernels.ops.recurrence.triton_blocks import Block
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """What one block may use, by compute capability."""
@@ -36,7 +36,7 @@ class Shape(NamedTuple):
         """The kernel, types of its runtime arguments, values of the others, options. Everything arrives that can."""
         import triton.language as tl
 
-        from tp_kernels.ops.rnn import triton_kernel
+        from tp_kernels.ops.recurrence import triton_kernel
 
         pointer = POINTERS[self.dtype]
         words = {"BLOCK_B": self.block.rows, "BLOCK_N": self.padded, "NONLINEARITY": self.nonlinearity}

@@ -117,7 +117,7 @@ class Back:
         first: int = 0,
     ) -> tuple:
         """Of the backward op, as it takes them. ``sums``: with the gradients of W and of the cell's own bias."""
-        kept = self.h.new_empty(0) if self.kept is None else self.kept
+        kept = self.h.new_zeros(0) if self.kept is None else self.kept
         what = self.grad, self.last, self.u, projection, input_bias, self.weight, self.h0, self.h, kept
         needs = projection is not None, projection is not None, sums, sums and self.cell == "gru"
         return self.cell, *what, self.feedback, self.carried, self.through, *needs, sweep.words, first, backend
@@ -132,7 +132,7 @@ class Back:
             grad_h=self.grad,
             grad_last=self.last,
             h=self.h,
-            kept=self.h.new_empty(0) if self.kept is None else self.kept,
+            kept=self.h.new_zeros(0) if self.kept is None else self.kept,
             weight=self.weight,
             feedback=self.feedback,
             carried=self.carried,

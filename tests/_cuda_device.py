@@ -52,6 +52,12 @@ def everything(case: Case, rules: Rules, dtype: torch.dtype = FLOAT, batch: slic
     return [h, *(tensor for results in found for tensor in (results.grad_u, results.carried, results.through))]
 
 
+def outputs(rules: Rules) -> int:
+    """How many arrays with elements a backward pass of each rule fills."""
+    sweeps = [Sweep.of(rule) for rule in rules.values()]
+    return sum(1 + (sweep.inverse != "none") + (sweep.update == "total") for sweep in sweeps)
+
+
 def in_two_parts(case: Case, rule: tp.BackProp | tp.TargetProp) -> tuple[Named, Named]:
     """States, δ and what is sent on, of a sequence in two calls and in one."""
     u, weight, bias, h0 = inputs_of(case)

@@ -119,8 +119,10 @@ def fences(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     return memories
 
 
-def assert_within_fences(memories: list[torch.Tensor]) -> None:
+def assert_within_fences(memories: list[torch.Tensor]) -> int:
+    """How many outputs there were that have elements."""
     for memory in memories:
         assert memory[:GUARD].eq(FENCE).all(), "written before an output"
         assert memory[-GUARD:].eq(FENCE).all(), "written after an output"
         assert memory[GUARD:-GUARD].isfinite().all(), "not all of an output was written"
+    return sum(memory.numel() > 2 * GUARD for memory in memories)

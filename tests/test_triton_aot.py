@@ -18,11 +18,11 @@ from types import ModuleType
 import pytest
 import torch
 from _aot import SHARED_MEMORY, Polar, Shape, compiled, resources
-from tp_kernels.ops.rnn.triton_blocks import Block
 
 from conftest import absent
 from tp_kernels import _triton
-from tp_kernels.ops.rnn import triton_blocks
+from tp_kernels.ops.recurrence import triton_blocks
+from tp_kernels.ops.recurrence.triton_blocks import Block
 from tp_kernels.rules import Sweep
 
 REPORT = Path(__file__).parent.parent / "benchmarks" / "results" / "triton_resources.json"
@@ -77,7 +77,7 @@ def _needs(shape: Shape) -> int:
     """The shared memory that ``triton_blocks`` says, when it decides."""
     if shape.inverse == "jacobian":
         return triton_blocks.jacobian_shared_memory(shape.padded)
-    two = Sweep("tanh", shape.inverse).uses_inverse and shape.update == "total"
+    two = Sweep(shape.inverse).uses_inverse and shape.update == "total"
     return triton_blocks.shared_memory(shape.padded, DTYPES[shape.dtype], 2 if two else 1)
 
 

@@ -8,26 +8,26 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from _cases import LAYOUTS, RNNCase
-from _checks import capture_check, rnn_backward_check, rnn_forward_check, stream_check
+from _cases import LAYOUTS, Case, Inputs
+from _checks import Back, backward_check, capture_check, forward_check, forward_op, stream_check
 from _compare import assert_near
-from _cuda_device import DEVICE, FLOAT, ON_GPU, SWEPT, emulate, everything, in_two_parts, needs_gpu, ops
+from _cuda_device import DEVICE, FLOAT, ON_GPU, SWEPT, emulate, everything, in_two_parts, inputs_of, needs_gpu
 from _oracle import extended
-from tp_kernels.ops.rnn.cuda_paths import LARGEST_ON_ONE, cuda_path
 
 import tp_kernels as tp
 from conftest import assert_within_fences
 from tp_kernels import _native, info
-from tp_kernels.ops.rnn import library_chain
+from tp_kernels.ops.recurrence import library_chain
+from tp_kernels.ops.recurrence.cuda import LARGEST_ON_ONE, cuda_path
 from tp_kernels.rules import Sweep
 
 CASES = (
-    RNNCase(T=1, B=1, N=129),
-    RNNCase(T=4, B=3, N=130),
-    RNNCase(T=3, B=5, N=140, nonlinearity="relu", h0=False),
-    RNNCase(T=3, B=2, H=2, N=131),
-    RNNCase(T=2, B=0, N=129),
-    RNNCase(T=3, B=4, N=132, nonlinearity="identity"),
+    Case(T=1, B=1, N=129),
+    Case(T=4, B=3, N=130),
+    Case(T=3, B=5, N=140, cell="rnn_relu", h0=False),
+    Case(T=3, B=2, H=2, N=131),
+    Case(T=2, B=0, N=129),
+    Case(T=3, B=4, N=132, cell="rnn_identity"),
 )
 SMALL, HEADS = CASES[1], CASES[3]
 
@@ -40,25 +40,25 @@ def chained(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device without clusters; one that has them is not asked."""
     emulate(largest_cluster=0)
     if ON_GPU:
-        monkeypatch.setattr(_native.cuda, "rnn_cluster_largest", lambda device: 0)
+        monkeypatch.setattr(_native.cuda, "recurrence_cluster_largest", lambda device: 0)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward(case):
-    rnn_forward_check(case, FLOAT, "cuda", device=DEVICE)
+    forward_check(case, FLOAT, "cuda", device=DEVICE)
 
 
 @pytest.mark.parametrize("rule", SWEPT)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_backward(case, rule):
-    rnn_backward_check(case, SWEPT[rule], FLOAT, "cuda", device=DEVICE)
+    backward_check(case, SWEPT[rule], FLOAT, "cuda", device=DEVICE)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout):
     for case in (SMALL, HEADS):
-        rnn_forward_check(case, FLOAT, "cuda", layout, DEVICE)
-        rnn_backward_check(case, SWEPT["layer-total"], FLOAT, "cuda", layout, DEVICE)
+        forward_check(case, FLOAT, "cuda", layout, DEVICE)
+        backward_check(case, SWEPT["layer-total"], FLOAT, "cuda", layout, DEVICE)
 
 
 @pytest.mark.parametrize("case", [SMALL, HEADS], ids=str)
@@ -72,10 +72,9 @@ def test_a_sequence_in_two_parts(rule):
     """State and what goes back handed on: the same up to rounding, which in the library's products may depend on where
     a matrix lies in memory.
     """
-    parts = in_two_parts(RNNCase(T=5, B=3, N=130), SWEPT[rule])
-    for what, found, expected in zip(("h", "grad_u", "carried", "through"), *parts, strict=True):
-        condition = 1 if what == "h" else 10
-        assert_near(found.cpu(), extended(expected.cpu()), what, condition=condition)
+    found, expected = in_two_parts(Case(T=5, B=3, N=130), SWEPT[rule])
+    for what, tensor in found.items():
+        assert_near(tensor.cpu(), extended(expected[what].cpu()), what, condition=1 if what == "h" else 10)
 
 
 # --- recordings
@@ -105,25 +104,24 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return places
 
 
-def run_forward(case: RNNCase, times: int = 1) -> torch.Tensor:
-    u, weight, h0 = (tensor.to(DEVICE) for tensor in case.tensors(FLOAT))
+def run_forward(case: Case, times: int = 1) -> torch.Tensor:
+    inputs = inputs_of(case)
     for _ in range(times):
-        h = ops.rnn_fwd(u, weight, h0, "tanh", "cuda")
+        h = forward_op(case.cell, *inputs, backend="cuda")[0]
     return h
 
 
-@pytest.mark.parametrize("case", [SMALL, HEADS, RNNCase(T=3, B=5, N=130, h0=False)], ids=str)
+@pytest.mark.parametrize("case", [SMALL, HEADS, Case(T=3, B=5, N=130, h0=False)], ids=str)
 def test_recordings_are_replayed(case, recorded, monkeypatch):
     """Copied in, run, copied out: the same as step by step, with new data in an old recording, too."""
 
     def results(seed: int) -> list[torch.Tensor]:
-        u, weight, h0 = (None if tensor is None else tensor.to(DEVICE) for tensor in case.tensors(FLOAT, seed))
-        h = ops.rnn_fwd(u, weight, h0, "tanh", "cuda")
-        found = [h]
-        for rule in ("layer-total", "bp"):
-            sweep = Sweep.of(SWEPT[rule], "tanh")
-            found += ops.rnn_bwd(u, u[0], h, weight, weight.mT, h0, h0, None, None, *sweep, "cuda")
-        return found
+        inputs = Inputs(*(None if tensor is None else tensor.to(DEVICE) for tensor in case.tensors(FLOAT, seed)))
+        u, weight, _, h0 = inputs
+        h = forward_op(case.cell, *inputs, backend="cuda").h
+        back = Back(case.cell, h, weight, grad=u, last=u[0], feedback=weight.mT, carried=h0, through=h0)
+        runs = [back.run(Sweep.of(SWEPT[rule]), "cuda") for rule in ("layer-total", "bp")]
+        return [h, *(tensor for run in runs for tensor in run.swept.values())]
 
     with monkeypatch.context() as step_by_step:
         step_by_step.setattr(library_chain, "records", lambda device: False)
@@ -325,7 +323,7 @@ def test_on_another_stream():
 
 def test_path():
     for dtype, largest in LARGEST_ON_ONE.items():
-        assert _native.cuda.rnn_largest[str(dtype).removeprefix("torch.")] == largest
+        assert _native.cuda.recurrence_largest[str(dtype).removeprefix("torch.")] == largest
         assert cuda_path(largest, dtype, 0).name == "one multiprocessor"
     assert cuda_path(129, FLOAT, 512).name == cuda_path(512, FLOAT, 512).name == "cluster of multiprocessors"
     assert cuda_path(129, FLOAT, 0).name == cuda_path(513, FLOAT, 512).name == "library chain"
