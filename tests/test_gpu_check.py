@@ -29,7 +29,9 @@ case "$*" in
 esac || exit 1
 [[ $* != $FAILS ]]
 """
-TIMEOUT = '#!/bin/bash\nif [[ $* == *$TIMES_OUT* ]]; then exit 124; fi\nwhile [[ $1 != */* ]]; do shift; done\n"$@"\n'
+TIMEOUT = (
+    '#!/bin/bash\nif [[ $* == *$TIMES_OUT* ]]; then exit 124; fi\nwhile [[ $1 == --* ]]; do shift; done\nshift\n"$@"\n'
+)
 SANITIZER = '#!/bin/bash\nwhile [[ $1 != */python ]]; do shift; done\n"$@"\n'
 PATHS = ["cuda", "cluster", "chain", "triton", "inverse"]
 TIMES = ["times-cuda", "times-triton", "times-torch"]
@@ -218,7 +220,9 @@ def test_smoke(smoke, monkeypatch, tmp_path):
         assert call_main(smoke, monkeypatch, path, *ON_CPU, "--out", str(tmp_path / "out.json")) == 0
         report = json.loads((tmp_path / "out.json").read_text())
         assert report["path"] == path
-        assert all(check["passed"] and 0 < check["error"] < check["allowed"] for check in report["checks"])
+        assert all(check["passed"] and check["error"] < check["allowed"] for check in report["checks"])
+        # It is another computation that a result is compared with; a repetition has the same bits.
+        assert all((check["error"] == 0) == (path in smoke.GRAPHS) for check in report["checks"])
 
 
 def test_smoke_sees_what_is_wrong(smoke, monkeypatch, tmp_path, capsys):
