@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 from _aot import SHARED_MEMORY, Polar, Shape, resources
+from tp_kernels.ops.rnn.triton_blocks import Block
 
 from conftest import absent
 from tp_kernels import _triton
 from tp_kernels.ops.rnn import triton_blocks
-from tp_kernels.ops.rnn.triton_blocks import Block
 from tp_kernels.rules import Sweep
 
 REPORT = Path(__file__).parent.parent / "benchmarks" / "results" / "triton_resources.json"
