@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import tp_kernels as tp
 from tp_kernels import _native
 from tp_kernels.nn._recurrent import Recurrent
-from tp_kernels.ops.recurrence import op
+from tp_kernels.ops.recurrence import feedback, op
 from tp_kernels.rules import Sweep
 
 over_layers = pytest.mark.parametrize("layer", LAYERS, ids=str)
@@ -922,6 +922,14 @@ def test_an_inverse_that_does_not_fit_any_more_is_not_used(layer, change, backen
     assert_identical(weight_gradient(ours), weight_gradient(ours, before), "with the P that is kept")
     change(ours)
     assert_identical(weight_gradient(ours), weight_gradient(ours, inverse_of(ours)), "grad_weight")
+
+
+def test_only_the_cpu_looks_how_far_the_weight_has_moved():
+    """To read a number of another device is to wait for it; of a meta tensor there is none to be read."""
+    near, far = torch.ones(2, 2), torch.full((2, 2), 1.2)
+    assert feedback._is_near(near, near)
+    assert not feedback._is_near(far, near)
+    assert feedback._is_near(far.to("meta"), near.to("meta"))
 
 
 @over_layers

@@ -16,12 +16,12 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import CheckpointError
 
+from tp_kernels._json import finite
 from tp_kernels.nn._recurrent import Recurrent
 from tp_kernels.nn.learned_inverse import LearnedInverse
 from tp_kernels.ops.recurrence import reference
 from tp_kernels.ops.recurrence.cell import CELLS
 from tp_kernels.ops.recurrence.op import Options, recurrent_layer, solver_iterations
-from tp_kernels.regimes.store import finite
 from tp_kernels.rules import BackProp, TargetProp
 
 if TYPE_CHECKING:
