@@ -7,6 +7,7 @@ import torch
 from _cases import rules_of
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 
 import tp_kernels as tp
 from tp_kernels.nn._recurrent import Recurrent
@@ -97,6 +98,27 @@ LAYERS = (
 VARIANTS = (*LAYERS, Layer("RNN", tp.rnn, options={"nonlinearity": "relu"}))
 LAYERS_AND_RULES = tuple((layer, rule) for layer in LAYERS for rule in layer.rules)
 """Each layer with the name of each rule that it has."""
+
+
+class Counted(nn.Module):
+    """A parametrization that counts how often it is evaluated, and never gives the same value twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.evaluations = 0
+
+    def forward(self, parameter: Tensor) -> Tensor:
+        self.evaluations += 1
+        return parameter * (1 + 0.01 * self.evaluations)
+
+
+def count_evaluations(module: nn.Module) -> dict[str, Counted]:
+    """Every parameter of the module parametrized by a counter, which is at zero."""
+    counters = {name: Counted() for name, _ in module.named_parameters()}
+    for name, counter in counters.items():
+        parametrize.register_parametrization(module, name, counter)
+        counter.evaluations = 0  # registering evaluates it
+    return counters
 
 
 def run(module: nn.Module, x: Tensor, h0: Tensor | None, grad: Tensor, grad_last: Tensor) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from _compare import assert_identical, assert_near, assert_same_pattern
+from _modules import count_evaluations
 from _oracle import extended
 from _oracle_recurrence import ACTIVATIONS, SLOPES, weight_gradient
 from torch import Tensor, nn
@@ -290,6 +291,13 @@ def test_frozen_parameters():
     state = torch.get_rng_state()
     layer(inputs()[0])[1].sum().backward()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_parametrized_weight_is_evaluated_once_a_pass():
+    layer = layer_of()
+    counters = count_evaluations(layer)
+    layer(*inputs()[:2])[1].sum().backward()
+    assert {name: counter.evaluations for name, counter in counters.items()} == dict.fromkeys(counters, 1)
 
 
 def test_empty_batch():

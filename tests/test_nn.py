@@ -15,12 +15,11 @@ import pytest
 import torch
 from _cases import DTYPES, RULES
 from _compare import assert_budget, assert_identical, assert_near, assert_same_pattern
-from _modules import LAYERS, LAYERS_AND_RULES, VARIANTS, B, Layer, M, N, T, data, run
+from _modules import LAYERS, LAYERS_AND_RULES, VARIANTS, B, Layer, M, N, T, count_evaluations, data, run
 from _oracle import extended
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 import tp_kernels as tp
 from tp_kernels import _native
@@ -206,6 +205,19 @@ def test_the_last_state_is_memory_of_its_own(layer, backend):
     output.sum().backward()
 
 
+@pytest.mark.parametrize("every", [None, 3])
+@over_layers
+def test_an_output_changed_in_place_raises_in_backward(layer, every, backend):
+    """It computes from the states; with checkpoints these are its own."""
+    output, _ = layer.make(backend=backend, checkpoint_every=every)(torch.randn(T, B, M))
+    output.add_(1)
+    if every is None:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+    else:
+        output.sum().backward()
+
+
 @pytest.mark.parametrize("rule", [tp.TargetProp(), tp.TargetProp(inverse="jacobian")], ids=lambda rule: rule.inverse)
 @over_layers
 def test_target_propagation_trains(layer, rule, backend):
@@ -383,18 +395,6 @@ def test_repr_of_what_an_rnn_has():
     assert repr(layer) == "RNN(2, 3, nonlinearity='relu', rule=BackProp(), displacements='sweep')"
 
 
-class Counted(nn.Module):
-    """A parametrization that counts how often it is evaluated, and never gives the same value twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.evaluations = 0
-
-    def forward(self, parameter: Tensor) -> Tensor:
-        self.evaluations += 1
-        return parameter * (1 + 0.01 * self.evaluations)
-
-
 @pytest.mark.parametrize(
     "options",
     [{}, {"bias": False}, {"checkpoint_every": 3}, {"refresh": 2}, {"rule": tp.BackProp()}],
@@ -405,10 +405,7 @@ class Counted(nn.Module):
 def test_a_parametrized_weight_is_evaluated_once_a_pass(layer, traced, options):
     """Spectral normalization, dropout of weights: another evaluation would be another weight."""
     ours = layer.make(**options)
-    counters = {name: Counted() for name, _ in ours.named_parameters()}
-    for name, counter in counters.items():
-        parametrize.register_parametrization(ours, name, counter)
-        counter.evaluations = 0  # registering evaluates it
+    counters = count_evaluations(ours)
     x, hx, grad, grad_last = data()
     for passes in (1, 2):
         with tp.trace(ours) if traced else torch.enable_grad():
