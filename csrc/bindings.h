@@ -6,10 +6,11 @@
 #include <array>
 #include <cstdint>
 #include <initializer_list>
+#include <stdexcept>
 #include <string>
 #include <utility>
 
-#include "rnn/kernel.h"
+#include "recurrence/call.h"
 
 namespace py = pybind11;
 
@@ -20,38 +21,86 @@ T* at(std::uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-using Array2 = std::array<std::ptrdiff_t, 2>;
 using Array3 = std::array<std::ptrdiff_t, 3>;
 using Array4 = std::array<std::ptrdiff_t, 4>;
 
-inline Strides strides(const Array3& s) { return {s[0], s[1], s[2]}; }
+inline Sizes sizes_of(const Array4& s) { return {s[0], s[1], s[2], s[3]}; }
+
+// What a field of recurrence/call.h arrives as.
+namespace arguments {
+
+using Input = std::uintptr_t;
+using Output = std::uintptr_t;
+using Counter = std::uintptr_t;
+using Residuals = std::uintptr_t;
+using Strides = const Array3&;
+using Size = std::ptrdiff_t;
+using Count = int;
+using Number = double;
+using CellName = const std::string&;
+using Inverse = const std::string&;
+using Update = const std::string&;
+
+}  // namespace arguments
+
+// The struct's fields as parameters, as keywords, and put into `f`. `function`: the caller's name, for errors.
+#define TPK_PARAMETER(kind, name) , arguments::kind name
+#define TPK_KEYWORD(kind, name) , py::arg(#name)
+#define TPK_FILL(kind, name) fill(f.name, name, function, #name);
 
 template <class Word>
-Word word(const char* argument, const std::string& value, std::initializer_list<std::pair<const char*, Word>> words) {
-    for (const auto& [name, result] : words)
-        if (value == name) return result;
-    throw py::value_error(std::string("unknown ") + argument + " '" + value + "'");
+void fill_word(Word& field, const std::string& value, const char* function, const char* argument,
+               std::initializer_list<std::pair<const char*, Word>> words) {
+    std::string names;
+    for (const auto& [name, word] : words) {
+        if (value == name) {
+            field = word;
+            return;
+        }
+        names += names.empty() ? "'" : ", '";
+        names += std::string(name) + "'";
+    }
+    throw py::value_error(std::string(function) + ": " + argument + " must be one of " + names + ", got '" + value +
+                          "'");
 }
 
-inline Nonlinearity nonlinearity_of(const std::string& value) {
-    return word<Nonlinearity>(
-        "nonlinearity", value,
-        {{"tanh", Nonlinearity::tanh}, {"relu", Nonlinearity::relu}, {"identity", Nonlinearity::identity}});
+inline void fill(CellName& field, const std::string& value, const char* function, const char* argument) {
+    fill_word(field, value, function, argument,
+              {{"rnn_tanh", CellName::rnn_tanh},
+               {"rnn_relu", CellName::rnn_relu},
+               {"rnn_identity", CellName::rnn_identity},
+               {"gru", CellName::gru}});
 }
 
-inline Inverse inverse_of(const std::string& value) {
-    return word<Inverse>("inverse", value,
-                         {{"none", Inverse::none},
-                          {"identity", Inverse::identity},
-                          {"weight", Inverse::weight},
-                          {"layer", Inverse::layer},
-                          {"jacobian", Inverse::jacobian},
-                          {"difference", Inverse::difference},
-                          {"direct", Inverse::direct}});
+inline void fill(Inverse& field, const std::string& value, const char* function, const char* argument) {
+    fill_word(field, value, function, argument,
+              {{"none", Inverse::none},
+               {"identity", Inverse::identity},
+               {"weight", Inverse::weight},
+               {"layer", Inverse::layer},
+               {"jacobian", Inverse::jacobian},
+               {"difference", Inverse::difference},
+               {"direct", Inverse::direct}});
 }
 
-inline Update update_of(const std::string& value) {
-    return word<Update>("update", value, {{"total", Update::total}, {"local", Update::local}});
+inline void fill(Update& field, const std::string& value, const char* function, const char* argument) {
+    fill_word(field, value, function, argument, {{"total", Update::total}, {"local", Update::local}});
 }
+
+inline void fill(Strides& field, const Array3& value, const char*, const char*) {
+    field = {value[0], value[1], value[2]};
+}
+
+template <class T>
+void fill(T*& field, std::uintptr_t address, const char*, const char*) {
+    field = at<T>(address);
+}
+
+template <class Number>
+void fill(Number& field, Number value, const char*, const char*) {
+    field = value;
+}
+
+inline void fill(float& field, double value, const char*, const char*) { field = static_cast<float>(value); }
 
 }  // namespace tpk

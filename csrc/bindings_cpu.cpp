@@ -36,114 +36,41 @@ void for_dtype(bool is_double, F f) {
         f(float{});
 }
 
-void rnn_fwd(bool is_double, std::uintptr_t input, const Array3& input_strides, std::uintptr_t projection,
-             std::uintptr_t bias, std::ptrdiff_t projected, std::uintptr_t weight, std::uintptr_t h0, std::uintptr_t h,
-             const Array4& sizes, const std::string& nonlinearity, int threads) {
+#define TPK_FORWARD_FIELDS(USE) TPK_RECURRENCE_FORWARD(USE, USE)
+#define TPK_BACKWARD_FIELDS(USE) TPK_RECURRENCE_BACKWARD(USE, USE, TPK_NO_FIELD)
+
+void recurrence_fwd(bool is_double, const Array4& sizes TPK_FORWARD_FIELDS(TPK_PARAMETER)) {
+    constexpr const char* function = "recurrence_fwd";
     for_dtype(is_double, [&](auto zero) {
         using T = decltype(zero);
-        launch(launchers<T>().rnn_forward,
-               RnnForward<T>{at<const T>(input), strides(input_strides), at<const T>(projection), at<const T>(bias),
-                             projected, at<const T>(weight), at<const T>(h0), at<T>(h), sizes[0], sizes[1], sizes[2],
-                             sizes[3], nonlinearity_of(nonlinearity), threads});
+        RecurrenceForward<T> f = {sizes_of(sizes)};
+        TPK_FORWARD_FIELDS(TPK_FILL)
+        if (f.projection && f.cell == CellName::gru)
+            throw std::invalid_argument(
+                "recurrence_fwd: projection must be 0 with cell 'gru', whose products are apart");
+        if (f.projection && f.H != 1)
+            throw std::invalid_argument("recurrence_fwd: projection must be 0 with heads, got H = " +
+                                        std::to_string(f.H));
+        launch(launchers<T>().recurrence_forward, f);
     });
 }
 
 // Where the solve of "jacobian" gave up, (step, sample, head, relative residual); None where it did not.
-py::object rnn_bwd(bool is_double, std::uintptr_t grad_h, const Array3& grad_h_strides, std::uintptr_t grad_last,
-                   std::uintptr_t h, std::uintptr_t weight, std::uintptr_t feedback, std::uintptr_t carried_in,
-                   std::uintptr_t through_in, std::uintptr_t carried_out, std::uintptr_t through_out, std::uintptr_t u,
-                   const Array3& u_strides, std::uintptr_t h0, std::uintptr_t grad_u, std::uintptr_t iterations,
-                   const Array4& sizes, const std::string& nonlinearity, const std::string& inverse,
-                   const std::string& update, double step, double clip, double reg, double rtol, std::ptrdiff_t first,
-                   int threads) {
+py::object recurrence_bwd(bool is_double, const Array4& sizes TPK_BACKWARD_FIELDS(TPK_PARAMETER)) {
+    constexpr const char* function = "recurrence_bwd";
     Unsolved unsolved = {};
     for_dtype(is_double, [&](auto zero) {
         using T = decltype(zero);
-        launch(launchers<T>().rnn_backward, RnnBackward<T>{at<const T>(grad_h),
-                                                           strides(grad_h_strides),
-                                                           at<const T>(grad_last),
-                                                           at<const T>(h),
-                                                           at<const T>(weight),
-                                                           at<const T>(feedback),
-                                                           at<const T>(carried_in),
-                                                           at<const T>(through_in),
-                                                           at<T>(carried_out),
-                                                           at<T>(through_out),
-                                                           at<const T>(u),
-                                                           strides(u_strides),
-                                                           at<const T>(h0),
-                                                           at<T>(grad_u),
-                                                           at<std::int32_t>(iterations),
-                                                           &unsolved,
-                                                           sizes[0],
-                                                           sizes[1],
-                                                           sizes[2],
-                                                           sizes[3],
-                                                           nonlinearity_of(nonlinearity),
-                                                           inverse_of(inverse),
-                                                           update_of(update),
-                                                           static_cast<T>(step),
-                                                           static_cast<T>(clip),
-                                                           static_cast<T>(reg),
-                                                           static_cast<T>(rtol),
-                                                           first,
-                                                           threads});
+        RecurrenceBackward<T> f = {sizes_of(sizes)};
+        TPK_BACKWARD_FIELDS(TPK_FILL)
+        f.unsolved = &unsolved;
+        if (f.cell == CellName::gru && (f.inverse == Inverse::difference || f.inverse == Inverse::direct))
+            throw std::invalid_argument("recurrence_bwd: inverse must be one that cell 'gru' has, got '" + inverse +
+                                        "'");
+        launch(launchers<T>().recurrence_backward, f);
     });
     if (unsolved.residual == 0) return py::none();
     return py::make_tuple(unsolved.t, unsolved.b, unsolved.head, unsolved.residual);
-}
-
-void gru_fwd(bool is_double, std::uintptr_t u, const Array2& u_strides, std::uintptr_t weight, std::uintptr_t bias,
-             std::uintptr_t h0, std::uintptr_t h, std::uintptr_t gates, const Array3& sizes, int threads) {
-    for_dtype(is_double, [&](auto zero) {
-        using T = decltype(zero);
-        launch(launchers<T>().gru_forward, GruForward<T>{at<const T>(u),
-                                                         {u_strides[0], u_strides[1]},
-                                                         at<const T>(weight),
-                                                         at<const T>(bias),
-                                                         at<const T>(h0),
-                                                         at<T>(h),
-                                                         at<T>(gates),
-                                                         sizes[0],
-                                                         sizes[1],
-                                                         sizes[2],
-                                                         threads});
-    });
-}
-
-// Where the solve of "jacobian" gave up, (step, sample, relative residual); None where it did not.
-py::object gru_bwd(bool is_double, std::uintptr_t grad_h, const Array2& grad_h_strides, std::uintptr_t grad_last,
-                   std::uintptr_t h, std::uintptr_t gates, std::uintptr_t weight, std::uintptr_t feedback,
-                   std::uintptr_t h0, std::uintptr_t grad_u, std::uintptr_t grad_h0, const Array3& sizes,
-                   const std::string& inverse, const std::string& update, double step, double clip, double reg,
-                   double rtol, int threads) {
-    Unsolved unsolved = {};
-    for_dtype(is_double, [&](auto zero) {
-        using T = decltype(zero);
-        launch(launchers<T>().gru_backward, GruBackward<T>{at<const T>(grad_h),
-                                                           {grad_h_strides[0], grad_h_strides[1]},
-                                                           at<const T>(grad_last),
-                                                           at<const T>(h),
-                                                           at<const T>(gates),
-                                                           at<const T>(weight),
-                                                           at<const T>(feedback),
-                                                           at<const T>(h0),
-                                                           at<T>(grad_u),
-                                                           at<T>(grad_h0),
-                                                           &unsolved,
-                                                           sizes[0],
-                                                           sizes[1],
-                                                           sizes[2],
-                                                           inverse_of(inverse),
-                                                           update_of(update),
-                                                           static_cast<T>(step),
-                                                           static_cast<T>(clip),
-                                                           static_cast<T>(reg),
-                                                           static_cast<T>(rtol),
-                                                           threads});
-    });
-    if (unsolved.residual == 0) return py::none();
-    return py::make_tuple(unsolved.t, unsolved.b, unsolved.residual);
 }
 
 // Whether any of a batch's flags is set.
@@ -198,21 +125,10 @@ std::vector<std::string> level_names() {
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels. Takes addresses: call them through tp_kernels, which checks the tensors.";
-    m.def("rnn_fwd", &rnn_fwd, py::kw_only(), py::arg("double"), py::arg("input"), py::arg("input_strides"),
-          py::arg("projection"), py::arg("bias"), py::arg("projected"), py::arg("weight"), py::arg("h0"), py::arg("h"),
-          py::arg("sizes"), py::arg("nonlinearity"), py::arg("threads"));
-    m.def("rnn_bwd", &rnn_bwd, py::kw_only(), py::arg("double"), py::arg("grad_h"), py::arg("grad_h_strides"),
-          py::arg("grad_last"), py::arg("h"), py::arg("weight"), py::arg("feedback"), py::arg("carried_in"),
-          py::arg("through_in"), py::arg("carried_out"), py::arg("through_out"), py::arg("u"), py::arg("u_strides"),
-          py::arg("h0"), py::arg("grad_u"), py::arg("iterations"), py::arg("sizes"), py::arg("nonlinearity"),
-          py::arg("inverse"), py::arg("update"), py::arg("step"), py::arg("clip"), py::arg("reg"), py::arg("rtol"),
-          py::arg("first"), py::arg("threads"));
-    m.def("gru_fwd", &gru_fwd, py::kw_only(), py::arg("double"), py::arg("u"), py::arg("u_strides"), py::arg("weight"),
-          py::arg("bias"), py::arg("h0"), py::arg("h"), py::arg("gates"), py::arg("sizes"), py::arg("threads"));
-    m.def("gru_bwd", &gru_bwd, py::kw_only(), py::arg("double"), py::arg("grad_h"), py::arg("grad_h_strides"),
-          py::arg("grad_last"), py::arg("h"), py::arg("gates"), py::arg("weight"), py::arg("feedback"), py::arg("h0"),
-          py::arg("grad_u"), py::arg("grad_h0"), py::arg("sizes"), py::arg("inverse"), py::arg("update"),
-          py::arg("step"), py::arg("clip"), py::arg("reg"), py::arg("rtol"), py::arg("threads"));
+    m.def("recurrence_fwd", &recurrence_fwd, py::kw_only(), py::arg("double"),
+          py::arg("sizes") TPK_FORWARD_FIELDS(TPK_KEYWORD));
+    m.def("recurrence_bwd", &recurrence_bwd, py::kw_only(), py::arg("double"),
+          py::arg("sizes") TPK_BACKWARD_FIELDS(TPK_KEYWORD));
     m.def("regularized_solve", &regularized_solve, py::kw_only(), py::arg("double"), py::arg("weight"), py::arg("rhs"),
           py::arg("reg"), py::arg("solved"), py::arg("failed"), py::arg("sizes"), py::arg("threads"));
     m.def("regularized_polar", &regularized_polar, py::kw_only(), py::arg("weight"), py::arg("reg"), py::arg("polar"),

@@ -5,8 +5,8 @@
 
 #include "bindings.h"
 #include "common/cuda.h"
+#include "recurrence/call.h"
 #include "regularized_inverse/kernel.h"
-#include "rnn/kernel.h"
 
 using namespace tpk;
 
@@ -21,99 +21,82 @@ auto with_dtype(const std::string& dtype, Run run) {
     throw py::value_error("unknown dtype '" + dtype + "'");
 }
 
-void rnn_fwd(const std::string& dtype, std::uintptr_t input, const Array3& input_strides, std::uintptr_t weight,
-             std::uintptr_t h0, std::uintptr_t h, const Array4& sizes, const std::string& nonlinearity, bool tf32,
-             int device, std::uintptr_t stream) {
+#define TPK_FORWARD_FIELDS(USE) TPK_RECURRENCE_FORWARD(USE, TPK_NO_FIELD)
+#define TPK_BACKWARD_FIELDS(USE) TPK_RECURRENCE_BACKWARD(USE, TPK_NO_FIELD, USE)
+
+void check_cell(CellName cell, const char* function) {
+    if (cell == CellName::gru)
+        throw py::value_error(std::string(function) +
+                              ": cell must be 'rnn_tanh', 'rnn_relu' or 'rnn_identity' on a CUDA device, got 'gru'");
+}
+
+void recurrence_fwd(const std::string& dtype, const Array4& sizes TPK_FORWARD_FIELDS(TPK_PARAMETER), bool tf32,
+                    int device, std::uintptr_t stream) {
+    constexpr const char* function = "recurrence_fwd";
     with_dtype(dtype, [&](auto number) {
-        using T = decltype(number);
-        RnnForward<T> f = {};
-        f.input = at<const T>(input);
-        f.input_strides = strides(input_strides);
-        f.weight = at<const T>(weight);
-        f.h0 = at<const T>(h0);
-        f.h = at<T>(h);
-        f.T_ = sizes[0], f.B = sizes[1], f.H = sizes[2], f.N = sizes[3];
-        f.nonlinearity = nonlinearity_of(nonlinearity);
+        RecurrenceForward<decltype(number)> f = {sizes_of(sizes)};
+        TPK_FORWARD_FIELDS(TPK_FILL)
+        check_cell(f.cell, function);
         py::gil_scoped_release release;
-        rnn_forward_cuda(f, tf32, device, at<void>(stream));
+        recurrence_forward_cuda(f, tf32, device, at<void>(stream));
     });
 }
 
-void rnn_bwd(const std::string& dtype, std::uintptr_t grad_h, const Array3& grad_h_strides, std::uintptr_t grad_last,
-             std::uintptr_t h, std::uintptr_t weight, std::uintptr_t feedback, std::uintptr_t carried_in,
-             std::uintptr_t through_in, std::uintptr_t carried_out, std::uintptr_t through_out, std::uintptr_t grad_u,
-             std::uintptr_t displacements, std::uintptr_t iterations, std::uintptr_t missed, const Array4& sizes,
-             const std::string& nonlinearity, const std::string& inverse, const std::string& update, double step,
-             double clip, double reg, double rtol, bool tf32, int device, std::uintptr_t stream) {
+void recurrence_bwd(const std::string& dtype, const Array4& sizes TPK_BACKWARD_FIELDS(TPK_PARAMETER),
+                    std::uintptr_t displacements, bool tf32, int device, std::uintptr_t stream) {
+    constexpr const char* function = "recurrence_bwd";
     with_dtype(dtype, [&](auto number) {
-        using T = decltype(number);
-        RnnBackward<T, float> f = {};
-        f.grad_h = at<const T>(grad_h);
-        f.grad_h_strides = strides(grad_h_strides);
-        f.grad_last = at<const T>(grad_last);
-        f.h = at<const T>(h);
-        f.weight = at<const T>(weight);
-        f.feedback = at<const T>(feedback);
-        f.carried_in = at<const T>(carried_in);
-        f.through_in = at<const T>(through_in);
-        f.carried_out = at<T>(carried_out);
-        f.through_out = at<T>(through_out);
-        f.grad_u = at<T>(grad_u);
-        f.iterations = at<std::int32_t>(iterations);
-        f.missed = at<float>(missed);
-        f.T_ = sizes[0], f.B = sizes[1], f.H = sizes[2], f.N = sizes[3];
-        f.nonlinearity = nonlinearity_of(nonlinearity);
-        f.inverse = inverse_of(inverse);
-        f.update = update_of(update);
-        f.step = static_cast<float>(step);
-        f.clip = static_cast<float>(clip);
-        f.reg = static_cast<float>(reg);
-        f.rtol = static_cast<float>(rtol);
+        RecurrenceBackward<decltype(number), float> f = {sizes_of(sizes)};
+        TPK_BACKWARD_FIELDS(TPK_FILL)
+        check_cell(f.cell, function);
         py::gil_scoped_release release;
-        rnn_backward_cuda(f, at<float>(displacements), tf32, device, at<void>(stream));
+        recurrence_backward_cuda(f, at<float>(displacements), tf32, device, at<void>(stream));
     });
 }
 
 bool needs_displacements(const std::string& dtype, const Array4& sizes, const std::string& inverse,
                          const std::string& update, bool tf32, int device) {
+    constexpr const char* function = "recurrence_needs_displacements";
     return with_dtype(dtype, [&](auto number) {
-        RnnBackward<decltype(number), float> f = {};
-        f.T_ = sizes[0], f.B = sizes[1], f.H = sizes[2], f.N = sizes[3];
-        f.inverse = inverse_of(inverse);
-        f.update = update_of(update);
-        return rnn_needs_displacements(f, tf32, device);
+        RecurrenceBackward<decltype(number), float> f = {sizes_of(sizes)};
+        TPK_FILL(Inverse, inverse)
+        TPK_FILL(Update, update)
+        return recurrence_needs_displacements(f, tf32, device);
     });
 }
 
-void rnn_activation(std::uintptr_t h, std::ptrdiff_t count, const std::string& nonlinearity, int device,
-                    std::uintptr_t stream) {
-    const Nonlinearity a = nonlinearity_of(nonlinearity);
+void chain_activation(const std::string& cell, std::uintptr_t h, std::ptrdiff_t count, int device,
+                      std::uintptr_t stream) {
+    CellName name;
+    fill(name, cell, "chain_activation", "cell");
+    check_cell(name, "chain_activation");
     py::gil_scoped_release release;
-    rnn_activation_cuda(at<float>(h), count, a, device, at<void>(stream));
+    chain_activation_cuda(at<float>(h), count, name, device, at<void>(stream));
 }
 
 // One step of the chain, without products: of the rule, only what happens to a number.
-void rnn_step(std::uintptr_t grad_h, const Array3& grad_h_strides, std::uintptr_t grad_last, std::uintptr_t h,
-              std::uintptr_t carried_in, std::uintptr_t through_in, std::uintptr_t carried_out, std::uintptr_t grad_u,
-              const Array4& sizes, const std::string& nonlinearity, const std::string& inverse,
-              const std::string& update, double step, double clip, int device, std::uintptr_t stream) {
-    RnnBackward<float> f = {};
-    f.grad_h = at<const float>(grad_h);
-    f.grad_h_strides = strides(grad_h_strides);
-    f.grad_last = at<const float>(grad_last);
-    f.h = at<const float>(h);
-    f.carried_in = at<const float>(carried_in);
-    f.through_in = at<const float>(through_in);
-    f.carried_out = at<float>(carried_out);
-    f.grad_u = at<float>(grad_u);
-    f.T_ = sizes[0], f.B = sizes[1], f.H = sizes[2], f.N = sizes[3];
-    f.nonlinearity = nonlinearity_of(nonlinearity);
-    f.inverse = inverse_of(inverse);
-    f.update = update_of(update);
-    f.step = static_cast<float>(step);
-    f.clip = static_cast<float>(clip);
+#define TPK_CHAIN_FIELDS(FIELD)    \
+    FIELD(CellName, cell)          \
+    FIELD(Input, grad_h)           \
+    FIELD(Strides, grad_h_strides) \
+    FIELD(Input, grad_last)        \
+    FIELD(Input, h)                \
+    FIELD(Input, carried_in)       \
+    FIELD(Input, through_in)       \
+    FIELD(Output, carried_out)     \
+    FIELD(Output, grad_u)          \
+    FIELD(Inverse, inverse)        \
+    FIELD(Update, update)          \
+    FIELD(Number, step)            \
+    FIELD(Number, clip)
+
+void chain_step(const Array4& sizes TPK_CHAIN_FIELDS(TPK_PARAMETER), int device, std::uintptr_t stream) {
+    constexpr const char* function = "chain_step";
+    RecurrenceBackward<float> f = {sizes_of(sizes)};
+    TPK_CHAIN_FIELDS(TPK_FILL)
+    check_cell(f.cell, function);
     py::gil_scoped_release release;
-    rnn_step_cuda(f, device, at<void>(stream));
+    chain_step_cuda(f, device, at<void>(stream));
 }
 
 MatrixStrides matrix_strides(const Array3& s) { return {s[0], s[1], s[2]}; }
@@ -189,25 +172,19 @@ py::dict build_info() {
 
 PYBIND11_MODULE(TPK_MODULE, m) {
     m.doc() = "CUDA kernels. Takes addresses: call them through tp_kernels, which checks the tensors.";
-    m.def("rnn_fwd", &rnn_fwd, py::kw_only(), py::arg("dtype"), py::arg("input"), py::arg("input_strides"),
-          py::arg("weight"), py::arg("h0"), py::arg("h"), py::arg("sizes"), py::arg("nonlinearity"), py::arg("tf32"),
+    m.def("recurrence_fwd", &recurrence_fwd, py::kw_only(), py::arg("dtype"),
+          py::arg("sizes") TPK_FORWARD_FIELDS(TPK_KEYWORD), py::arg("tf32"), py::arg("device"), py::arg("stream"));
+    m.def("recurrence_bwd", &recurrence_bwd, py::kw_only(), py::arg("dtype"),
+          py::arg("sizes") TPK_BACKWARD_FIELDS(TPK_KEYWORD), py::arg("displacements"), py::arg("tf32"),
           py::arg("device"), py::arg("stream"));
-    m.def("rnn_bwd", &rnn_bwd, py::kw_only(), py::arg("dtype"), py::arg("grad_h"), py::arg("grad_h_strides"),
-          py::arg("grad_last"), py::arg("h"), py::arg("weight"), py::arg("feedback"), py::arg("carried_in"),
-          py::arg("through_in"), py::arg("carried_out"), py::arg("through_out"), py::arg("grad_u"),
-          py::arg("displacements"), py::arg("iterations"), py::arg("missed"), py::arg("sizes"), py::arg("nonlinearity"),
-          py::arg("inverse"), py::arg("update"), py::arg("step"), py::arg("clip"), py::arg("reg"), py::arg("rtol"),
-          py::arg("tf32"), py::arg("device"), py::arg("stream"));
-    m.def("rnn_needs_displacements", &needs_displacements,
-          "Whether rnn_bwd needs memory for displacements, float32 and in the shape of h.", py::kw_only(),
+    m.def("recurrence_needs_displacements", &needs_displacements,
+          "Whether recurrence_bwd needs memory for displacements, float32 and in the shape of h.", py::kw_only(),
           py::arg("dtype"), py::arg("sizes"), py::arg("inverse"), py::arg("update"), py::arg("tf32"),
           py::arg("device"));
-    m.def("rnn_activation", &rnn_activation, py::kw_only(), py::arg("h"), py::arg("count"), py::arg("nonlinearity"),
+    m.def("chain_activation", &chain_activation, py::kw_only(), py::arg("cell"), py::arg("h"), py::arg("count"),
           py::arg("device"), py::arg("stream"));
-    m.def("rnn_step", &rnn_step, py::kw_only(), py::arg("grad_h"), py::arg("grad_h_strides"), py::arg("grad_last"),
-          py::arg("h"), py::arg("carried_in"), py::arg("through_in"), py::arg("carried_out"), py::arg("grad_u"),
-          py::arg("sizes"), py::arg("nonlinearity"), py::arg("inverse"), py::arg("update"), py::arg("step"),
-          py::arg("clip"), py::arg("device"), py::arg("stream"));
+    m.def("chain_step", &chain_step, py::kw_only(), py::arg("sizes") TPK_CHAIN_FIELDS(TPK_KEYWORD), py::arg("device"),
+          py::arg("stream"));
     m.def("regularized_solve", &regularized_solve, py::kw_only(), py::arg("double"), py::arg("weight"),
           py::arg("weight_strides"), py::arg("rhs"), py::arg("rhs_strides"), py::arg("reg"), py::arg("reg_on_device"),
           py::arg("solved"), py::arg("failed"), py::arg("sizes"), py::arg("device"), py::arg("stream"));
@@ -220,11 +197,11 @@ PYBIND11_MODULE(TPK_MODULE, m) {
     m.def("device_problem", &device_problem, "Why no device can be used; empty where one can.");
     m.def("build_info", &build_info);
     py::dict largest;
-    largest["float32"] = rnn_cuda_largest<float>;
-    largest["bfloat16"] = rnn_cuda_largest<bfloat16>;
-    largest["float16"] = rnn_cuda_largest<float16>;
-    m.attr("rnn_largest") = largest;  // N on one multiprocessor
-    m.def("rnn_cluster_largest", &rnn_cluster_largest, py::arg("device"),
+    largest["float32"] = recurrence_cuda_largest<float>;
+    largest["bfloat16"] = recurrence_cuda_largest<bfloat16>;
+    largest["float16"] = recurrence_cuda_largest<float16>;
+    m.attr("recurrence_largest") = largest;  // N on one multiprocessor
+    m.def("recurrence_cluster_largest", &recurrence_cluster_largest, py::arg("device"),
           "The N, of float32, that a cluster of multiprocessors holds; 0 on a device that has none.");
 #ifdef TPK_EMULATE
     m.attr("device_type") = "cpu";

@@ -2,16 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import tp_kernels as tp
+from tp_kernels.rules import Sweep
 
 DTYPES = (torch.float32, torch.float64)
-TIMES = (1, 2, 63, 64, 65, 1000)
-BATCHES = (0, 1, 2, 5, 7, 16, 33)
-SIZES = (1, 2, 3, 5, 15, 16, 17, 33, 64, 100, 128, 257)
 NONLINEARITIES = ("tanh", "relu", "identity")
 
 
@@ -36,11 +35,11 @@ def _padded(tensor: Tensor) -> Tensor:
     return memory[..., : tensor.shape[-1]].copy_(tensor)
 
 
-# Each gives the same values in another place: what a function must not notice.
+# Each gives the same values in another place: what a function must not notice. A vector has no other order of its axes.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda tensor: tensor,
-    "permuted": lambda tensor: tensor.transpose(0, 1).contiguous().transpose(0, 1),
-    "transposed": lambda tensor: tensor.mT.contiguous().mT,
+    "permuted": lambda tensor: tensor.transpose(0, 1).contiguous().transpose(0, 1) if tensor.dim() > 1 else tensor,
+    "transposed": lambda tensor: tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor,
     "sliced": _sliced,
     "padded": _padded,
     "offset": _offset,
@@ -67,59 +66,124 @@ def hard_matrices(shape: tuple[int, int], size: float) -> Tensor:
     return torch.stack([matrices(shape, torch.float64), *spectra]).mul(size).float()
 
 
+class Inputs(NamedTuple):
+    """What a cell's public function is given. ``None``: it is not there."""
+
+    u: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    h0: Tensor | None
+
+
 @dataclass(frozen=True)
-class RNNCase:
-    """One call of ``rnn``; ``str()`` of it is its id."""
+class Case:
+    """One call of a cell; ``str()`` of it is its id. ``bias`` is the cell's own, where it has one."""
 
     T: int = 3
     B: int = 2
     N: int = 5
     H: int | None = None
-    nonlinearity: str = "tanh"
+    cell: str = "rnn_tanh"
+    bias: bool = True
     h0: bool = True
 
     def __str__(self) -> str:
-        heads = "" if self.H is None else f"-H{self.H}"
-        return f"T{self.T}-B{self.B}{heads}-N{self.N}-{self.nonlinearity}{'' if self.h0 else '-zero'}"
+        heads = [] if self.H is None else [f"H{self.H}"]
+        without = [word for word, there in (("nobias", self.bias), ("zero", self.h0)) if not there]
+        return "-".join([self.cell.removeprefix("rnn_"), f"T{self.T}", f"B{self.B}", *heads, f"N{self.N}", *without])
+
+    @property
+    def op(self) -> str:
+        """The name of the public function."""
+        return self.cell.partition("_")[0]
+
+    @property
+    def gates(self) -> int:
+        return 3 if self.cell == "gru" else 1
 
     @property
     def shape(self) -> tuple[int, ...]:
-        heads = () if self.H is None else (self.H,)
-        return self.T, self.B, *heads, self.N
+        """Of the states."""
+        return self.T, self.B, *self.heads, self.N
 
-    def tensors(self, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
-        """u, W and h_0. W has a spectral radius of about 0.9, so that states stay bounded without an activation."""
+    @property
+    def heads(self) -> tuple[int, ...]:
+        return () if self.H is None else (self.H,)
+
+    def tensors(self, dtype: torch.dtype, seed: int = 0) -> Inputs:
+        """W has a spectral radius of about 0.9, so that states stay bounded without an activation."""
         numbers = torch.Generator().manual_seed(seed)
-        u = 0.7 * torch.randn(self.shape, generator=numbers, dtype=torch.float64)
-        matrix = (*self.shape[2:], self.N)
-        weight = 0.9 / self.N**0.5 * torch.randn(matrix, generator=numbers, dtype=torch.float64)
-        h0 = torch.randn(self.shape[1:], generator=numbers, dtype=torch.float64) if self.h0 else None
-        return u.to(dtype), weight.to(dtype), None if h0 is None else h0.to(dtype)
+
+        def random(scale: float, *shape: int) -> Tensor:
+            return (scale * torch.randn(shape, generator=numbers, dtype=torch.float64)).to(dtype)
+
+        gated, wide = self.cell == "gru", self.gates * self.N
+        return Inputs(
+            u=random(1 if gated else 0.7, *self.shape[:-1], wide),
+            weight=random(0.9 / self.N**0.5, *self.heads, wide, self.N),
+            bias=random(0.5, *self.heads, self.N) if gated and self.bias else None,
+            h0=random(1, *self.shape[1:]) if self.h0 else None,
+        )
 
     def gradient(self, dtype: torch.dtype, seed: int = 1) -> Tensor:
         """What arrives from the loss at every state."""
         numbers = torch.Generator().manual_seed(seed)
         return torch.randn(self.shape, generator=numbers, dtype=torch.float64).to(dtype)
 
-    def with_(self, **changes: object) -> "RNNCase":
+    def feedback(self, dtype: torch.dtype, sweep: Sweep, seed: int = 2) -> Tensor | None:
+        """Some P where the sweep needs one; of all blocks of the weight where it needs several."""
+        if not sweep.uses_inverse:
+            return None
+        numbers = torch.Generator().manual_seed(seed)
+        blocks = (3,) if self.cell == "gru" and sweep.inverse == "layer" else ()
+        shape = (*self.heads, *blocks, self.N, self.N)
+        return (0.54 / self.N**0.5 * torch.randn(shape, generator=numbers, dtype=torch.float64)).to(dtype)
+
+    def with_(self, **changes: object) -> "Case":
         return replace(self, **changes)
 
 
-# Every batch with every width: edges of register blocks; and batches of several tiles (of 48 rows at most) on one
-# thread. Then every length; then heads.
-TILE_CASES = (
-    *(RNNCase(T=2, B=B, N=N) for N in SIZES for B in BATCHES),
-    *(RNNCase(T=3, B=B, N=N) for B, N in ((48, 5), (49, 17), (100, 33), (145, 64))),
+CELLS = ("rnn_tanh", "rnn_relu", "rnn_identity", "gru")
+
+# Edges of register blocks: widths around 4, 8 and 16 lanes and their multiples, batches around 8 rows of a block and 48
+# of a tile, and of several tiles on one thread.
+TILE_CASES = tuple(
+    Case(T=2, B=B, N=N)
+    for B, *sizes in (
+        (0, 5, 64),
+        (1, 1, 3, 5, 16, 17, 33, 128, 257),
+        (2, 2, 4, 15, 100),
+        (3, 7, 48),
+        (5, 8, 31),
+        (7, 9, 16, 65),
+        (8, 5, 17, 64),
+        (9, 3, 16, 33, 129),
+        (16, 15),
+        (17, 32),
+        (33, 1, 63, 100),
+        (47, 4),
+        (48, 5, 16),
+        (49, 8, 17),
+        (97, 7),
+        (100, 33),
+        (145, 64),
+    )
+    for N in sizes
 )
 TIME_CASES = tuple(
-    RNNCase(T=T, B=B, N=N, nonlinearity=word, h0=T % 2 == 0)
-    for T in TIMES
-    for B, N, word in ((1, 16, "tanh"), (2, 33, "relu"), (7, 5, "identity"))
+    Case(T=T, B=B, N=N, cell=cell, h0=T % 2 == 0)
+    for T in (1, 2, 63, 64, 65, 1000)
+    for B, N, cell in ((1, 16, "rnn_tanh"), (2, 33, "rnn_relu"), (7, 5, "rnn_identity"))
 )
 HEAD_CASES = tuple(
-    RNNCase(T=T, B=B, H=H, N=N, nonlinearity=word)
+    Case(T=T, B=B, H=H, N=N, cell=cell)
     for H in (1, 3)
-    for T, B, N, word in ((1, 2, 5, "tanh"), (65, 7, 17, "tanh"), (4, 16, 64, "relu"), (3, 0, 3, "identity"))
+    for T, B, N, cell in (
+        (1, 2, 5, "rnn_tanh"),
+        (65, 7, 17, "rnn_tanh"),
+        (4, 16, 64, "rnn_relu"),
+        (3, 0, 3, "rnn_identity"),
+    )
 )
 
 # Every rule there is, with the default numbers or with others.
@@ -141,41 +205,23 @@ RULES: dict[str, tp.BackProp | tp.TargetProp] = {
     "identity-local": tp.TargetProp(inverse="identity", update="local"),
 }
 
-
-@dataclass(frozen=True)
-class GRUCase:
-    """One call of ``gru``; ``str()`` of it is its id."""
-
-    T: int = 3
-    B: int = 2
-    N: int = 5
-    bias: bool = True
-    h0: bool = True
-
-    def __str__(self) -> str:
-        words = [word for word, there in (("nobias", self.bias), ("zero", self.h0)) if not there]
-        return "-".join([f"T{self.T}-B{self.B}-N{self.N}", *words])
-
-    def tensors(self, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """u, W, b and h_0."""
-        numbers = torch.Generator().manual_seed(seed)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=numbers, dtype=torch.float64)
-
-        u, weight = random(self.T, self.B, 3 * self.N), 0.9 / self.N**0.5 * random(3 * self.N, self.N)
-        bias = 0.5 * random(self.N) if self.bias else None
-        h0 = random(self.B, self.N) if self.h0 else None
-        return tuple(None if tensor is None else tensor.to(dtype) for tensor in (u, weight, bias, h0))
-
-    def gradient(self, dtype: torch.dtype, seed: int = 1) -> Tensor:
-        """What arrives from the loss at every state."""
-        return RNNCase(self.T, self.B, self.N).gradient(dtype, seed)
-
-    def inverses(self, dtype: torch.dtype, inverse: str) -> Tensor | None:
-        """Some P for the op."""
-        blocks = {"weight": (), "layer": (3,)}
-        return matrices((*blocks[inverse], self.N, self.N), dtype, seed=2) if inverse in blocks else None
-
-
 GRU_RULES = {name: rule for name, rule in RULES.items() if getattr(rule, "mode", "linearized") == "linearized"}
+
+
+def rules_of(cell: str) -> dict[str, tp.BackProp | tp.TargetProp]:
+    """Those that it has."""
+    return GRU_RULES if cell == "gru" else RULES
+
+
+# Every rule of every cell; and with every activation at least once each of its functions.
+ALL_SWEEPS = tuple((cell, rule) for cell in CELLS for rule in rules_of(cell))
+SWEEPS = tuple(
+    (cell, rule)
+    for cell, rule in ALL_SWEEPS
+    if cell in ("rnn_tanh", "gru")
+    or (
+        rule in ("bp", "weight-total", "layer-local", "difference-total", "direct-total", "jacobian-total")
+        if cell == "rnn_relu"
+        else rule in ("bp", "weight-local", "layer-total", "difference-local", "direct-local", "jacobian-local")
+    )
+)

@@ -1,8 +1,9 @@
-"""What the tests of the CUDA kernels share: the device, a GPU or an emulated one, and calls of ``rnn`` on it."""
+"""What the tests of the CUDA kernels share: the device, a GPU or an emulated one, and calls of the recurrence on it."""
 
 import pytest
 import torch
-from _cases import RULES, RNNCase
+from _cases import RULES, Case, Inputs
+from _checks import Back, forward_op
 from _compare import assert_same_pattern
 
 import tp_kernels as tp
@@ -14,13 +15,11 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="there is no GPU that the CUDA module can use")
 FLOAT = torch.float32
 Rules = dict[str, tp.BackProp | tp.TargetProp]
-ops = torch.ops.tp_kernels
+Named = dict[str, torch.Tensor]
 SWEPT = {
-    name: rule
-    for name, rule in RULES.items()
-    if Sweep.of(rule, "tanh").inverse in ("none", "identity", "weight", "layer")
+    name: rule for name, rule in RULES.items() if Sweep.of(rule).inverse in ("none", "identity", "weight", "layer")
 }
-"""What every path of ``rnn`` on a CUDA device has."""
+"""What every path of the recurrence on a CUDA device has."""
 
 
 def emulate(**settings: object) -> None:
@@ -31,49 +30,56 @@ def emulate(**settings: object) -> None:
         _native.cuda.emulate(**settings)
 
 
-def tensors_of(case: RNNCase, dtype: torch.dtype = FLOAT) -> list[torch.Tensor]:
-    """u, W, h_0 and what arrives from the loss."""
-    return [tensor.to(DEVICE) for tensor in (*case.tensors(dtype), case.gradient(dtype))]
+def inputs_of(case: Case, dtype: torch.dtype = FLOAT) -> Inputs:
+    return Inputs(*(None if tensor is None else tensor.to(DEVICE) for tensor in case.tensors(dtype)))
 
 
-def everything(
-    case: RNNCase, rules: Rules, dtype: torch.dtype = FLOAT, batch: slice = slice(None)
-) -> list[torch.Tensor]:
+def given_to(case: Case, h: torch.Tensor, dtype: torch.dtype = FLOAT) -> Back:
+    """A backward pass at these states, with something of a later call's."""
+    weight, grad = inputs_of(case, dtype).weight, case.gradient(dtype).to(DEVICE)
+    sent = case.gradient(dtype, seed=5)[0].to(DEVICE)
+    return Back(case.cell, h, weight, grad=grad, feedback=0.6 * weight.mT, carried=sent, through=sent)
+
+
+def everything(case: Case, rules: Rules, dtype: torch.dtype = FLOAT, batch: slice = slice(None)) -> list[torch.Tensor]:
     """What every kernel computes for a case, or for a part of its batch, handed in in parts, too."""
-    u, weight, h0, grad = tensors_of(case, dtype)
-    u, h0, grad = u[:, batch], h0[batch], grad[:, batch]
-    h = ops.rnn_fwd(u, weight, h0, case.nonlinearity, "cuda")
-    results = [h]
-    for rule in rules.values():
-        sweep = Sweep.of(rule, case.nonlinearity)
-        arguments = grad, None, h, weight, 0.6 * weight.mT, h0, h0, None, None
-        results += ops.rnn_bwd(*arguments, *sweep, "cuda")
-    return results
+    u, weight, bias, h0 = inputs_of(case, dtype)
+    h = forward_op(case.cell, u[:, batch], weight, bias, None if h0 is None else h0[batch], backend="cuda").h
+    back = given_to(case, h, dtype)
+    grad, sent = back.grad[:, batch], back.carried[batch]
+    back = back.with_(grad=grad, carried=sent, through=sent)
+    found = (back.run(Sweep.of(rule), "cuda") for rule in rules.values())
+    return [h, *(tensor for results in found for tensor in (results.grad_u, results.carried, results.through))]
 
 
-def in_two_parts(case: RNNCase, rule: tp.BackProp | tp.TargetProp) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def outputs(rules: Rules) -> int:
+    """How many arrays with elements a backward pass of each rule fills."""
+    sweeps = [Sweep.of(rule) for rule in rules.values()]
+    return sum(1 + (sweep.inverse != "none") + (sweep.update == "total") for sweep in sweeps)
+
+
+def in_two_parts(case: Case, rule: tp.BackProp | tp.TargetProp) -> tuple[Named, Named]:
     """States, δ and what is sent on, of a sequence in two calls and in one."""
-    u, weight, h0, grad = tensors_of(case)
-    sweep = Sweep.of(rule, case.nonlinearity)
-    h = ops.rnn_fwd(u, weight, h0, case.nonlinearity, "cuda")
-    states = ops.rnn_fwd(u[2:], weight, h[1].clone(), case.nonlinearity, "cuda")
-    whole = ops.rnn_bwd(grad, None, h, weight, weight, None, None, None, None, *sweep, "cuda")
-    later, *sent = ops.rnn_bwd(grad[2:], None, h[2:], weight, weight, None, None, None, None, *sweep, "cuda")
-    sent = (tensor if tensor.numel() else None for tensor in sent)
-    first, *sent = ops.rnn_bwd(grad[:2], None, h[:2], weight, weight, *sent, None, None, *sweep, "cuda")
-    return [torch.cat([h[:2], states]), torch.cat([first, later]), *sent], [h, *whole]
+    u, weight, bias, h0 = inputs_of(case)
+    sweep = Sweep.of(rule)
+    h = forward_op(case.cell, u, weight, bias, h0, backend="cuda").h
+    states = forward_op(case.cell, u[2:], weight, bias, h[1].clone(), backend="cuda").h
+    back = given_to(case, h).with_(carried=None, through=None)
+    whole, later = back.run(sweep, "cuda"), back.later(2).run(sweep, "cuda")
+    earlier = back.earlier(2).with_(**later.sent).run(sweep, "cuda")
+    found = {"h": torch.cat([h[:2], states]), **earlier.swept}
+    found["grad_u"] = torch.cat([earlier.grad_u, later.grad_u])
+    return found, {"h": h, **whole.swept}
 
 
-def check_not_finite(case: RNNCase, rules: Rules, value: float, dtype: torch.dtype = FLOAT) -> None:
+def check_not_finite(case: Case, rules: Rules, value: float, dtype: torch.dtype = FLOAT) -> None:
     """A value stays in its unit until the next step, and in its sequence for ever, as in the reference."""
-    N, nonlinearity = case.N, case.nonlinearity
-    u, weight, h0, grad = tensors_of(case, dtype)
-    u[1, 2, N - 1] = value
-    h, expected = (ops.rnn_fwd(u, weight, h0, nonlinearity, name) for name in ("cuda", "reference"))
+    N, inputs = case.N, inputs_of(case, dtype)
+    inputs.u[1, 2, N - 1] = value
+    h, expected = (forward_op(case.cell, *inputs, backend=name).h for name in ("cuda", "reference"))
     assert_same_pattern(h if N == 1 else h[:2], expected if N == 1 else expected[:2], "h")
     assert h.isnan().any(-1).nonzero().tolist() == expected.isnan().any(-1).nonzero().tolist()
+    back = Back(case.cell, expected, inputs.weight, grad=case.gradient(dtype).to(DEVICE), feedback=inputs.weight)
     for rule in rules.values():
-        sweep = Sweep.of(rule, nonlinearity)
-        arguments = grad, None, expected, weight, weight, None, None, None, None, *sweep
-        delta, wanted = (ops.rnn_bwd(*arguments, name)[0] for name in ("cuda", "reference"))
+        delta, wanted = (back.run(Sweep.of(rule), name).grad_u for name in ("cuda", "reference"))
         assert_same_pattern(delta.sum(-1), wanted.sum(-1), "delta")

@@ -4,36 +4,46 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from _cases import GRUCase, RNNCase, matrices
+from _cases import Case, matrices
+from _checks import layer
 
 import tp_kernels as tp
 from tp_kernels import _native, _triton, info
 from tp_kernels._backends import NAMES, Backend, BackendTable, BackendUnavailableError
-from tp_kernels.ops.gru import op as gru_op
-from tp_kernels.ops.regularized_inverse import op as inverse_op
-from tp_kernels.ops.rnn import backends as rnn_backends
+from tp_kernels._library import autocast_enabled
+from tp_kernels.ops.recurrence import op as recurrence
+from tp_kernels.ops.regularized_inverse import op as inverse
 
-OPS = {"rnn": rnn_backends, "gru": gru_op, "regularized_inverse": inverse_op}
+CASES = {"rnn": Case(), "gru": Case(cell="gru")}
+OPS = (*CASES, "regularized_inverse")
 ON_A_GPU = ("rnn", "regularized_inverse")  # have kernels there
 
 
+def table_of(op: str) -> BackendTable:
+    return recurrence.backends(op) if op in CASES else inverse.BACKENDS
+
+
 def call(op: str, backend: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    if op == "rnn":
-        return tp.rnn(*RNNCase().tensors(dtype), backend=backend)
-    if op == "gru":
-        u, weight, bias, h0 = GRUCase().tensors(dtype)
-        return tp.gru(u, weight, h0, bias=bias, backend=backend)
+    if op in CASES:
+        return layer(CASES[op], CASES[op].tensors(dtype), backend=backend)
     return tp.regularized_inverse(matrices((3, 2), dtype), 0.25, backend=backend)
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_every_backend_is_in_the_table(op):
-    table = OPS[op].BACKENDS
-    assert tuple(table.backends) == NAMES == ("reference", "cpu", "triton", "cuda")
+def test_every_backend_with_kernels_is_in_the_table(op):
+    """And of the others there is a reason; nothing stands in for them."""
+    table = table_of(op)
+    there = NAMES if op in ON_A_GPU else ("reference", "cpu")
+    assert NAMES == ("reference", "cpu", "triton", "cuda")
+    assert tuple(table.backends) == there
+    for name in set(NAMES) - set(there):
+        assert table.available(name) == (False, f"it has no kernel for {op} yet")
+        assert all(name not in candidates for candidates in table.preference.values())
     assert table.op == op
     assert issubclass(BackendUnavailableError, RuntimeError)
     assert tp.BackendUnavailableError is BackendUnavailableError
@@ -98,10 +108,33 @@ def test_importing_without_the_cuda_module():
     )
 
 
-def test_importing_imports_no_triton():
-    program = "import sys, tp_kernels, tp_kernels.info; assert 'triton' not in sys.modules, 'triton'"
-    program += "; import torch; assert not torch.cuda.is_initialized()"
-    subprocess.run([sys.executable, "-c", program], check=True, env=os.environ)
+def test_importing_is_cheap():
+    """It brings in nothing that ``import torch`` has not brought in: no compiler, no Triton, no pictures."""
+    program = (
+        "import sys, torch; before = set(sys.modules)\n"
+        "import tp_kernels, tp_kernels.info\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=os.environ)
+    imported = ran.stdout.split()
+    assert "tp_kernels.ops" in imported
+    assert not [name for name in imported if name.startswith("tp_kernels.regimes")]
+    standard = sys.stdlib_module_names
+    assert {name.partition(".")[0] for name in imported} - standard == {"tp_kernels"}, imported
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta", "lazy", "vulkan", "xpu", "mps", "mtia", "hpu", "xla"])
+def test_autocast_of_every_type_of_device(device):
+    """Also of those that have none, of which torch refuses the question."""
+    available = torch.amp.is_autocast_available(device)
+    assert not autocast_enabled(device)
+    if device == "cpu":
+        with torch.autocast(device):
+            assert autocast_enabled(device)
+    if not available:
+        with pytest.raises(RuntimeError, match="autocast"):
+            torch.is_autocast_enabled(device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
@@ -151,18 +184,21 @@ def test_import_without_the_native_module():
 @pytest.mark.parametrize("op", OPS)
 def test_auto_takes_the_native_backend(op, backend, dtype, monkeypatch):
     """``auto`` is the native back-end where it runs; by name, that one and no other."""
-    table = OPS[op].BACKENDS
+    table = table_of(op)
     ran = []
 
     def spy(name: str, original: Backend) -> Backend:
-        def forward(*arguments: object) -> object:
+        def forward(*arguments: object, **options: object) -> object:
             ran.append(name)
-            return original.forward(*arguments)
+            return original.forward(*arguments, **options)
 
-        return Backend(forward, original.backward, original.available, original.supports)
+        return replace(original, forward=forward)
 
-    spies = {name: spy(name, original) for name, original in table.backends.items()}
-    monkeypatch.setattr(OPS[op], "BACKENDS", BackendTable(op, spies))
+    spied = BackendTable(op, {name: spy(name, original) for name, original in table.backends.items()})
+    if op in CASES:
+        monkeypatch.setattr(recurrence, "backends", lambda name: spied)
+    else:
+        monkeypatch.setattr(inverse, "BACKENDS", spied)
     call(op, backend, dtype)
     call(op, "auto", dtype)
     assert ran == [backend, "cpu" if _native.cpu_available()[0] else "reference"]
@@ -222,9 +258,6 @@ def test_a_named_backend_is_never_substituted():
 
 def test_meta_tensors_get_shapes_and_dtypes(dtype):
     """No back-end runs: the fakes answer."""
-    u, weight, h0 = (tensor.to("meta") for tensor in RNNCase().tensors(dtype))
-    h = tp.rnn(u, weight, h0)
-    assert (h.shape, h.dtype, h.device.type) == (u.shape, dtype, "meta")
     p = tp.regularized_inverse(matrices((2, 3, 4), dtype).to("meta"), 0.25)
     assert (p.shape, p.dtype, p.device.type) == ((2, 4, 3), dtype, "meta")
 
@@ -236,7 +269,7 @@ def test_info_names_every_op_and_backend():
     found = info.backends()
     assert list(found) == [(op, name) for op in OPS for name in NAMES]
     for (op, name), answer in found.items():
-        ok, reason = OPS[op].BACKENDS.backends[name].available()
+        ok, reason = table_of(op).available(name)
         assert answer == ("yes" if ok else f"no: {reason}")
     assert found["rnn", "reference"] == "yes"
 

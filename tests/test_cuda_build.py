@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 
 import pytest
-from _cuda import ARCHITECTURES, RESOURCES, NotBuilt, build, check_emulation, parse
+from _cuda import ARCHITECTURES, RESOURCES, NotBuilt, build, check_emulation, check_launching, parse
 
 from conftest import absent
 
@@ -81,10 +81,10 @@ def test_the_table_is_up_to_date(compiled):
 WITHOUT_DEVICE = """
 import _cuda
 assert _cuda.device_type == "cuda" and _cuda.build_info()["architectures"] == "80-real 90a-real 100-real 120"
-pointers = dict.fromkeys(("input", "weight", "h0", "h", "device", "stream"), 0) | {"dtype": "float32", "tf32": False}
+pointers = dict.fromkeys(("input", "weight", "start", "h", "device", "stream"), 0) | {"dtype": "float32", "tf32": False}
 print(_cuda.device_problem())
 try:
-    _cuda.rnn_fwd(**pointers, input_strides=(0, 0, 0), sizes=(1, 1, 1, 1), nonlinearity="tanh")
+    _cuda.recurrence_fwd(**pointers, input_strides=(0, 0, 0), sizes=(1, 1, 1, 1), cell="rnn_tanh")
 except RuntimeError as error:
     print(error)
 """
@@ -107,20 +107,20 @@ def test_the_driver_is_not_linked(compiled):
 
 
 REPORT = """
-ptxas info    : Compiling entry function '_ZN3tpk3_GL18rnn_forward_kernelILi32ELi4EEEvNS_10RnnForwardIfEE' for 'sm_90a'
-ptxas info    : Function properties for _ZN3tpk3_GL18rnn_forward_kernelILi32ELi4EEEvNS_10RnnForwardIfEE
+ptxas info    : Compiling entry function '_ZN3tpk3_GL18rnn_forward_kernelILi32ELi4EEEvNS_17RecurrenceForwardIfEE' for 'sm_90a'
+ptxas info    : Function properties for _ZN3tpk3_GL18rnn_forward_kernelILi32ELi4EEEvNS_17RecurrenceForwardIfEE
     8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
 ptxas info    : Used 40 registers, used 1 barriers, 8 bytes cumulative stack size, 1024 bytes smem
 ptxas info    : Compile time = 10.0 ms
-ptxas info    : Compiling entry function '_ZN3tpk3_GL19rnn_backward_kernelILi128ELi1ELb0ELb1EEEvNS_11RnnBackwardIfEE' for 'sm_80'
+ptxas info    : Compiling entry function '_ZN3tpk3_GL19rnn_backward_kernelILi128ELi1ELb0ELb1EEEvNS_18RecurrenceBackwardIffEE' for 'sm_80'
 ptxas info    : Function properties for x
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 30 registers, used 0 barriers, 544 bytes cmem[0]
-ptxas info    : Compiling entry function '_ZN3tpk3_GL22rnn_forward_mma_kernelINS_8bfloat16ELi1ELi256EEEvNS_10RnnForwardIT_EE' for 'sm_80'
+ptxas info    : Compiling entry function '_ZN3tpk3_GL22rnn_forward_mma_kernelINS_8bfloat16ELi1ELi256EEEvNS_17RecurrenceForwardIT_EE' for 'sm_80'
 ptxas info    : Function properties for x
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 31 registers, used 1 barriers, 8192 bytes smem
-ptxas info    : Compiling entry function '_ZN3tpk3_GL22rnn_forward_mma_kernelIfLi2ELi64EEEvNS_10RnnForwardIT_EE' for 'sm_80'
+ptxas info    : Compiling entry function '_ZN3tpk3_GL22rnn_forward_mma_kernelIfLi2ELi64EEEvNS_17RecurrenceForwardIT_EE' for 'sm_80'
 ptxas info    : Function properties for x
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 32 registers, used 1 barriers, 8192 bytes smem
@@ -171,4 +171,34 @@ def test_emulation():
         "sums: cut off",
         "split: exact",
         "layout: each word once, no conflicts",
+    ]
+
+
+def test_launching(tmp_path):
+    """No context is created on a device that nobody uses. What a kernel is allowed and how many clusters run at once
+    are asked for once for each kernel, device, number of blocks and bytes, and not mixed up.
+    """
+    try:
+        printed = check_launching(tmp_path)
+    except NotBuilt as reason:
+        absent("cuda-emulated", str(reason))
+    assert printed.splitlines() == [
+        "from 0 unused to 1: then 1, contexts on 1",
+        "from 0 to 1: then 0, contexts on 0 1",
+        "from 1 to 0: then 1, contexts on 0 1",
+        "from 1 to 1: then 1, contexts on 1",
+        "shared memory, first launch: DeviceGetAttribute 1 FuncSetAttribute 1 LaunchKernel 1",
+        "second launch: LaunchKernel 1",
+        "another kernel: DeviceGetAttribute 1 FuncSetAttribute 1 LaunchKernel 1",
+        "another device: DeviceGetAttribute 1 FuncSetAttribute 1 LaunchKernel 1",
+        "clusters, first launch: FuncSetAttribute 1 LaunchKernelExC 1 OccupancyMaxActiveClusters 1",
+        "second launch: LaunchKernelExC 1",
+        "more blocks: LaunchKernelExC 1 OccupancyMaxActiveClusters 1",
+        "more bytes: LaunchKernelExC 1 OccupancyMaxActiveClusters 1",
+        "another kernel: FuncSetAttribute 1 LaunchKernelExC 1 OccupancyMaxActiveClusters 1",
+        "another device: DeviceGetAttribute 1 FuncSetAttribute 2 LaunchKernelExC 1 OccupancyMaxActiveClusters 1",
+        "at once on 0, of 4 blocks: 25",
+        "at once on 0, of 8 blocks: 12",
+        "at once on 1, of 4 blocks: 26",
+        "at once on 1, of 8 blocks: 13",
     ]

@@ -6,8 +6,18 @@ import sys
 
 import pytest
 import torch
-from _cases import HEAD_CASES, LAYOUTS, RULES, TILE_CASES, RNNCase, matrices
-from _checks import atanh_check, inverse_check, rnn_backward_check, rnn_forward_check, tanh_check
+from _cases import HEAD_CASES, LAYOUTS, RULES, SWEEPS, TILE_CASES, Case, matrices
+from _checks import (
+    assert_same_bits,
+    atanh_check,
+    back_of,
+    backward_check,
+    forward_check,
+    forward_op,
+    gradients,
+    inverse_check,
+    tanh_check,
+)
 from _compare import assert_identical
 
 import tp_kernels as tp
@@ -15,26 +25,33 @@ from conftest import assert_within_fences
 from tp_kernels import _native
 from tp_kernels.rules import Sweep
 
-ODD = RNNCase(T=5, B=7, N=17)
+ODD = Case(T=2, B=7, N=17)
+BOTH = ("rnn_tanh", "gru")
+TILES = TILE_CASES + tuple(case for case in HEAD_CASES if case.T < 10 and case.cell == "rnn_tanh")
 
 
-@pytest.mark.parametrize("case", TILE_CASES + HEAD_CASES, ids=str)
-def test_rnn(case, dtype, isa_level):
-    rnn_forward_check(case, dtype, "cpu")
-    rnn_backward_check(case, RULES["weight-total"], dtype, "cpu")
+@pytest.mark.parametrize("cell", BOTH)
+@pytest.mark.parametrize("case", TILES, ids=str)
+def test_tiles(case, cell, dtype, isa_level):
+    """Edges of register blocks: in the products forward, with P and with Wᵀ, and in the solver."""
+    case = case.with_(cell=cell)
+    forward_check(case, dtype, "cpu")
+    backward_check(case, RULES["weight-total"], dtype, "cpu")
+    backward_check(case, RULES["jacobian-total"], dtype, "cpu")
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("nonlinearity", ["tanh", "relu", "identity"])
-def test_rules(rule, nonlinearity, dtype, isa_level):
-    rnn_backward_check(ODD.with_(nonlinearity=nonlinearity), RULES[rule], dtype, "cpu")
+@pytest.mark.parametrize(("cell", "rule"), SWEEPS)
+def test_rules(cell, rule, dtype, isa_level):
+    backward_check(ODD.with_(cell=cell), RULES[rule], dtype, "cpu")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, dtype, isa_level):
-    rnn_forward_check(ODD, dtype, "cpu", layout)
-    rnn_backward_check(ODD, RULES["layer-local"], dtype, "cpu", layout)
-    rnn_backward_check(ODD, RULES["direct-local"], dtype, "cpu", layout)
+    for cell in BOTH:
+        case = ODD.with_(cell=cell)
+        forward_check(case, dtype, "cpu", layout)
+        backward_check(case, RULES["layer-local"], dtype, "cpu", layout)
+    backward_check(ODD, RULES["direct-local"], dtype, "cpu", layout)
     inverse_check(matrices((3, 5, 4), dtype), 0.25, 1.0, "cpu", layout)
 
 
@@ -57,49 +74,60 @@ def test_regularized_inverse(shape, dtype, isa_level):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu", "identity"])
 def test_not_finite_stays_in_its_unit_until_the_next_step(nonlinearity, value, dtype, isa_level):
-    u, weight, h0 = ODD.with_(nonlinearity=nonlinearity).tensors(dtype)
-    clean = tp.rnn(u, weight, h0, nonlinearity=nonlinearity, backend="cpu")
+    cell = f"rnn_{nonlinearity}"
+    u, weight, _, h0 = ODD.with_(cell=cell).tensors(dtype)
+    clean = forward_op(cell, u, weight, None, h0, backend="cpu").h
     u[-1, 2, 16] = value
-    h = tp.rnn(u, weight, h0, nonlinearity=nonlinearity, backend="cpu")
+    h = forward_op(cell, u, weight, None, h0, backend="cpu").h
     expected = {"tanh": torch.tanh, "relu": torch.relu, "identity": torch.clone}[nonlinearity](torch.tensor(value))
     clean[-1, 2, 16] = expected
     assert_identical(h, clean, "h")
 
 
 def test_threads_do_not_change_results(dtype, isa_level):
-    tensors = RNNCase(T=4, B=33, N=33).tensors(dtype)
     weight = matrices((41, 17, 17), dtype)
     first = None
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        found = tp.rnn(*tensors, backend="cpu"), tp.regularized_inverse(weight, 0.25, backend="cpu")
-        found += (tp.regularized_inverse(weight, 0.25, power=0.5, backend="cpu"),)
+        found = {"P": tp.regularized_inverse(weight, 0.25, backend="cpu")}
+        found["P at power 1/2"] = tp.regularized_inverse(weight, 0.25, power=0.5, backend="cpu")
+        for cell in BOTH:
+            sweep = Sweep("jacobian")
+            back = back_of(Case(T=4, B=33, N=33, cell=cell), dtype, sweep).run(sweep, "cpu")
+            found |= {f"{what} of {cell}": tensor for what, tensor in back.swept.items()}
+            found[cell] = forward_op(cell, *Case(T=4, B=33, N=33, cell=cell).tensors(dtype), backend="cpu").h
         first = first or found
-        for what, *pair in zip(("h", "P at power 1", "P at power 1/2"), found, first, strict=True):
-            assert_identical(*pair, what)
+        assert_same_bits(found, first)
 
 
-@pytest.mark.parametrize("case", [ODD, RNNCase(T=2, B=3, N=1), RNNCase(T=2, B=2, H=3, N=5), RNNCase(N=33)], ids=str)
-def test_nothing_is_written_outside_of_the_outputs(case, dtype, isa_level, fences):
-    u, weight, h0 = case.tensors(dtype)
-    h = torch.ops.tp_kernels.rnn_fwd(u, weight, h0, "tanh", "cpu")
-    inverses = ("none", "weight", "layer", "identity", "jacobian", "difference", "direct")
-    for inverse in inverses:
-        sweep = Sweep("tanh", inverse, clip=0.1)
-        torch.ops.tp_kernels.rnn_bwd(u, None, h, weight, weight, h0, h0, u, h0, *sweep, "cpu")
+@pytest.mark.parametrize("cell", BOTH)
+@pytest.mark.parametrize("case", [ODD, Case(T=2, B=3, N=1), Case(T=2, B=2, H=3, N=5), Case(N=33)], ids=str)
+def test_nothing_is_written_outside_of_the_outputs(case, cell, dtype, isa_level, fences):
+    case = case.with_(cell=cell)
+    inverses = ("none", "weight", "layer", "identity", "jacobian")
+    inverses += ("difference", "direct") if cell != "gru" else ()
+    backs = {Sweep(inverse, clip=0.1): None for inverse in inverses}
+    for sweep in backs:
+        sent = case.gradient(dtype, seed=5)[0]
+        backs[sweep] = back_of(case, dtype, sweep).with_(carried=sent, through=sent)
+    fences.clear()
+    forward_op(cell, *case.tensors(dtype), backend="cpu")
+    for sweep, back in backs.items():
+        back.run(sweep, "cpu")
     for power in (1.0, 0.5):
         tp.regularized_inverse(matrices((3, 7, case.N), dtype), 0.25, power=power, backend="cpu")
     polar = 1 if dtype == torch.float32 else 0  # in float64 LAPACK decomposes
-    assert len(fences) == 1 + 3 * len(inverses) + 1 + polar
-    assert_within_fences(fences)
+    kept = 1 if cell == "gru" else 0
+    outputs = 1 + kept + 3 * len(inverses) - 1 + 1 + polar  # "none" carries nothing
+    assert assert_within_fences(fences) == outputs
 
 
 def test_denormal_numbers_elsewhere_stay(dtype, isa_level):
     """The kernels flush denormal numbers to zero while they run, on their own threads only and not for long."""
     torch.set_num_threads(2)
     small = torch.full((200_000,), torch.finfo(dtype).tiny / 4, dtype=dtype)
-    leaves = [tensor.requires_grad_() for tensor in RNNCase(T=4, B=33, N=33).tensors(dtype)]
-    tp.rnn(*leaves, rule=tp.TargetProp(power=1.0), backend="cpu").sum().backward()
+    for cell in BOTH:
+        gradients(Case(T=4, B=33, N=33, cell=cell), tp.TargetProp(power=1.0), dtype, "cpu")
     bits = (small * 2).view({torch.float32: torch.int32, torch.float64: torch.int64}[dtype])
     assert bits.ne(0).all()  # as numbers they would equal zero where they were flushed
 
@@ -107,10 +135,11 @@ def test_denormal_numbers_elsewhere_stay(dtype, isa_level):
 CHECKS = """
 import torch, _checks, _cases
 for dtype in _cases.DTYPES:
-    for case in _cases.HEAD_CASES:
-        _checks.rnn_forward_check(case, dtype, "cpu")
-        for rule in ("weight-total", "identity-local", "jacobian-total", "direct-local"):
-            _checks.rnn_backward_check(case, _cases.RULES[rule], dtype, "cpu")
+    for case in (*_cases.HEAD_CASES, _cases.Case(T=2, B=7, H=3, N=17, cell="gru")):
+        _checks.forward_check(case, dtype, "cpu")
+        for rule in ("weight-total", "identity-local", "jacobian-total", "layer-local", "direct-local"):
+            if rule in _cases.rules_of(case.cell):
+                _checks.backward_check(case, _cases.RULES[rule], dtype, "cpu")
     for shape in ((3, 3), (2, 17, 15), (5, 9)):
         for power in (1.0, 0.5):
             _checks.inverse_check(_cases.matrices(shape, dtype), 0.25, power, "cpu")

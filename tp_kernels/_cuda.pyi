@@ -7,25 +7,26 @@ class BuildInfo(TypedDict):
     architectures: str
 
 device_type: str
-rnn_largest: dict[str, int]
+recurrence_largest: dict[str, int]
 
-def rnn_fwd(
+def recurrence_fwd(
     *,
     dtype: str,
+    cell: str,
     input: int,
     input_strides: tuple[int, int, int],
     weight: int,
-    h0: int,
+    start: int,
     h: int,
     sizes: tuple[int, int, int, int],
-    nonlinearity: str,
     tf32: bool,
     device: int,
     stream: int,
 ) -> None: ...
-def rnn_bwd(
+def recurrence_bwd(
     *,
     dtype: str,
+    cell: str,
     grad_h: int,
     grad_h_strides: tuple[int, int, int],
     grad_last: int,
@@ -41,7 +42,6 @@ def rnn_bwd(
     iterations: int,
     missed: int,
     sizes: tuple[int, int, int, int],
-    nonlinearity: str,
     inverse: str,
     update: str,
     step: float,
@@ -52,7 +52,7 @@ def rnn_bwd(
     device: int,
     stream: int,
 ) -> None: ...
-def rnn_needs_displacements(
+def recurrence_needs_displacements(
     *,
     dtype: str,
     sizes: tuple[int, int, int, int],
@@ -61,9 +61,10 @@ def rnn_needs_displacements(
     tf32: bool,
     device: int,
 ) -> bool: ...
-def rnn_cluster_largest(device: int) -> int: ...
-def rnn_step(
+def recurrence_cluster_largest(device: int) -> int: ...
+def chain_step(
     *,
+    cell: str,
     grad_h: int,
     grad_h_strides: tuple[int, int, int],
     grad_last: int,
@@ -73,7 +74,6 @@ def rnn_step(
     carried_out: int,
     grad_u: int,
     sizes: tuple[int, int, int, int],
-    nonlinearity: str,
     inverse: str,
     update: str,
     step: float,
@@ -81,7 +81,7 @@ def rnn_step(
     device: int,
     stream: int,
 ) -> None: ...
-def rnn_activation(*, h: int, count: int, nonlinearity: str, device: int, stream: int) -> None: ...
+def chain_activation(*, cell: str, h: int, count: int, device: int, stream: int) -> None: ...
 def regularized_solve(
     *,
     double: bool,

@@ -199,10 +199,20 @@ class Sweep(NamedTuple):
         fields = dict(word.partition("=")[::2] for word in words.split())
         if tuple(fields) != cls._fields:
             raise ValueError(f"sweep must have the words {', '.join(cls._fields)}, got {words!r}")
-        return cls(*(float(value) if name in _NUMBERS else value for name, value in fields.items()))
+        for name, value in fields.items():
+            expected = _WORDS.get(name)
+            if expected is None:
+                try:
+                    fields[name] = float(value)
+                except ValueError:
+                    raise ValueError(f"sweep must have a number as {name}, got {words!r}") from None
+            elif value not in expected:
+                raise ValueError(f"sweep must have as {name} one of {', '.join(expected)}, got {words!r}")
+        return cls(**fields)
 
 
-_NUMBERS = ("step", "clip", "reg", "rtol")
+_WORDS = {"inverse": ("none", *_INVERSES, *_MODES[1:]), "update": _UPDATES}
+"""Of a sweep; its other fields are numbers."""
 
 
 def resolve(op: str, rule: Rule | None) -> Rule:

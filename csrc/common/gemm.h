@@ -142,11 +142,11 @@ void pack(const T* source, ptrdiff_t k_stride, ptrdiff_t n_stride, ptrdiff_t k_s
     }
 }
 
-// C = A · packed: A is [rows][k_size] with unit column stride, C is [rows][padded(n)].
-template <class T>
+// C (=, +=, -=) A · packed: A is [rows][k_size] with unit column stride, C is [rows][padded(n)].
+template <Into into = Into::store, class T>
 inline void multiply_packed(const T* a, ptrdiff_t a_row, ptrdiff_t rows, const T* packed, ptrdiff_t k_size, ptrdiff_t n,
                             T* c, ptrdiff_t c_row) {
-    multiply<T, Into::store>(a, a_row, 1, rows, packed_right(packed, k_size), k_size, padded<T>(n), c, c_row);
+    multiply<T, into>(a, a_row, 1, rows, packed_right(packed, k_size), k_size, padded<T>(n), c, c_row);
 }
 
 }  // namespace tpk::TPK_ISA

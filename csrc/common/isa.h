@@ -1,19 +1,16 @@
 // The instruction sets the CPU kernels are compiled for, and the one in use.
 #pragma once
 
-#include "../gru/kernel.h"
+#include "../recurrence/call.h"
 #include "../regularized_inverse/kernel.h"
-#include "../rnn/kernel.h"
 
 namespace tpk {
 
 // What one instruction set offers. Launchers return false where there is no memory for their scratch.
 template <class T>
 struct Launchers {
-    bool (*rnn_forward)(const RnnForward<T>&);
-    bool (*rnn_backward)(const RnnBackward<T>&);
-    bool (*gru_forward)(const GruForward<T>&);
-    bool (*gru_backward)(const GruBackward<T>&);
+    bool (*recurrence_forward)(const RecurrenceForward<T>&);
+    bool (*recurrence_backward)(const RecurrenceBackward<T>&);
     bool (*regularized_solve)(const RegularizedSolve<T>&);
     double (*multiply_add_loop)(long iterations);  // the ceiling; returns the operations it took
 };

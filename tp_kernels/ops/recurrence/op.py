@@ -15,7 +15,7 @@ from torch.nn import functional
 from tp_kernels import _native, _triton
 from tp_kernels._autograd import first_derivatives_only
 from tp_kernels._backends import Backend, BackendTable
-from tp_kernels._library import register
+from tp_kernels._library import find_op, register
 from tp_kernels.ops.recurrence import cpu, cuda, parallel, reference, triton_blocks
 from tp_kernels.ops.recurrence.cell import CELLS, Cell
 from tp_kernels.ops.recurrence.launch import forward_outputs, sent_outputs
@@ -104,7 +104,7 @@ def _forward(
         h, kept = forward_outputs(cell, x, weight, keep)
         for steps in _chunks(x.device, x.shape[0], x.shape[1], cell.gates * N):
             u = functional.linear(x[steps], projection, input_bias)
-            out = h[steps], kept[steps] if kept.numel() else kept
+            out = h[steps], kept[steps] if kept.dim() > 1 else kept
             chosen.forward(cell, u, weight, bias, start, keep=keep, out=out)
             start = h[steps.stop - 1]
     return h, h[-1].clone(), kept
@@ -158,7 +158,7 @@ def _backward(
     for steps in reversed(chunks):
         last = steps is chunks[-1]
         before = h[steps.start - 1] if steps.start else start
-        of_steps = kept[steps] if kept.numel() else kept
+        of_steps = kept[steps] if kept.dim() > 1 else kept
         u = x if projection is None else None
         if projection is not None and sweep.inverse == "direct":
             u = functional.linear(x[steps], projection, input_bias)
@@ -304,6 +304,7 @@ register(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
+    twin=True,  # "jacobian" reads its residuals
 )
 
 
@@ -425,7 +426,7 @@ class RecurrenceFunction(torch.autograd.Function):
             through: Tensor | None,
         ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
             """Gradients of the steps from ``first`` on, and what these send on to those before."""
-            *gradients, carried, through = torch.ops.tp_kernels.recurrence_bwd(
+            *gradients, carried, through = find_op("recurrence_bwd", waits=sweep.inverse == "jacobian")(
                 cell,
                 grad_h,
                 grad_last,

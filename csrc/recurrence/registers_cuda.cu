@@ -121,7 +121,7 @@ struct Panel {
 };
 
 template <int K, int rows>
-__global__ void __launch_bounds__(threads_of<K>, 1) rnn_forward_kernel(const RnnForward<float> f) {
+__global__ void __launch_bounds__(threads_of<K>, 1) rnn_forward_kernel(const RecurrenceForward<float> f) {
     using Shared = Vectors<K, rows>;
     using P = Place<K, rows>;
     TPK_SHARED(Shared, state);
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(threads_of<K>, 1) rnn_forward_kernel(const Rnn
             f.input + place.sequence[e] * f.input_strides.batch + place.head * f.input_strides.head + place.column[e];
         h[e] = f.h + offset;
         u[e] = place.inside[e] ? *input[e] : 0;
-        if (place.writes) state.of[0][place.row[e]][place.column[e]] = place.inside[e] && f.h0 ? f.h0[offset] : 0;
+        if (place.writes) state.of[0][place.row[e]][place.column[e]] = place.inside[e] && f.start ? f.start[offset] : 0;
     }
     __syncthreads();
     for (ptrdiff_t t = 0; t < f.T_; ++t) {
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(threads_of<K>, 1) rnn_forward_kernel(const Rnn
 #pragma unroll
         for (int e = 0; e < P::kept; ++e) {
             // Padding stays zero, whatever NaN its zero weights met.
-            const float value = place.inside[e] ? activation(f.nonlinearity, u[e] + sums[e]) : 0;
+            const float value = place.inside[e] ? activation(nonlinearity_of(f.cell), u[e] + sums[e]) : 0;
             if (place.writes) state.of[(t + 1) % 2][place.row[e]][place.column[e]] = value;
             if (place.writes && place.inside[e]) *h[e] = value;
             h[e] += f.B * f.H * f.N;
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(threads_of<K>, 1) rnn_forward_kernel(const Rnn
 // Both products of a step are computed together: `carries` that with P, of the inverses "weight" and "layer",
 // `adjoins` that with Wᵀ, of the update "total".
 template <int K, int rows, bool carries, bool adjoins>
-__global__ void __launch_bounds__(threads_of<K>, 1) rnn_backward_kernel(const RnnBackward<float> f) {
+__global__ void __launch_bounds__(threads_of<K>, 1) rnn_backward_kernel(const RecurrenceBackward<float> f) {
     using P = Place<K, rows>;
     struct Shared {
         Vectors<K, rows> vectors[carries && adjoins ? 2 : 1];  // what P takes of λ, and δ
@@ -206,12 +206,13 @@ __global__ void __launch_bounds__(threads_of<K>, 1) rnn_backward_kernel(const Rn
             if (more && f.grad_h) next_gradient[e] = f.grad_h[g[e]];
             const float lambda = term[e] + gradient[e];
             const float mu = lambda + through[e];
-            const float mine = place.inside[e] ? through_activation(f.nonlinearity, mu, state[e]) : 0;
+            const float mine = place.inside[e] ? through_activation(nonlinearity_of(f.cell), mu, state[e]) : 0;
             if (place.writes && place.inside[e]) f.grad_u[at[e]] = mine;
             at[e] -= time;
             if constexpr (carries) {
-                const float sent =
-                    f.inverse == Inverse::layer ? through_inverse(f.nonlinearity, lambda, state[e], f.clip) : lambda;
+                const float sent = f.inverse == Inverse::layer
+                                       ? through_inverse(nonlinearity_of(f.cell), lambda, state[e], f.clip)
+                                       : lambda;
                 if (place.writes) displacement[t % 2][place.row[e]][place.column[e]] = place.inside[e] ? sent : 0;
             } else {
                 term[e] = f.inverse == Inverse::identity ? lambda : 0;
@@ -266,8 +267,8 @@ void for_tile(const char* what, ptrdiff_t N, int rows, Run run) {
         with(Constant<32>{});
     else if (N <= 64)
         with(Constant<64>{});
-    else if (N <= rnn_cuda_largest<float>)
-        with(Constant<rnn_cuda_largest<float>>{});
+    else if (N <= recurrence_cuda_largest<float>)
+        with(Constant<recurrence_cuda_largest<float>>{});
     else
         throw std::invalid_argument(std::string(what) + ": N must be at most 128, got " + std::to_string(N));
 }
@@ -284,14 +285,14 @@ void with_parts(bool tf32, Run run) {
 }  // namespace
 
 template <>
-void rnn_forward_cuda(const RnnForward<float>& f, bool tf32, int device, void* stream) {
-    constexpr const char* what = "rnn_fwd";
-    if (f.projection) throw std::invalid_argument("rnn_fwd: there is no projection on a CUDA device");
-    if (f.N > rnn_cuda_largest<float>) return rnn_forward_cluster(f, device, stream);
+void recurrence_forward_cuda(const RecurrenceForward<float>& f, bool tf32, int device, void* stream) {
+    constexpr const char* what = "recurrence_fwd";
+    if (f.projection) throw std::invalid_argument("recurrence_fwd: there is no projection on a CUDA device");
+    if (f.N > recurrence_cuda_largest<float>) return recurrence_forward_cluster(f, device, stream);
     const OnDevice on_device(device);
     if (f.T_ * f.B * f.H * f.N == 0) return;
     const int rows = rows_for(f.B, f.H, tf32, multiprocessors(device));
-    if (!rows) return with_parts(tf32, [&](auto parts) { rnn_forward_mma<float, parts.of>(f, stream); });
+    if (!rows) return with_parts(tf32, [&](auto parts) { recurrence_forward_mma<float, parts.of>(f, stream); });
     const ptrdiff_t blocks = blocks_of(what, f.B, f.H, rows);
     for_tile(what, f.N, rows, [&](auto K, auto R) {
         launch(what, rnn_forward_kernel<K.of, R.of>, blocks, threads_of<K.of>, stream, f);
@@ -299,17 +300,19 @@ void rnn_forward_cuda(const RnnForward<float>& f, bool tf32, int device, void* s
 }
 
 template <>
-void rnn_backward_cuda(const RnnBackward<float>& f, float* displacements, bool tf32, int device, void* stream) {
-    constexpr const char* what = "rnn_bwd";
+void recurrence_backward_cuda(const RecurrenceBackward<float>& f, float* displacements, bool tf32, int device,
+                              void* stream) {
+    constexpr const char* what = "recurrence_bwd";
     check_rule(f);
-    if (f.N > rnn_cuda_largest<float>) return rnn_backward_cluster(f, device, stream);
+    if (f.N > recurrence_cuda_largest<float>) return recurrence_backward_cluster(f, device, stream);
     const OnDevice on_device(device);
     if (f.T_ * f.B * f.H * f.N == 0) return;
-    if (f.inverse == Inverse::jacobian && !f.missed) throw std::invalid_argument("rnn_bwd: missed is missing");
+    if (f.inverse == Inverse::jacobian && !f.missed) throw std::invalid_argument("recurrence_bwd: missed is missing");
     int rows = rows_for(f.B, f.H, tf32, multiprocessors(device));
     if (!rows && f.inverse == Inverse::jacobian) rows = 4;  // it has no tile of 8
     if (!rows)
-        return with_parts(tf32, [&](auto parts) { rnn_backward_mma<float, parts.of>(f, displacements, stream); });
+        return with_parts(tf32,
+                          [&](auto parts) { recurrence_backward_mma<float, parts.of>(f, displacements, stream); });
     const ptrdiff_t blocks = blocks_of(what, f.B, f.H, rows);
     const bool adjoins = f.update == Update::total;
     for_tile(what, f.N, rows, [&](auto K, auto R) {
@@ -326,11 +329,11 @@ void rnn_backward_cuda(const RnnBackward<float>& f, float* displacements, bool t
 }
 
 template <>
-bool rnn_needs_displacements(const RnnBackward<float>& f, bool tf32, int device) {
-    const bool others = f.N > rnn_cuda_largest<float> || f.inverse == Inverse::jacobian;  // a cluster's, or none
+bool recurrence_needs_displacements(const RecurrenceBackward<float>& f, bool tf32, int device) {
+    const bool others = f.N > recurrence_cuda_largest<float> || f.inverse == Inverse::jacobian;  // a cluster's, or none
     if (others || rows_for(f.B, f.H, tf32, multiprocessors(device))) return false;
     bool needs = false;
-    with_parts(tf32, [&](auto parts) { needs = rnn_mma_needs_displacements<float, parts.of>(f); });
+    with_parts(tf32, [&](auto parts) { needs = recurrence_mma_needs_displacements<float, parts.of>(f); });
     return needs;
 }
 

@@ -1,9 +1,9 @@
-"""``rnn`` in CUDA C++ beyond N = 128: clusters of thread blocks, on a GPU that has them, else emulated."""
+"""The recurrence in CUDA C++ beyond N = 128: clusters of thread blocks, on a GPU that has them, else emulated."""
 
 import pytest
 import torch
-from _cases import RNNCase
-from _checks import rnn_backward_check, rnn_forward_check
+from _cases import Case
+from _checks import assert_same_bits, backward_check, forward_check
 from _compare import assert_identical
 from _cuda_device import (
     DEVICE,
@@ -13,9 +13,10 @@ from _cuda_device import (
     check_not_finite,
     emulate,
     everything,
+    given_to,
     in_two_parts,
-    ops,
-    tensors_of,
+    inputs_of,
+    outputs,
 )
 
 from conftest import assert_within_fences
@@ -26,42 +27,42 @@ pytestmark = pytest.mark.usefixtures("cuda")
 # 3 to 16 blocks, full and not, and the rows of a tile; a half and a whole in registers, part of it in shared memory;
 # two matrices at once and one after the other.
 CASES = (
-    (RNNCase(T=3, B=3, N=129), 1),
-    (RNNCase(T=3, B=3, N=200, nonlinearity="relu", h0=False), 2),
-    (RNNCase(T=2, B=4, N=256), 4),
-    (RNNCase(T=2, B=1, H=2, N=300, nonlinearity="identity"), 1),
-    (RNNCase(T=2, B=1, N=512), 1),
-    (RNNCase(T=3, B=2, N=600), 2),
-    (RNNCase(T=1, B=1, N=1024), 4),
+    (Case(T=3, B=3, N=129), 1),
+    (Case(T=3, B=3, N=200, cell="rnn_relu", h0=False), 2),
+    (Case(T=2, B=4, N=256), 4),
+    (Case(T=2, B=1, H=2, N=300, cell="rnn_identity"), 1),
+    (Case(T=2, B=1, N=512), 1),
+    (Case(T=3, B=2, N=600), 2),
+    (Case(T=1, B=1, N=1024), 4),
 )
 if ON_GPU:
-    CASES += ((RNNCase(T=9, B=51, N=200), 2), (RNNCase(T=2, B=151, N=300), 4), (RNNCase(T=2, B=21, N=1000), 4))
+    CASES += ((Case(T=9, B=51, N=200), 2), (Case(T=2, B=151, N=300), 4), (Case(T=2, B=21, N=1000), 4))
 
 
-def emulate_for(case: RNNCase, rows: int, reversed: bool = False) -> None:
+def emulate_for(case: Case, rows: int, reversed: bool = False) -> None:
     """A device for which the launcher takes tiles of that many rows. One that cannot hold so many units skips the test:
     smaller clusters, and none, are emulated.
     """
     tiles = {1: case.B, 2: -(-case.B // 2), 4: 0}[rows]
     emulate(multiprocessors=tiles * (case.H or 1) * -(-case.N // 64), reversed=reversed)
-    if (largest := _native.cuda.rnn_cluster_largest(0)) < case.N:
+    if (largest := _native.cuda.recurrence_cluster_largest(0)) < case.N:
         pytest.skip(f"clusters of this device hold {largest} units")
 
 
 @pytest.mark.parametrize(("case", "rows"), CASES, ids=str)
 def test_forward(case, rows):
     emulate_for(case, rows)
-    rnn_forward_check(case, FLOAT, "cuda", device=DEVICE)
+    forward_check(case, FLOAT, "cuda", device=DEVICE)
 
 
 @pytest.mark.parametrize("rule", SWEPT)
 @pytest.mark.parametrize(("case", "rows"), CASES, ids=str)
 def test_backward(case, rows, rule):
     emulate_for(case, rows)
-    rnn_backward_check(case, SWEPT[rule], FLOAT, "cuda", device=DEVICE)
+    backward_check(case, SWEPT[rule], FLOAT, "cuda", device=DEVICE)
 
 
-@pytest.mark.parametrize(("case", "rows"), [(RNNCase(T=4, B=2, N=150), 2), (RNNCase(T=3, B=1, N=530), 1)], ids=str)
+@pytest.mark.parametrize(("case", "rows"), [(Case(T=4, B=2, N=150), 2), (Case(T=3, B=1, N=530), 1)], ids=str)
 def test_no_races(case, rows):
     """Blocks and threads that run in the opposite order, each as far ahead of the others as the barriers let it, make
     no difference, nor do stores into other blocks that arrive as late as they may.
@@ -79,19 +80,18 @@ def test_two_sweeps_are_one(rule):
     """Not a bit changes where both matrices do not fit into the blocks of a cluster."""
     if ON_GPU:
         pytest.skip("the device's own shared memory decides")
-    u, weight, h0, grad = tensors_of(RNNCase(T=3, B=1, N=400))
-    sweep = Sweep.of(SWEPT[rule], "tanh")
+    case = Case(T=3, B=1, N=400)
+    back = given_to(case, inputs_of(case).u)
     found = []
     for largest_cluster, shared_memory in ((16, 227), (8, 99)):
         emulate(multiprocessors=1000, largest_cluster=largest_cluster, shared_memory=shared_memory << 10)
-        found.append(ops.rnn_bwd(grad, h0, u, weight, 0.6 * weight.mT, h0, h0, None, None, *sweep, "cuda"))
-    for what, *pair in zip(("grad_u", "carried", "through"), *found, strict=True):
-        assert_identical(*pair, what)
+        found.append(back.run(Sweep.of(SWEPT[rule]), "cuda").swept)
+    assert_same_bits(*found)
 
 
 def test_tiles_do_not_change_results():
     """Not a bit: the sums are the same, in the same order."""
-    case = RNNCase(T=2, B=3, N=140)
+    case = Case(T=2, B=3, N=140)
     found = []
     for rows in (1, 2, 4):
         emulate_for(case, rows)
@@ -102,16 +102,15 @@ def test_tiles_do_not_change_results():
 
 
 def test_nothing_is_written_outside_of_the_outputs(fences):
-    case = RNNCase(T=2, B=3, N=130)
+    case = Case(T=2, B=3, N=130)
     emulate_for(case, 4)
     everything(case, SWEPT)
-    assert len(fences) == 1 + 3 * len(SWEPT)
-    assert_within_fences(fences)
+    assert assert_within_fences(fences) == 1 + outputs(SWEPT)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 def test_not_finite(value):
-    case = RNNCase(T=3, B=3, N=131, nonlinearity="relu")
+    case = Case(T=3, B=3, N=131, cell="rnn_relu")
     emulate_for(case, 4)
     check_not_finite(case, SWEPT, value)
 
@@ -119,10 +118,9 @@ def test_not_finite(value):
 @pytest.mark.parametrize("rule", SWEPT)
 def test_a_sequence_in_two_parts(rule):
     """The same bits, state and what goes back handed on."""
-    case = RNNCase(T=4, B=2, N=150)
+    case = Case(T=4, B=2, N=150)
     emulate_for(case, 1)
-    for what, *pair in zip(("h", "grad_u", "carried", "through"), *in_two_parts(case, SWEPT[rule]), strict=True):
-        assert_identical(*pair, what)
+    assert_same_bits(*in_two_parts(case, SWEPT[rule]))
 
 
 @pytest.mark.parametrize(
@@ -136,7 +134,7 @@ def test_the_launcher_checks_for_itself(largest_cluster, N, reason):
     if ON_GPU:
         pytest.skip("the device's own clusters decide")
     emulate(largest_cluster=largest_cluster)
-    words = {"dtype": "float32", "nonlinearity": "tanh", "tf32": False, "input_strides": (0, 0, 0)}
-    pointers = dict.fromkeys(("input", "weight", "h0", "h", "device", "stream"), 0)
-    with pytest.raises(ValueError, match=f"rnn_fwd: {reason}"):
-        _native.cuda.rnn_fwd(**pointers, **words, sizes=(1, 1, 1, N))
+    words = {"dtype": "float32", "cell": "rnn_tanh", "tf32": False, "input_strides": (0, 0, 0)}
+    pointers = dict.fromkeys(("input", "weight", "start", "h", "device", "stream"), 0)
+    with pytest.raises(ValueError, match=f"recurrence_fwd: {reason}"):
+        _native.cuda.recurrence_fwd(**pointers, **words, sizes=(1, 1, 1, N))

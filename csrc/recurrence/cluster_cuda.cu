@@ -149,7 +149,7 @@ private:
 };
 
 template <int in_registers, int rows>
-__device__ inline void run_forward(const RnnForward<float>& f, Split split) {
+__device__ inline void run_forward(const RecurrenceForward<float>& f, Split split) {
     using P = Place<rows>;
     TPK_DYNAMIC_SHARED(shared);
     const Layout layout(in_registers, split.in_shared, rows);
@@ -166,7 +166,7 @@ __device__ inline void run_forward(const RnnForward<float>& f, Split split) {
         f.input + place.sequence * f.input_strides.batch + place.head * f.input_strides.head + place.column;
     float* h = f.h + offset;
     float u = place.inside ? *input : 0;
-    if (f.h0) place.send(shared, K, blocks, place.inside ? f.h0[offset] : 0);
+    if (f.start) place.send(shared, K, blocks, place.inside ? f.start[offset] : 0);
     cluster_arrive();
     cluster_wait();
     for (ptrdiff_t t = 0; t < f.T_; ++t) {
@@ -176,7 +176,7 @@ __device__ inline void run_forward(const RnnForward<float>& f, Split split) {
         float sums[P::sums];
         weight.template multiply<rows>(shared + t % 2 * buffer, K, place.lane, sums);
         reduce<P::sums, lanes>(sums, place.lane);
-        const float value = activation(f.nonlinearity, u + sums[0]);
+        const float value = activation(nonlinearity_of(f.cell), u + sums[0]);
         if (more) {
             place.send(shared + (t + 1) % 2 * buffer, K, blocks, value);
             cluster_arrive();
@@ -189,7 +189,8 @@ __device__ inline void run_forward(const RnnForward<float>& f, Split split) {
 }
 
 template <int in_registers, int rows>
-__global__ void __launch_bounds__(threads, 1) rnn_cluster_forward_kernel(const RnnForward<float> f, Split split) {
+__global__ void __launch_bounds__(threads, 1)
+    rnn_cluster_forward_kernel(const RecurrenceForward<float> f, Split split) {
     if constexpr (has_clusters) run_forward<in_registers, rows>(f, split);
 }
 
@@ -197,7 +198,7 @@ __global__ void __launch_bounds__(threads, 1) rnn_cluster_forward_kernel(const R
 // `displacements`: writes λ in place of δ, for a second sweep. That one reads λ where it writes δ: between the two is a
 // barrier, since several lanes read what one of them writes.
 template <int in_registers, int rows, bool carries, bool adjoins>
-__device__ inline void run_backward(const RnnBackward<float>& f, Split split, bool displacements) {
+__device__ inline void run_backward(const RecurrenceBackward<float>& f, Split split, bool displacements) {
     using P = Place<rows>;
     TPK_DYNAMIC_SHARED(shared);
     const Layout layout(in_registers, split.in_shared, rows);
@@ -235,10 +236,11 @@ __device__ inline void run_backward(const RnnBackward<float>& f, Split split, bo
         const float next_gradient = more && f.grad_h ? f.grad_h[g] : 0;
         const float lambda = term + gradient;
         const float mu = lambda + through;
-        const float delta = through_activation(f.nonlinearity, mu, state);
+        const float delta = through_activation(nonlinearity_of(f.cell), mu, state);
         if constexpr (carries)
-            place.send(shared + t % 2 * buffer, K, blocks,
-                       f.inverse == Inverse::layer ? through_inverse(f.nonlinearity, lambda, state, f.clip) : lambda);
+            place.send(
+                shared + t % 2 * buffer, K, blocks,
+                f.inverse == Inverse::layer ? through_inverse(nonlinearity_of(f.cell), lambda, state, f.clip) : lambda);
         if constexpr (adjoins) place.send(of_delta + t % 2 * buffer, K, blocks, delta);
         if constexpr (carries || adjoins) cluster_arrive();
         if (writes) f.grad_u[at] = displacements ? lambda : delta;
@@ -266,16 +268,16 @@ __device__ inline void run_backward(const RnnBackward<float>& f, Split split, bo
 
 template <int in_registers, int rows, bool carries, bool adjoins>
 __global__ void __launch_bounds__(threads, 1)
-    rnn_cluster_backward_kernel(const RnnBackward<float> f, Split split, bool displacements) {
+    rnn_cluster_backward_kernel(const RecurrenceBackward<float> f, Split split, bool displacements) {
     if constexpr (has_clusters || !(carries || adjoins))
         run_backward<in_registers, rows, carries, adjoins>(f, split, displacements);
 }
 
 void check_size(const char* what, ptrdiff_t N, int device) {
-    const int largest = rnn_cluster_largest(device);
+    const int largest = recurrence_cluster_largest(device);
     if (largest == 0)
         throw std::invalid_argument(std::string(what) + ": N must be at most " +
-                                    std::to_string(rnn_cuda_largest<float>) +
+                                    std::to_string(recurrence_cuda_largest<float>) +
                                     " on a device without thread block clusters, got " + std::to_string(N));
     if (N > largest)
         throw std::invalid_argument(std::string(what) + ": N must be at most " + std::to_string(largest) +
@@ -312,20 +314,20 @@ void with_registers(ptrdiff_t N, Run run) {
 }
 
 template <int in_registers, bool carries, bool adjoins>
-void sweep(const RnnBackward<float>& f, bool displacements, void* stream) {
+void sweep(const RecurrenceBackward<float>& f, bool displacements, void* stream) {
     launch_tiles<in_registers, carries + adjoins>(
-        "rnn_bwd", f, stream,
+        "recurrence_bwd", f, stream,
         [](auto rows) { return rnn_cluster_backward_kernel<in_registers, rows.of, carries, adjoins>; }, displacements);
 }
 
 template <bool carries>
-void sweep_of_one_matrix(const RnnBackward<float>& f, bool displacements, void* stream) {
+void sweep_of_one_matrix(const RecurrenceBackward<float>& f, bool displacements, void* stream) {
     with_registers(f.N, [&](auto n) { sweep<decltype(n)::of, carries, !carries>(f, displacements, stream); });
 }
 
 // First all λ, in the place of δ, then back-propagation of λ.
-void sweep_twice(const RnnBackward<float>& f, void* stream) {
-    RnnBackward<float> first = f, second = f;
+void sweep_twice(const RecurrenceBackward<float>& f, void* stream) {
+    RecurrenceBackward<float> first = f, second = f;
     first.update = Update::local;
     first.through_in = nullptr;
     first.through_out = nullptr;
@@ -343,29 +345,31 @@ bool both_fit(ptrdiff_t N, int device) { return Layout(2, Split(N, 2).in_shared,
 
 }  // namespace cluster
 
-int rnn_cluster_largest(int device) {
+int recurrence_cluster_largest(int device) {
     using namespace cluster;
     const int blocks = largest_cluster(device, rnn_cluster_forward_kernel<4, 1>, threads, Layout(4, 0, 1).bytes(1));
     return blocks * units < widest * slice ? blocks * units : widest * slice;
 }
 
-void rnn_forward_cluster(const RnnForward<float>& f, int device, void* stream) {
+void recurrence_forward_cluster(const RecurrenceForward<float>& f, int device, void* stream) {
     using namespace cluster;
     const OnDevice on_device(device);
-    check_size("rnn_fwd", f.N, device);
+    check_size("recurrence_fwd", f.N, device);
     if (f.T_ * f.B * f.H == 0) return;
     with_registers(f.N, [&](auto n) {
-        launch_tiles<decltype(n)::of, 1>(
-            "rnn_fwd", f, stream, [](auto rows) { return rnn_cluster_forward_kernel<decltype(n)::of, rows.of>; });
+        launch_tiles<decltype(n)::of, 1>("recurrence_fwd", f, stream, [](auto rows) {
+            return rnn_cluster_forward_kernel<decltype(n)::of, rows.of>;
+        });
     });
 }
 
-void rnn_backward_cluster(const RnnBackward<float>& f, int device, void* stream) {
+void recurrence_backward_cluster(const RecurrenceBackward<float>& f, int device, void* stream) {
     using namespace cluster;
     const OnDevice on_device(device);
-    check_size("rnn_bwd", f.N, device);
+    check_size("recurrence_bwd", f.N, device);
     if (f.inverse == Inverse::jacobian)
-        throw std::invalid_argument("rnn_bwd: N must be at most " + std::to_string(rnn_cuda_largest<float>) +
+        throw std::invalid_argument("recurrence_bwd: N must be at most " +
+                                    std::to_string(recurrence_cuda_largest<float>) +
                                     " with the inverse 'jacobian', got " + std::to_string(f.N));
     if (f.T_ * f.B * f.H == 0) return;
     const bool adjoins = f.update == Update::total;
@@ -380,8 +384,8 @@ void rnn_backward_cluster(const RnnBackward<float>& f, int device, void* stream)
         sweep_of_one_matrix<false>(f, false, stream);
     } else {  // no product: no block needs another
         const Split split(f.N, 2);
-        launch("rnn_bwd", rnn_cluster_backward_kernel<2, 4, false, false>,
-               blocks_of("rnn_bwd", f.B, f.H * split.blocks, 4), threads, stream, f, split, false);
+        launch("recurrence_bwd", rnn_cluster_backward_kernel<2, 4, false, false>,
+               blocks_of("recurrence_bwd", f.B, f.H * split.blocks, 4), threads, stream, f, split, false);
     }
 }
 

@@ -28,7 +28,7 @@ public:
         float missed;
     };
 
-    __device__ JacobianSolver(const RnnBackward<float>& f, const P& place, Memory& memory)
+    __device__ JacobianSolver(const RecurrenceBackward<float>& f, const P& place, Memory& memory)
         : f_(f), place_(place), memory_(memory) {
         const int N = static_cast<int>(f.N);
         const float* weight = f.weight + place.head * f.N * f.N;
@@ -126,7 +126,7 @@ private:
         float magnitude[P::kept], none[P::kept] = {}, square[P::kept], product[P::kept];
 #pragma unroll
         for (int e = 0; e < P::kept; ++e) {
-            slope_[e] = place_.inside[e] ? through_activation(f_.nonlinearity, 1, h[e]) : 0;
+            slope_[e] = place_.inside[e] ? through_activation(nonlinearity_of(f_.cell), 1, h[e]) : 0;
             magnitude[e] = fabsf(lambda[e]) * (1 / static_cast<float>(f_.N)) + 0 * slope_[e];
             solution_[e] = residual_[e] = direction_[e] = 0;
             inverted_[e] = 1 / (slope_[e] * slope_[e] * diagonal_[e] + f_.reg);
@@ -232,7 +232,7 @@ private:
         return true;
     }
 
-    const RnnBackward<float>& f_;
+    const RecurrenceBackward<float>& f_;
     const P& place_;
     Memory& memory_;
     Panel<K> gram_;
@@ -254,7 +254,7 @@ private:
 
 // Both products of a step with Wᵀ, that of D y and that of δ, take the same matrix.
 template <int K, int rows, bool adjoins>
-__global__ void __launch_bounds__(threads_of<K>, 1) rnn_jacobian_kernel(const RnnBackward<float> f) {
+__global__ void __launch_bounds__(threads_of<K>, 1) rnn_jacobian_kernel(const RecurrenceBackward<float> f) {
     using P = Place<K, rows>;
     using Memory = JacobianMemory<K, rows>;
     TPK_SHARED(Memory, memory);
@@ -284,7 +284,8 @@ __global__ void __launch_bounds__(threads_of<K>, 1) rnn_jacobian_kernel(const Rn
             state[e] = inside ? f.h[at[e]] : 0;
             lambda[e] = inside ? term[e] : 0;
             if (inside && f.grad_h) lambda[e] = fmaf(f.step, f.grad_h[g[e]], lambda[e]);
-            const float mine = inside ? through_activation(f.nonlinearity, lambda[e] + through[e], state[e]) : 0;
+            const float mine =
+                inside ? through_activation(nonlinearity_of(f.cell), lambda[e] + through[e], state[e]) : 0;
             if (place.writes && inside) f.grad_u[at[e]] = mine;
             if (adjoins && place.writes) memory.delta[t % 2][place.row[e]][place.column[e]] = mine;
             at[e] -= time;

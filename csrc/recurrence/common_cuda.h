@@ -5,7 +5,7 @@
 
 #include "../common/cuda.h"
 #include "../common/tanh_cuda.h"
-#include "kernel.h"
+#include "call.h"
 
 namespace tpk {
 
@@ -25,6 +25,9 @@ __device__ inline void reduce(float* sums, int lane) {
         reduce<half, lanes, mask / 2>(sums, lane);
     }
 }
+
+// Of the first three cells: those that there are on a CUDA device.
+__device__ inline Nonlinearity nonlinearity_of(CellName cell) { return static_cast<Nonlinearity>(cell); }
 
 __device__ inline float activation(Nonlinearity a, float z) {
     if (a == Nonlinearity::tanh) return tanh_of(z);
@@ -50,11 +53,11 @@ __device__ inline float through_inverse(Nonlinearity a, float lambda, float h, f
 inline bool carries(Inverse inverse) { return inverse == Inverse::weight || inverse == Inverse::layer; }
 
 template <class T>
-void check_rule(const RnnBackward<T, float>& f) {
+void check_rule(const RecurrenceBackward<T, float>& f) {
     if (f.inverse == Inverse::difference || f.inverse == Inverse::direct ||
         (f.inverse == Inverse::jacobian && !std::is_same_v<T, float>))
-        throw std::invalid_argument("rnn_bwd: there is no such inverse on a CUDA device");
-    if (carries(f.inverse) && !f.feedback) throw std::invalid_argument("rnn_bwd: feedback is missing");
+        throw std::invalid_argument("recurrence_bwd: there is no such inverse on a CUDA device");
+    if (carries(f.inverse) && !f.feedback) throw std::invalid_argument("recurrence_bwd: feedback is missing");
 }
 
 inline ptrdiff_t blocks_of(const char* what, ptrdiff_t B, ptrdiff_t H, int rows) {

@@ -211,7 +211,7 @@ struct Fragments {
 };
 
 template <class T, int parts, int K>
-__global__ void __launch_bounds__(Shape<T, parts, K>::threads, 1) rnn_forward_mma_kernel(const RnnForward<T> f) {
+__global__ void __launch_bounds__(Shape<T, parts, K>::threads, 1) rnn_forward_mma_kernel(const RecurrenceForward<T> f) {
     using S = Shape<T, parts, K>;
     using States = Operand<S>[2];
     TPK_SHARED(States, states);
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(Shape<T, parts, K>::threads, 1) rnn_forward_mm
     for_each<S>([&](int tile, int i) {
         const bool inside = place.inside(tile, i);
         u[tile][i] = inside ? widened(input[place.offset(tile, i, f.input_strides.batch)]) : 0;
-        state[tile][i] = inside && f.h0 ? widened(f.h0[first + place.offset(tile, i, row)]) : 0;
+        state[tile][i] = inside && f.start ? widened(f.start[first + place.offset(tile, i, row)]) : 0;
     });
     put<T>(states[0], place, state);
     __syncthreads();
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(Shape<T, parts, K>::threads, 1) rnn_forward_mm
         for_each<S>([&](int tile, int i) {
             // Padding stays zero, whatever NaN its zero weights met.
             const bool inside = place.inside(tile, i);
-            state[tile][i] = inside ? activation(f.nonlinearity, u[tile][i] + sums[tile][i]) : 0;
+            state[tile][i] = inside ? activation(nonlinearity_of(f.cell), u[tile][i] + sums[tile][i]) : 0;
             if (inside) h[place.offset(tile, i, row)] = rounded<T>(state[tile][i]);
             u[tile][i] = next[tile][i];
         });
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(Shape<T, parts, K>::threads, 1) rnn_forward_mm
 // there, and no gradient, and one that adjoins only takes them from there.
 template <class T, int parts, int K, bool carries, bool adjoins>
 __global__ void __launch_bounds__(Shape<T, parts, K>::threads, 1)
-    rnn_backward_mma_kernel(const RnnBackward<T, float> f, float* displacements) {
+    rnn_backward_mma_kernel(const RecurrenceBackward<T, float> f, float* displacements) {
     using S = Shape<T, parts, K>;
     struct Shared {
         Operand<S> operands[carries && adjoins ? 2 : 1][2];  // what P takes of λ, and δ
@@ -299,14 +299,14 @@ __global__ void __launch_bounds__(Shape<T, parts, K>::threads, 1)
             const ptrdiff_t here = at + place.offset(tile, i, row);
             const float lambda = term[tile][i] + gradient[tile][i];
             const float mu = lambda + through[tile][i];
-            mine[tile][i] = inside ? through_activation(f.nonlinearity, mu, state[tile][i]) : 0;
+            mine[tile][i] = inside ? through_activation(nonlinearity_of(f.cell), mu, state[tile][i]) : 0;
             if (inside && leaves)
                 displacements[here] = lambda;
             else if (inside)
                 f.grad_u[here] = rounded<T>(mine[tile][i]);
             if constexpr (carries) {
                 const float value = f.inverse == Inverse::layer
-                                        ? through_inverse(f.nonlinearity, lambda, state[tile][i], f.clip)
+                                        ? through_inverse(nonlinearity_of(f.cell), lambda, state[tile][i], f.clip)
                                         : lambda;
                 displacement[tile][i] = inside ? value : 0;
             } else {
@@ -342,7 +342,7 @@ __global__ void __launch_bounds__(Shape<T, parts, K>::threads, 1)
 // run(the Shape), of the smallest one that holds N.
 template <class T, int parts, class Run>
 void for_shape(const char* what, ptrdiff_t N, Run run) {
-    constexpr int largest = rnn_cuda_largest<T>;
+    constexpr int largest = recurrence_cuda_largest<T>;
     if (N <= 64)
         run(Shape<T, parts, 64>{});
     else if (N <= 128)
@@ -357,8 +357,8 @@ void for_shape(const char* what, ptrdiff_t N, Run run) {
 }  // namespace
 
 template <class T, int parts>
-void rnn_forward_mma(const RnnForward<T>& f, void* stream) {
-    constexpr const char* what = "rnn_fwd";
+void recurrence_forward_mma(const RecurrenceForward<T>& f, void* stream) {
+    constexpr const char* what = "recurrence_fwd";
     const ptrdiff_t blocks = blocks_of(what, f.B, f.H, mma::rows);
     for_shape<T, parts>(what, f.N, [&](auto shape) {
         launch(what, rnn_forward_mma_kernel<T, parts, shape.K>, blocks, shape.threads, stream, f);
@@ -366,29 +366,29 @@ void rnn_forward_mma(const RnnForward<T>& f, void* stream) {
 }
 
 template <class T, int parts>
-bool rnn_mma_needs_displacements(const RnnBackward<T, float>& f) {
+bool recurrence_mma_needs_displacements(const RecurrenceBackward<T, float>& f) {
     bool needs = false;
-    for_shape<T, parts>("rnn_bwd", f.N, [&](auto shape) {
+    for_shape<T, parts>("recurrence_bwd", f.N, [&](auto shape) {
         needs = carries(f.inverse) && f.update == Update::total && !shape.holds_two;
     });
     return needs;
 }
 
 template <class T, int parts>
-void rnn_backward_mma(const RnnBackward<T, float>& f, float* displacements, void* stream) {
-    constexpr const char* what = "rnn_bwd";
-    const bool two_sweeps = rnn_mma_needs_displacements<T, parts>(f), adjoins = f.update == Update::total;
-    if (two_sweeps && !displacements) throw std::invalid_argument("rnn_bwd: displacements is missing");
+void recurrence_backward_mma(const RecurrenceBackward<T, float>& f, float* displacements, void* stream) {
+    constexpr const char* what = "recurrence_bwd";
+    const bool two_sweeps = recurrence_mma_needs_displacements<T, parts>(f), adjoins = f.update == Update::total;
+    if (two_sweeps && !displacements) throw std::invalid_argument("recurrence_bwd: displacements is missing");
     const ptrdiff_t blocks = blocks_of(what, f.B, f.H, mma::rows);
     for_shape<T, parts>(what, f.N, [&](auto shape) {
         using S = decltype(shape);
-        const auto sweep = [&](auto kernel, const RnnBackward<T, float>& of, float* memory = nullptr) {
+        const auto sweep = [&](auto kernel, const RecurrenceBackward<T, float>& of, float* memory = nullptr) {
             launch(what, kernel, blocks, S::threads, stream, of, memory);
         };
         constexpr auto carry = rnn_backward_mma_kernel<T, parts, S::K, true, false>,
                        adjoin = rnn_backward_mma_kernel<T, parts, S::K, false, true>;
         if (two_sweeps) {
-            RnnBackward<T, float> first = f, second = f;
+            RecurrenceBackward<T, float> first = f, second = f;
             first.through_out = nullptr;
             second.inverse = Inverse::none;
             second.grad_last = second.carried_in = nullptr;
@@ -407,40 +407,41 @@ void rnn_backward_mma(const RnnBackward<T, float>& f, float* displacements, void
     });
 }
 
-#define TPK_FLOAT(parts)                                                                    \
-    template void rnn_forward_mma<float, parts>(const RnnForward<float>&, void*);           \
-    template void rnn_backward_mma<float, parts>(const RnnBackward<float>&, float*, void*); \
-    template bool rnn_mma_needs_displacements<float, parts>(const RnnBackward<float>&);
+#define TPK_FLOAT(parts)                                                                                  \
+    template void recurrence_forward_mma<float, parts>(const RecurrenceForward<float>&, void*);           \
+    template void recurrence_backward_mma<float, parts>(const RecurrenceBackward<float>&, float*, void*); \
+    template bool recurrence_mma_needs_displacements<float, parts>(const RecurrenceBackward<float>&);
 TPK_FLOAT(1)
 TPK_FLOAT(2)
 #undef TPK_FLOAT
 
 // Half precision has no other kernel.
 template <class T>
-void rnn_forward_cuda(const RnnForward<T>& f, bool, int device, void* stream) {
-    if (f.projection) throw std::invalid_argument("rnn_fwd: there is no projection on a CUDA device");
+void recurrence_forward_cuda(const RecurrenceForward<T>& f, bool, int device, void* stream) {
+    if (f.projection) throw std::invalid_argument("recurrence_fwd: there is no projection on a CUDA device");
     const OnDevice on_device(device);
     if (f.T_ * f.B * f.H * f.N == 0) return;
-    rnn_forward_mma<T, 1>(f, stream);
+    recurrence_forward_mma<T, 1>(f, stream);
 }
 
 template <class T>
-void rnn_backward_cuda(const RnnBackward<T, float>& f, float* displacements, bool, int device, void* stream) {
+void recurrence_backward_cuda(const RecurrenceBackward<T, float>& f, float* displacements, bool, int device,
+                              void* stream) {
     check_rule(f);
     const OnDevice on_device(device);
     if (f.T_ * f.B * f.H * f.N == 0) return;
-    rnn_backward_mma<T, 1>(f, displacements, stream);
+    recurrence_backward_mma<T, 1>(f, displacements, stream);
 }
 
 template <class T>
-bool rnn_needs_displacements(const RnnBackward<T, float>& f, bool, int) {
-    return rnn_mma_needs_displacements<T, 1>(f);
+bool recurrence_needs_displacements(const RecurrenceBackward<T, float>& f, bool, int) {
+    return recurrence_mma_needs_displacements<T, 1>(f);
 }
 
-#define TPK_HALF(T)                                                                             \
-    template void rnn_forward_cuda<T>(const RnnForward<T>&, bool, int, void*);                  \
-    template void rnn_backward_cuda<T>(const RnnBackward<T, float>&, float*, bool, int, void*); \
-    template bool rnn_needs_displacements<T>(const RnnBackward<T, float>&, bool, int);
+#define TPK_HALF(T)                                                                                           \
+    template void recurrence_forward_cuda<T>(const RecurrenceForward<T>&, bool, int, void*);                  \
+    template void recurrence_backward_cuda<T>(const RecurrenceBackward<T, float>&, float*, bool, int, void*); \
+    template bool recurrence_needs_displacements<T>(const RecurrenceBackward<T, float>&, bool, int);
 TPK_HALF(bfloat16)
 TPK_HALF(float16)
 #undef TPK_HALF
