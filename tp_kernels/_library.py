@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 _LIBRARY = torch.library.Library("tp_kernels", "FRAGMENT")
 
@@ -33,15 +34,43 @@ def find_op(name: str, *, waits: bool) -> torch._ops.OpOverloadPacket:
     return getattr(torch.ops.tp_kernels, name + WAITING if waits else name)
 
 
+_OF_THE_KERNELS = ("cpu", "cuda")
+
+
+def dispatches_to_nobody(*tensors: Tensor | None) -> bool:
+    """Whether torch's dispatcher would only call the implementation: nothing traces, transforms, counts or profiles.
+
+    It takes as long as the rest of a short call.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and all(tensor is None or _is_plain(tensor) for tensor in tensors)
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.autograd._profiler_enabled()
+    )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """A tensor of numbers, not one that stands for some: fake, batched, of another class."""
+    return type(tensor) in _PLAIN and tensor.device.type in _OF_THE_KERNELS and torch._C._has_storage(tensor)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def register(
     schema: str, implementation: Callable, fake: Callable, *, cudagraph_unsafe: bool = False, twin: bool = False
-) -> None:
+) -> Callable:
     """Define ``tp_kernels::<schema>``: the implementation picks the back-end, the fake gives shapes and dtypes.
 
     Args:
         cudagraph_unsafe: it must not be recorded in a CUDA graph; ``torch.compile`` is told.
         twin: some calls of the op wait for the device and must not be recorded, others may be. A tag is of an op, not
             of a call: so there is the same once more, under the name with ``WAITING`` behind it, for the former.
+
+    Returns:
+        What the op runs, to be called where ``dispatches_to_nobody``.
     """
     name = schema.partition("(")[0]
     if twin:
@@ -57,3 +86,4 @@ def register(
     _LIBRARY.define(schema, tags=tags)
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tp_kernels::{name}", fake, lib=_LIBRARY)
+    return run

@@ -3,7 +3,7 @@
 import json
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils import parametrize
 from torch.utils.checkpoint import CheckpointError
 
 from tp_kernels._json import finite
@@ -21,16 +20,16 @@ from tp_kernels.nn._recurrent import Recurrent
 from tp_kernels.nn.learned_inverse import LearnedInverse
 from tp_kernels.ops.recurrence import reference
 from tp_kernels.ops.recurrence.cell import CELLS
+from tp_kernels.ops.recurrence.feedback import feedback_of
 from tp_kernels.ops.recurrence.op import Options, recurrent_layer, solver_iterations
 from tp_kernels.rules import BackProp, TargetProp
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# What RecurrenceFunction takes, in its order: the input's bias is a sum, and "bias" the cell's own.
-_INPUTS = ("input", "weight_ih", "input_bias", "weight_hh", "bias", "h0", "feedback")
-_PARAMETERS = ("weight_ih", "weight_hh", "input_bias", "bias")
-_BIASES = ("bias_ih_l0", "bias_hh_l0")
+# What RecurrenceFunction takes and keeps, in its order.
+_INPUTS = ("input", "weight_ih", "bias_ih", "weight_hh", "bias_hh", "h0", "feedback")
+_PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 @dataclass(frozen=True)
@@ -210,16 +209,14 @@ class _Recorder:
         last = outputs[1]
         if not last.requires_grad or not last.numel():
             return
-        node = last.grad_fn if last.dim() == 2 else last.grad_fn.next_functions[0][0]  # batched, last is a view
-        if node is None or node.name() != "RecurrenceFunctionBackward":
+        node = last.grad_fn
+        if node.name() == "SqueezeBackward1":  # unbatched, last is a view
+            node = node.next_functions[0][0]
+        if node.name() != "RecurrenceFunctionBackward":
             raise RuntimeError(compiled)
         weak = weakref.ref(node)  # a hook that held its own node would keep the graph alive
         clip = layer.rule.clip if isinstance(layer.rule, TargetProp) else TargetProp.clip
         device = last.device.type
-        biases = [name for name in _BIASES if layer.bias and _is_trained(layer, name)]
-
-        def to_biases(gradients: dict[str, Tensor | None]) -> list[Tensor]:
-            return _through_biases(layer, biases, gradients)
 
         def on_backward(gradients: tuple[Tensor | None, ...], arrived: tuple[Tensor | None, ...]) -> None:
             index = self.passes
@@ -227,7 +224,7 @@ class _Recorder:
             if index % self.every:
                 return
             with torch.autocast(device, enabled=False):  # as in the layer, which keeps to its parameters' dtype
-                self.records.append(_record(self.name, index, weak(), gradients, arrived, clip, to_biases))
+                self.records.append(_record(self.name, index, weak(), gradients, arrived, clip))
 
         self.backwards = [handle for handle in self.backwards if handle.hooks_dict_ref() is not None]
         self.backwards.append(node.register_hook(on_backward))
@@ -238,9 +235,8 @@ def _record(
     pass_index: int,
     node: Any,
     gradients: tuple[Tensor | None, ...],
-    arrived: tuple[Tensor | None, Tensor | None],
+    arrived: tuple[Tensor | None, Tensor | None, Tensor | None],
     clip: float,
-    to_biases: Callable[[dict[str, Tensor | None]], list[Tensor]],
 ) -> Record:
     """One backward pass, from its autograd node, the gradients it returned and those that arrived at its outputs."""
     try:
@@ -252,24 +248,23 @@ def _record(
         ) from error
     inputs = dict(zip(_INPUTS, saved[: len(_INPUTS)], strict=True))
     present = [name for name, tensor in inputs.items() if tensor is not None]
-    found = dict.fromkeys(_INPUTS) | dict(zip(present, gradients, strict=True))
+    # A relay's gradient is the last.
+    found = dict.fromkeys(_INPUTS) | dict(zip(present, gradients, strict=False))
     feedback, options = inputs.pop("feedback"), node.options
     cell, sweep, weight = CELLS[options.cell], options.sweep, inputs["weight_hh"]
     trained = [parameter for parameter in _PARAMETERS if found[parameter] is not None]
     h, kept = _states(inputs, options)
-    bp = _back_propagation(inputs, trained, arrived, options)
-    grad_h, grad_last = arrived
-    g = torch.zeros_like(h) if grad_h is None else grad_h.clone()
-    if grad_last is not None:
-        g[-1] += grad_last
+    g, carried, through = _sources(h, arrived, options)
+    bp = _back_propagation(inputs, trained, g, through, options)
     if feedback is None and sweep.uses_inverse:
-        inverted = cell.inverted(weight, sweep.inverse)
-        feedback = torch.ops.tp_kernels.recurrence_feedback(inverted, sweep.reg, options.power, options.backend)
+        feedback = feedback_of(weight, cell, sweep, options.power, options.backend)
     u = iterations = None
     if sweep.inverse == "direct":
-        u = functional.linear(inputs["input"], inputs["weight_ih"], inputs["input_bias"])
-    sources = {"grad_h": g, "grad_last": None, "carried": None, "through": None}
-    tensors = {"h": h, "kept": kept, "weight": weight, "feedback": feedback, "u": u, "start": inputs["h0"], **sources}
+        input_bias, _ = cell.biases(inputs["bias_ih"], inputs["bias_hh"])
+        u = functional.linear(inputs["input"], inputs["weight_ih"], input_bias)
+    start = None if inputs["h0"] is None else inputs["h0"][0]
+    tensors = {"h": h, "kept": kept, "weight": weight, "feedback": feedback, "u": u, "start": start}
+    tensors |= {"grad_h": g, "grad_last": None, "carried": carried, "through": through}
     if sweep.inverse == "jacobian":
         iterations = solver_iterations(cell, sweep, backend=options.backend, **tensors).amax(1).tolist()
     norms = [
@@ -277,70 +272,61 @@ def _record(
         for back in reference.steps_back(cell, sweep, **tensors)
     ]
 
-    weights = [name for name in ("weight_ih", "weight_hh") if name in trained]
-    both = [[*(of[name] for name in weights), *to_biases(of)] for of in (found, dict.fromkeys(_INPUTS) | bp)]
+    def angle(*parameters: str) -> float | None:
+        chosen = [parameter for parameter in parameters if parameter in trained]
+        return _angle([found[parameter] for parameter in chosen], [bp[parameter] for parameter in chosen])
 
     return Record(
         name,
         pass_index,
         *torch.stack(norms[::-1], dim=1).tolist(),
         saturated=cell.saturated(h, kept, clip).flatten(1).double().mean(1).tolist(),
-        angle_weight_ih=_angle([found["weight_ih"]], [bp["weight_ih"]]) if "weight_ih" in trained else None,
-        angle_weight_hh=_angle([found["weight_hh"]], [bp["weight_hh"]]) if "weight_hh" in trained else None,
-        angle_all=_angle(*both),
-        weight_hh_norm=torch.linalg.matrix_norm(weight.double(), 2).item(),
+        angle_weight_ih=angle("weight_ih"),
+        angle_weight_hh=angle("weight_hh"),
+        angle_all=angle(*_PARAMETERS),
+        weight_hh_norm=_spectral_norm(weight),
         solver_iterations=iterations,
-    )
-
-
-def _is_trained(layer: Recurrent, name: str) -> bool:
-    """Without reading a parameter that is parametrized: that may draw random numbers or change its state."""
-    if parametrize.is_parametrized(layer, name):
-        return any(parameter.requires_grad for parameter in layer.parametrizations[name].parameters())
-    return getattr(layer, name).requires_grad
-
-
-def _through_biases(layer: Recurrent, names: list[str], gradients: dict[str, Tensor | None]) -> list[Tensor]:
-    """The gradients in those of the layer's two biases, from the gradients in what it makes of them."""
-    if not names:
-        return []
-    shapes = layer._shapes()
-    with torch.enable_grad():
-        like = gradients["input_bias"]
-        leaves = {name: like.new_zeros(shapes[name]).requires_grad_() for name in _BIASES}
-        made = dict(zip(("input_bias", "bias"), layer._biases(leaves), strict=True))
-    reached = [name for name, tensor in made.items() if tensor is not None and gradients[name] is not None]
-    return list(
-        torch.autograd.grad(
-            [made[name] for name in reached], [leaves[name] for name in names], [gradients[name] for name in reached]
-        )
     )
 
 
 def _states(inputs: dict[str, Tensor | None], options: Options) -> tuple[Tensor, Tensor]:
     """The layer's states, to the same bits, and what its cell keeps, whether or not forward kept them."""
-    h, _, kept = torch.ops.tp_kernels.recurrence_fwd(
+    h, _, _, kept = torch.ops.tp_kernels.recurrence_fwd(
         options.cell,
         inputs["input"],
         inputs["weight_ih"],
-        inputs["input_bias"],
+        inputs["bias_ih"],
         inputs["weight_hh"],
-        inputs["bias"],
+        inputs["bias_hh"],
         inputs["h0"],
-        True,
+        None,  # every
+        True,  # sequence
+        True,  # keep
         options.sweep.inverse,
         options.backend,
     )
     return h, kept
 
 
+def _sources(
+    h: Tensor, arrived: tuple[Tensor | None, Tensor | None, Tensor | None], options: Options
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradient g of every step, [T, B, N]; and the displacement and the adjoint that a later call sent."""
+    grad_h, grad_last, grad_relay = arrived
+    g = torch.zeros_like(h)
+    if grad_h is not None:
+        g += grad_h.transpose(0, 1) if options.batch_first else grad_h
+    if grad_last is not None:
+        g[-1] += grad_last[0]
+    return g, *((None, None) if grad_relay is None else grad_relay.unbind())
+
+
 def _back_propagation(
-    inputs: dict[str, Tensor | None],
-    trained: list[str],
-    arrived: tuple[Tensor | None, Tensor | None],
-    options: Options,
+    inputs: dict[str, Tensor | None], trained: list[str], g: Tensor, through: Tensor | None, options: Options
 ) -> dict[str, Tensor]:
-    """BP's gradients in the layer's trained parameters, on its own kernels."""
+    """BP's gradients in the layer's trained parameters, on its own kernels, from what arrived at the states: of a later
+    call the adjoint.
+    """
     if not trained:
         return {}
     leaves = {
@@ -348,20 +334,25 @@ def _back_propagation(
         for name, tensor in inputs.items()
     }
     with torch.enable_grad():
-        outputs = recurrent_layer(
+        h, last, _ = recurrent_layer(
             options.cell,
             leaves["input"],
             leaves["weight_hh"],
             leaves["h0"],
-            projection=leaves["weight_ih"],
-            input_bias=leaves["input_bias"],
-            bias=leaves["bias"],
+            weight_ih=leaves["weight_ih"],
+            bias_ih=leaves["bias_ih"],
+            bias_hh=leaves["bias_hh"],
             rule=BackProp(),
             backend=options.backend,
         )
-    reached, grads = zip(*((out, g) for out, g in zip(outputs, arrived, strict=True) if g is not None), strict=True)
-    gradients = torch.autograd.grad(reached, [leaves[name] for name in trained], grads)
+    adjoint = torch.zeros_like(last) if through is None else through[None]
+    gradients = torch.autograd.grad((h, last), [leaves[name] for name in trained], (g, adjoint))
     return dict(zip(trained, gradients, strict=True))
+
+
+def _spectral_norm(weight: Tensor) -> float:
+    """NaN where the weight is not finite: a run that diverges is what one traces for."""
+    return torch.linalg.matrix_norm(weight.double(), 2).item() if weight.isfinite().all() else math.nan
 
 
 def _mean_and_max(vectors: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from tp_kernels.rules import Rule, resolve, uses_inverse
 
 class Recurrent(nn.Module):
     """One layer, one direction, with the parameters, names and initialization of its ``torch.nn`` counterpart, and the
-    options of this library. What is its own: ``_NAME``, ``_cell`` and ``_biases``.
+    options of this library. What is its own: ``_NAME`` and ``_cell``.
     """
 
     _NAME = ""  # in errors
@@ -132,42 +132,40 @@ class Recurrent(nn.Module):
             input, hx = self._in_own_dtype(input, parameters), self._in_own_dtype(hx, parameters)
         self._check_parameters(parameters)
         self._check_input(input, hx, parameters["weight_ih_l0"])
-        batched = input.dim() == 3
-        x = input if batched else input.unsqueeze(0 if self.batch_first else 1)
         relay = relay_of(hx, self._NAME, self.rule.carries)
-        h, last, relay = self._states(
-            x.transpose(0, 1) if self.batch_first else x, hx[0] if batched and hx is not None else hx, relay, parameters
-        )
-        if h is not None:
-            h = h.squeeze(1) if not batched else h.transpose(0, 1) if self.batch_first else h
-        return h, hand_on(last.unsqueeze(0) if batched else last, relay)
+        batched = input.dim() == 3
+        if not batched:
+            input, hx = input.unsqueeze(0 if self.batch_first else 1), None if hx is None else hx.unsqueeze(1)
+        h, last, relay = self._states(input, hx, relay, parameters)
+        if not batched:
+            h, last = None if h is None else h.squeeze(0 if self.batch_first else 1), last.squeeze(1)
+        return h, hand_on(last, relay)
 
     def _states(
-        self, x: Tensor, h0: Tensor | None, relay: Tensor | None, parameters: dict[str, Tensor]
+        self, x: Tensor, start: Tensor | None, relay: Tensor | None, parameters: dict[str, Tensor]
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """The layer itself, on x: [T, B, M] and h0: [B, N], with its relay: all states, the last one and its relay."""
+        """The layer itself, on x: [T, B, M] or [B, T, M], and a first state, [1, B, N], with its relay: all states, the
+        last one and its relay.
+        """
         _validate.numbers_of_rule(self._NAME, self.rule, self._cell, x.dtype)
-        input_bias, bias = self._biases(parameters) if self.bias else (None, None)
+        weight = parameters["weight_hh_l0"]
         return recurrent_layer(
             self._cell.name,
             x,
-            parameters["weight_hh_l0"],
-            h0,
-            projection=parameters["weight_ih_l0"],
-            input_bias=input_bias,
-            bias=bias,
-            feedback=self._feedback(parameters["weight_hh_l0"]),
+            weight,
+            start,
+            weight_ih=parameters["weight_ih_l0"],
+            bias_ih=parameters.get("bias_ih_l0"),
+            bias_hh=parameters.get("bias_hh_l0"),
+            feedback=self._feedback(weight),
             relay=relay,
             rule=self.rule,
+            batch_first=self.batch_first,
             checkpoint_every=self.checkpoint_every,
             return_sequence=self.return_sequence,
             displacements=self.displacements,
             backend=self.backend,
         )
-
-    def _biases(self, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """What is added to the projected input, and the cell's own bias, where there are biases."""
-        raise NotImplementedError
 
     def _feedback(self, weight: Tensor) -> Tensor | None:
         """The matrix to take in place of P; ``None``: P of the weight as it is."""

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from tp_kernels.nn._recurrent import Recurrent
 from tp_kernels.ops.gru.cell import CELL
@@ -93,8 +92,3 @@ class GRU(Recurrent):
             backend=backend,
         )
         self.reset_parameters()
-
-    def _biases(self, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """That of the state's share of n is multiplied by r, so it is the cell's own."""
-        outer, inner = parameters["bias_hh_l0"].split([2 * self.hidden_size, self.hidden_size])
-        return parameters["bias_ih_l0"] + functional.pad(outer, (0, self.hidden_size)), inner

@@ -9,7 +9,6 @@ from torch.nn import functional
 
 from tp_kernels import _validate
 from tp_kernels._autograd import first_derivatives_only
-from tp_kernels._library import without_autocast
 from tp_kernels.nn.rnn import RNN
 from tp_kernels.ops.rnn.cell import ACTIVATIONS
 from tp_kernels.rules import BackProp, Rule, Sweep
@@ -132,21 +131,30 @@ class LearnedInverse(RNN):
         return super()._shapes() | {"inverse_ih_l0": (N, M), "inverse_hh_l0": (N, N)} | bias
 
     def _states(
-        self, x: Tensor, h0: Tensor | None, relay: Tensor | None, parameters: dict[str, Tensor]
+        self, x: Tensor, start: Tensor | None, relay: Tensor | None, parameters: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, None]:
-        with without_autocast(x.device.type):
-            bias = self._biases(parameters)[0] if self.bias else None
-            h, last = LearnedInverseFunction.apply(
-                functional.linear(x, parameters["weight_ih_l0"], bias),
-                parameters["weight_hh_l0"],
-                h0,
-                x,
-                parameters["inverse_ih_l0"],
-                parameters["inverse_hh_l0"],
-                parameters.get("inverse_bias_l0"),
-                LearnedRule(self._cell.name, self.nonlinearity, self.update, self.step, self.noise, self.backend),
-            )
-            return h, last, None
+        rule = LearnedRule(
+            cell=self._cell.name,
+            nonlinearity=self.nonlinearity,
+            batch_first=self.batch_first,
+            update=self.update,
+            step=self.step,
+            noise=self.noise,
+            backend=self.backend,
+        )
+        h, last = LearnedInverseFunction.apply(
+            x,
+            parameters["weight_ih_l0"],
+            parameters.get("bias_ih_l0"),
+            parameters["weight_hh_l0"],
+            parameters.get("bias_hh_l0"),
+            start,
+            parameters["inverse_ih_l0"],
+            parameters["inverse_hh_l0"],
+            parameters.get("inverse_bias_l0"),
+            rule,
+        )
+        return h, last, None
 
     def extra_repr(self) -> str:
         words = f"update={self.update!r}, step={self.step}, noise={self.noise}"
@@ -158,6 +166,7 @@ class LearnedRule(NamedTuple):
 
     cell: str
     nonlinearity: str
+    batch_first: bool
     update: str
     step: float
     noise: float
@@ -170,60 +179,83 @@ class LearnedInverseFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        u: Tensor,
-        weight: Tensor,
-        h0: Tensor | None,
         x: Tensor,
+        weight_ih: Tensor,
+        bias_ih: Tensor | None,
+        weight_hh: Tensor,
+        bias_hh: Tensor | None,
+        start: Tensor | None,
         inverse_ih: Tensor,
         inverse_hh: Tensor,
         inverse_bias: Tensor | None,
         rule: LearnedRule,
     ) -> tuple[Tensor, Tensor]:
-        h, last, _ = torch.ops.tp_kernels.recurrence_fwd(
-            rule.cell, u, None, None, weight, None, h0, False, "none", rule.backend
+        x = x.transpose(0, 1) if rule.batch_first else x
+        h, last, _, _ = torch.ops.tp_kernels.recurrence_fwd(
+            rule.cell,
+            x,
+            weight_ih,
+            bias_ih,
+            weight_hh,
+            bias_hh,
+            start,
+            None,  # every
+            True,  # sequence
+            False,  # keep
+            "none",
+            rule.backend,
         )
-        ctx.save_for_backward(u, weight, h0, x, inverse_ih, inverse_hh, inverse_bias, h)
+        ctx.save_for_backward(x, weight_ih, bias_ih, weight_hh, bias_hh, start, inverse_ih, inverse_hh, inverse_bias, h)
         ctx.set_materialize_grads(False)
         ctx.rule = rule
-        return h, last
+        # A tensor of its own, not a view: it may be detached.
+        return h.detach().transpose_(0, 1) if rule.batch_first else h, last
 
     @staticmethod
     @first_derivatives_only
     def backward(ctx: Any, saved: tuple, grad_h: Tensor | None, grad_last: Tensor | None) -> tuple:
-        u, weight, h0, x, *inverse, h = saved
+        x, weight_ih, bias_ih, weight_hh, bias_hh, start, *inverse, h = saved
         rule = ctx.rule
-        grad = torch.zeros_like(h) if grad_h is None else grad_h.clone()
+        grad = torch.zeros_like(h)
+        if grad_h is not None:
+            grad += grad_h.transpose(0, 1) if rule.batch_first else grad_h
         if grad_last is not None:
-            grad[-1] += grad_last
+            grad[-1] += grad_last[0]
         displacements, first = _displacements(grad, h, x, inverse, rule.nonlinearity, rule.step)
+        needs_x, needs_weight_ih, needs_bias_ih, needs_weight, needs_bias = ctx.needs_input_grad[:5]
         # Displacements in the place of gradients and nothing carried: the last step of every rule.
-        grad_u, _, _, grad_weight, _, _, through = torch.ops.tp_kernels.recurrence_bwd(
+        *gradients, _, through = torch.ops.tp_kernels.recurrence_bwd(
             rule.cell,
             displacements,
             None,  # grad_last
-            None,  # x, projection, input_bias
-            None,
-            None,
-            weight,
-            h0,
+            x,
+            weight_ih,
+            bias_ih,
+            weight_hh,
+            bias_hh,
+            start,
             h,
             h.new_empty(0),  # kept
-            None,  # feedback, carried, through
-            None,
-            None,
-            False,
-            False,
-            ctx.needs_input_grad[1],
-            False,
+            None,  # feedback
+            None,  # carried
+            None,  # through
+            None,  # every
+            needs_x,
+            needs_weight_ih or needs_bias_ih,
+            needs_weight,
+            needs_bias,
             Sweep("none", rule.update).words,
-            0,
             rule.backend,
         )
-        before = torch.cat([torch.zeros_like(h[:1]) if h0 is None else h0[None], h[:-1]])
-        trained = ctx.needs_input_grad[4:7]
-        grad_inverse = _reconstruction_gradients(u, weight, before, x, inverse, trained, rule)
-        grad_h0 = None if h0 is None else through if rule.update == "total" else first
-        return grad_u, grad_weight, grad_h0, None, *grad_inverse, None
+        before = torch.cat([torch.zeros_like(h[:1]) if start is None else start, h[:-1]])
+        bias = None if bias_ih is None else bias_ih + bias_hh
+        u = functional.linear(x, weight_ih, bias)
+        grad_inverse = _reconstruction_gradients(u, weight_hh, before, x, inverse, ctx.needs_input_grad[6:9], rule)
+        gradients.append(None if start is None else (through if rule.update == "total" else first)[None])
+        if needs_x and rule.batch_first:
+            gradients[0] = gradients[0].transpose(0, 1)
+        found = (gradient if need else None for gradient, need in zip(gradients, ctx.needs_input_grad[:6], strict=True))
+        return *found, *grad_inverse, None
 
 
 def _before_activation(h: Tensor, x: Tensor, inverse: list[Tensor | None]) -> Tensor:

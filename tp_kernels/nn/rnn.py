@@ -112,9 +112,6 @@ class RNN(Recurrent):
     def _cell(self) -> Cell:
         return CELLS[f"rnn_{self.nonlinearity}"]
 
-    def _biases(self, parameters: dict[str, Tensor]) -> tuple[Tensor, None]:
-        return parameters["bias_ih_l0"] + parameters["bias_hh_l0"], None
-
     def _check_parameters(self, parameters: dict[str, Tensor]) -> None:
         super()._check_parameters(parameters)
         self._check_displacements()

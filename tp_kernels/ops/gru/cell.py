@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tp_kernels.ops.recurrence.cell import CELLS, Cell, Step
 
@@ -32,6 +33,17 @@ class GRU(Cell):
     def into(self, grad_u: Tensor, kept: Tensor) -> list[Tensor]:
         N = kept.shape[-1]
         return [grad_u[..., : 2 * N], kept[..., 0, :] * grad_u[..., 2 * N :]]
+
+    def biases(self, bias_ih: Tensor | None, bias_hh: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """That of the state's share of n is multiplied by r: so it is the cell's own."""
+        if bias_ih is None:
+            return None, None
+        outer, inner = bias_hh.split([2 * len(bias_hh) // 3, len(bias_hh) // 3])
+        return bias_ih + functional.pad(outer, (0, len(inner))), inner
+
+    def bias_gradient(self, summed: Tensor | None, into: list[Tensor]) -> Tensor:
+        own = into[-1].sum((0, 1))
+        return own if summed is None else torch.cat((summed[: -len(own)], own))
 
     def term(
         self, inverse: str, displacement: Tensor, step: Step, clip: float

@@ -77,9 +77,18 @@ class Cell:
         """
         return [grad_u]
 
-    def bias_gradient(self, into: list[Tensor]) -> Tensor:
-        """Of the cell's own bias, [N] or [H, N], from the parts that ``into`` gave."""
-        return into[-1].sum((0, 1))
+    def biases(self, bias_ih: Tensor | None, bias_hh: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Of a layer's two, [G N] both or ``None``: what is added to the projected input, and the cell's own."""
+        return (None, None) if bias_ih is None else (bias_ih + bias_hh, None)
+
+    def bias_gradient(self, summed: Tensor | None, into: list[Tensor]) -> Tensor:
+        """In a layer's ``bias_hh``, [G N], or, without an input projection, in the cell's own, [N] or [H, N].
+
+        Args:
+            summed: [G N], the sum of δ over steps and samples; ``None`` without an input projection.
+            into: the parts that ``into`` gave.
+        """
+        return summed
 
     def term(
         self, inverse: str, displacement: Tensor, step: Step, clip: float

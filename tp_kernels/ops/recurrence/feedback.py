@@ -2,20 +2,21 @@
 used.
 """
 
-from typing import Any
+import threading
+from collections.abc import MutableMapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from tp_kernels._library import register
+from tp_kernels._library import dispatches_to_nobody, register
+from tp_kernels.ops.recurrence.cell import Cell
 from tp_kernels.ops.regularized_inverse import op as regularized_inverse
-from tp_kernels.rules import TargetProp
+from tp_kernels.rules import Sweep, TargetProp
 
 LARGEST_DRIFT = 0.1
 """``‖W - W_0‖_F / ‖W_0‖_F`` from which P of W_0 is not used for W any more. P is then off by a tenth to a fifth."""
-
-_LAYERS = 16  # whose last P is kept
-_last: dict[int, tuple[Tensor, float, float, str, Tensor]] = {}  # by the weight's address, the latest last
 
 
 def _inverse(weight: Tensor, reg: float, power: float, backend: str) -> Tensor:
@@ -27,36 +28,48 @@ def _inverse(weight: Tensor, reg: float, power: float, backend: str) -> Tensor:
     return regularized_inverse.compute(weight, r, power, weight.device.type == "cpu", backend)
 
 
-def _feedback(weight: Tensor, reg: float, power: float, backend: str) -> Tensor:
-    """P of ``weight``; on the CPU each layer's last one is kept, for further backward passes with the very same weight.
+_run = register(
+    "recurrence_feedback(Tensor weight, float reg, float power, str backend) -> Tensor",
+    _inverse,
+    lambda weight, reg, power, backend: weight.new_empty(weight.shape),
+)
 
-    The comparison is by value: it costs N² against N³, and no change of the weight can escape it.
+
+class _Kept(NamedTuple):
+    """The last P of a weight: of which blocks of it, with which numbers."""
+
+    inverted: Tensor
+    options: tuple
+    inverse: Tensor
+
+
+_kept: MutableMapping[Tensor, _Kept] = WeakTensorKeyDictionary()  # what is kept of a weight goes when that goes
+_one_at_a_time = threading.Lock()
+
+
+def feedback_of(weight: Tensor, cell: Cell, sweep: Sweep, power: float, backend: str) -> Tensor:
+    """P of the blocks of ``weight`` that the rule inverts. On the CPU each weight's last one is kept, for further
+    backward passes with the very same numbers in it.
+
+    They are compared by value: that costs N² against N³, and no change of the weight can escape it.
     """
-    if weight.device.type != "cpu":
-        return _inverse(weight, reg, power, backend)
-    last = _last.pop(weight.data_ptr(), None)
-    if last is None or last[1:4] != (reg, power, backend) or not _same_values(last[0], weight):
-        last = weight.detach().clone(), reg, power, backend, _inverse(weight, reg, power, backend)
-    _last[weight.data_ptr()] = last
-    if len(_last) > _LAYERS:
-        del _last[next(iter(_last))]
-    return last[4].clone()
-
-
-def _same_values(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a, b)
+    inverted = cell.inverted(weight, sweep.inverse)
+    if weight.device.type != "cpu" or not dispatches_to_nobody(weight):
+        return torch.ops.tp_kernels.recurrence_feedback(inverted, sweep.reg, power, backend)
+    options = inverted.dtype, sweep.reg, power, backend
+    with _one_at_a_time:
+        last = _kept.get(weight)
+    if last is None or last.options != options or not torch.equal(last.inverted, inverted):
+        last = _Kept(inverted.detach().clone(), options, _run(inverted, sweep.reg, power, backend))
+        with _one_at_a_time:
+            _kept[weight] = last
+    return last.inverse
 
 
 def forget_feedback() -> None:
     """Forget every P that is kept, as a benchmark has to whose weight stays the same from step to step."""
-    _last.clear()
-
-
-register(
-    "recurrence_feedback(Tensor weight, float reg, float power, str backend) -> Tensor",
-    _feedback,
-    lambda weight, reg, power, backend: weight.new_empty(weight.shape),
-)
+    with _one_at_a_time:
+        _kept.clear()
 
 
 def _is_near(weight: Tensor, origin: Tensor) -> bool:

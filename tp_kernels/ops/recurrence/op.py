@@ -15,9 +15,10 @@ from torch.nn import functional
 from tp_kernels import _native, _triton
 from tp_kernels._autograd import first_derivatives_only
 from tp_kernels._backends import Backend, BackendTable
-from tp_kernels._library import find_op, register
+from tp_kernels._library import dispatches_to_nobody, find_op, register
 from tp_kernels.ops.recurrence import cpu, cuda, parallel, reference, triton_blocks
 from tp_kernels.ops.recurrence.cell import CELLS, Cell
+from tp_kernels.ops.recurrence.feedback import feedback_of
 from tp_kernels.ops.recurrence.launch import forward_outputs, sent_outputs
 from tp_kernels.ops.recurrence.state import new_relay
 from tp_kernels.rules import Rule, Sweep, TargetProp
@@ -76,53 +77,130 @@ def _chunks(device: torch.device, T: int, B: int, width: int) -> list[slice]:
     return [slice(first, min(first + steps, T)) for first in range(0, T, steps)]
 
 
+class Layer(NamedTuple):
+    """What the forward pass of one call computes with, on the back-end that was chosen for it."""
+
+    cell: Cell
+    chosen: Backend
+    weight_ih: Tensor | None
+    input_bias: Tensor | None
+    weight_hh: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        cell_name: str,
+        x: Tensor,
+        weight_ih: Tensor | None,
+        bias_ih: Tensor | None,
+        weight_hh: Tensor,
+        bias_hh: Tensor | None,
+        sweep: Sweep,
+        backend: str,
+    ) -> "Layer":
+        cell = CELLS[cell_name]
+        chosen = backends(cell.op).resolve(backend, x, size=weight_hh.shape[-1], sweep=sweep)
+        input_bias, bias = (None, bias_hh) if weight_ih is None else cell.biases(bias_ih, bias_hh)
+        return cls(cell, chosen, weight_ih, input_bias, weight_hh, bias)
+
+    def states(self, x: Tensor, start: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+        """All states from this one on, and what the cell keeps of each step."""
+        cell, run, N = self.cell, self.chosen.forward, self.weight_hh.shape[-1]
+        if self.weight_ih is None:
+            return run(cell, x, self.weight_hh, self.bias, start, keep=keep)
+        if self.chosen.fuses_projection(cell, x, N):
+            return run(
+                cell,
+                x,
+                self.weight_hh,
+                self.bias,
+                start,
+                keep=keep,
+                projection=self.weight_ih,
+                input_bias=self.input_bias,
+            )
+        h, kept = forward_outputs(cell, x, self.weight_hh, keep)
+        for steps in _chunks(x.device, x.shape[0], x.shape[1], cell.gates * N):
+            out = h[steps], kept[steps] if kept.numel() else kept
+            run(cell, self.projected(x[steps]), self.weight_hh, self.bias, start, keep=keep, out=out)
+            start = h[steps.stop - 1]
+        return h, kept
+
+    def projected(self, x: Tensor) -> Tensor:
+        """u, the input's share."""
+        return x if self.weight_ih is None else functional.linear(x, self.weight_ih, self.input_bias)
+
+
 def _forward(
     cell_name: str,
     x: Tensor,
-    projection: Tensor | None,
-    input_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
+    weight_ih: Tensor | None,
+    bias_ih: Tensor | None,
+    weight_hh: Tensor,
+    bias_hh: Tensor | None,
     start: Tensor | None,
+    every: int | None,
+    sequence: bool,
     keep: bool,
     inverse: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The states, the last of them once more, and what the cell keeps for backward.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The states, empty without ``sequence``; the last of them; with ``every=k`` every k-th of them, and the last; and
+    without it what the cell keeps for backward.
 
     The back-end is the one that a backward pass with this inverse resolves to ("none", which every back-end has, is
     also that of a call without gradients). So it fails here, at the user's call, where the back-end asked for could
     not do backward.
     """
-    cell, N = CELLS[cell_name], weight.shape[-1]
-    chosen = backends(cell.op).resolve(backend, x, size=N, sweep=Sweep(inverse))
-    if projection is None:
-        h, kept = chosen.forward(cell, x, weight, bias, start, keep=keep)
-    elif chosen.fuses_projection(cell, x, N):
-        h, kept = chosen.forward(cell, x, weight, bias, start, keep=keep, projection=projection, input_bias=input_bias)
-    else:
-        h, kept = forward_outputs(cell, x, weight, keep)
-        for steps in _chunks(x.device, x.shape[0], x.shape[1], cell.gates * N):
-            u = functional.linear(x[steps], projection, input_bias)
-            out = h[steps], kept[steps] if kept.dim() > 1 else kept
-            chosen.forward(cell, u, weight, bias, start, keep=keep, out=out)
-            start = h[steps.stop - 1]
-    return h, h[-1].clone(), kept
+    layer = Layer.of(cell_name, x, weight_ih, bias_ih, weight_hh, bias_hh, Sweep(inverse), backend)
+    start = _state(start, x)
+    if every is None:
+        h, kept = layer.states(x, start, keep)
+        return h, _last(h, weight_ih), h.new_empty(0), kept
+    T = x.shape[0]
+    h = x.new_empty((*x.shape[:-1], weight_hh.shape[-1]) if sequence else (0,))
+    ends = []
+    for first in range(0, T, every):
+        steps = slice(first, min(first + every, T))
+        part, _ = layer.states(x[steps], start, False)
+        start = part[-1]
+        ends.append(start)
+        if sequence:
+            h[steps] = part
+    ends = torch.stack(ends)
+    return h, _last(ends, weight_ih), ends, h.new_empty(0)
+
+
+def _state(start: Tensor | None, x: Tensor) -> Tensor | None:
+    """[B, N] or [B, H, N] of a first state, which layers have as [1, B, N]."""
+    return start[0] if start is not None and start.dim() == x.dim() else start
+
+
+def _last(h: Tensor, weight_ih: Tensor | None) -> Tensor:
+    """The last state, of its own memory, [B, N] or [B, H, N]; of a layer [1, B, N]."""
+    return h[-1].clone() if weight_ih is None else h[-1:].clone()
 
 
 def _fake_forward(
     cell_name: str,
     x: Tensor,
-    projection: Tensor | None,
-    input_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
+    weight_ih: Tensor | None,
+    bias_ih: Tensor | None,
+    weight_hh: Tensor,
+    bias_hh: Tensor | None,
     start: Tensor | None,
+    every: int | None,
+    sequence: bool,
     keep: bool,
     *rest: object,
-) -> tuple[Tensor, Tensor, Tensor]:
-    h, kept = forward_outputs(CELLS[cell_name], x, weight, keep)
-    return h, h.new_empty(h.shape[1:]), kept
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    h, kept = forward_outputs(CELLS[cell_name], x, weight_hh, keep and every is None)
+    last = h.new_empty(h.shape[1:] if weight_ih is None else (1, *h.shape[1:]))
+    if every is None:
+        return h, last, h.new_empty(0), kept
+    ends = h.new_empty(((x.shape[0] + every - 1) // every, *h.shape[1:]))
+    return h if sequence else h.new_empty(0), last, ends, kept
 
 
 def _backward(
@@ -130,100 +208,109 @@ def _backward(
     grad_h: Tensor | None,
     grad_last: Tensor | None,
     x: Tensor | None,
-    projection: Tensor | None,
-    input_bias: Tensor | None,
-    weight: Tensor,
+    weight_ih: Tensor | None,
+    bias_ih: Tensor | None,
+    weight_hh: Tensor,
+    bias_hh: Tensor | None,
     start: Tensor | None,
-    h: Tensor,
+    states: Tensor,
     kept: Tensor,
     feedback: Tensor | None,
     carried: Tensor | None,
     through: Tensor | None,
+    every: int | None,
     needs_x: bool,
-    needs_projection: bool,
+    needs_input: bool,
     needs_weight: bool,
     needs_bias: bool,
     words: str,
-    first: int,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    """Gradients in x, U and its bias, W and the cell's own bias, empty where they are not needed; and what the first
-    step sends on to those before it.
+    """Gradients in x, W_ih and its bias, W_hh and its bias, empty where they are not needed; and what the first step
+    sends on to those before it.
     """
-    cell, sweep = CELLS[cell_name], Sweep.parse(words)
-    chosen = backends(cell.op).resolve(backend, h, size=h.shape[-1], sweep=sweep)
-    gradients = _gradients(cell, x, projection, h, needs_x, needs_projection, needs_weight, needs_bias)
-    T, B, width = h.shape[0], h.shape[1], cell.gates * h.shape[-1]
-    chunks = [slice(0, T)] if projection is None else _chunks(h.device, T, B, width)
-    for steps in reversed(chunks):
-        last = steps is chunks[-1]
-        before = h[steps.start - 1] if steps.start else start
-        of_steps = kept[steps] if kept.dim() > 1 else kept
-        u = x if projection is None else None
-        if projection is not None and sweep.inverse == "direct":
-            u = functional.linear(x[steps], projection, input_bias)
-        grad_u, carried, through = chosen.backward(
-            cell,
-            sweep,
-            grad_h=None if grad_h is None else grad_h[steps],
-            grad_last=grad_last if last else None,
-            h=h[steps],
-            kept=of_steps,
-            weight=weight,
-            feedback=feedback,
-            carried=carried,
-            through=through,
-            u=u,
-            start=before,
-            first=first + steps.start,
-        )
-        if projection is None:
-            gradients = gradients._replace(x=grad_u)
-        elif needs_x:
-            gradients.x[steps] = grad_u @ projection
-        if needs_projection:
-            delta = grad_u.flatten(0, 1)
-            _accumulate(gradients.projection, delta.mT, x[steps].flatten(0, 1), anew=last)
-            _add(gradients.input_bias, delta.sum(0), anew=last)
-        if needs_weight or needs_bias:
-            into = cell.into(grad_u, of_steps)
-            if needs_weight:
-                _weight_gradient(gradients.weight, into, h, steps, start, anew=last)
-            if needs_bias:
-                _add(gradients.bias, cell.bias_gradient(into), anew=last)
-        carried = None if sweep.inverse == "none" else carried
-        through = None if sweep.update == "local" else through
-    nothing = h.new_empty(0)
+    sweep = Sweep.parse(words)
+    layer = Layer.of(cell_name, states, weight_ih, bias_ih, weight_hh, bias_hh, sweep, backend)
+    cell, projects = layer.cell, weight_ih is not None
+    T, B, N = (states if every is None else x).shape[0], states.shape[1], states.shape[-1]
+    gradients = _gradients(cell, x, weight_ih, states, T, needs_x, needs_input, needs_weight, needs_bias)
+    start = _state(start, states)
+    anew = True  # nothing has been summed up yet
+    for first in reversed(range(0, T, T if every is None else every)):
+        segment, h, before = slice(first, T if every is None else min(first + every, T)), states, start
+        if every is not None:
+            before = states[first // every - 1] if first else start
+            h, kept = layer.states(x[segment], before, True)
+        for steps in reversed(_chunks(h.device, len(h), B, cell.gates * N) if projects else [slice(0, len(h))]):
+            here = slice(first + steps.start, first + steps.stop)
+            of_steps = kept[steps] if kept.numel() else kept
+            needs_u = sweep.inverse == "direct"
+            grad_u, carried, through = layer.chosen.backward(
+                cell,
+                sweep,
+                grad_h=None if grad_h is None else grad_h[here],
+                grad_last=_state(grad_last, states) if here.stop == T else None,
+                h=h[steps],
+                kept=of_steps,
+                weight=weight_hh,
+                feedback=feedback,
+                carried=carried,
+                through=through,
+                u=layer.projected(x[here]) if needs_u else None,
+                start=h[steps.start - 1] if steps.start else before,
+                first=here.start,
+            )
+            if projects and needs_x:
+                torch.mm(grad_u.flatten(0, 1), weight_ih, out=gradients.x[here].flatten(0, 1))
+            elif needs_x:
+                gradients.x[here] = grad_u
+            summed = grad_u.flatten(0, 1).sum(0) if needs_input or (projects and needs_bias) else None
+            if needs_input:
+                _accumulate(gradients.weight_ih, grad_u.flatten(0, 1).mT, x[here].flatten(0, 1), anew)
+                _add(gradients.bias_ih, summed, anew)
+            if needs_weight or needs_bias:
+                into = cell.into(grad_u, of_steps)
+                if needs_weight:
+                    _weight_gradient(gradients.weight_hh, into, h, steps, before, anew)
+                if needs_bias:
+                    _add(gradients.bias_hh, cell.bias_gradient(summed, into), anew)
+            carried = None if sweep.inverse == "none" else carried
+            through = None if sweep.update == "local" else through
+            anew = False
+    nothing = states.new_empty(0)
     return *gradients, nothing if carried is None else carried, nothing if through is None else through
 
 
 class _Gradients(NamedTuple):
     x: Tensor
-    projection: Tensor
-    input_bias: Tensor
-    weight: Tensor
-    bias: Tensor
+    weight_ih: Tensor
+    bias_ih: Tensor
+    weight_hh: Tensor
+    bias_hh: Tensor
 
 
 def _gradients(
     cell: Cell,
     x: Tensor | None,
-    projection: Tensor | None,
-    h: Tensor,
+    weight_ih: Tensor | None,
+    states: Tensor,
+    T: int,
     needs_x: bool,
-    needs_projection: bool,
+    needs_input: bool,
     needs_weight: bool,
     needs_bias: bool,
 ) -> _Gradients:
-    """Memory for them. Without a projection x is u, and its gradient what the sweep itself gives."""
-    *heads, N = h.shape[2:]
+    """Memory for them. Without W_ih x is u, and the bias the cell's own."""
+    B, *heads, N = states.shape[1:]
     rows = cell.gates * N
+    own = (*heads, N) if weight_ih is None else (rows,)
+    width = rows if weight_ih is None else weight_ih.shape[1]
     return _Gradients(
-        x=h.new_empty(x.shape if needs_x and projection is not None else (0,)),
-        projection=h.new_empty(projection.shape if needs_projection else (0,)),
-        input_bias=h.new_empty((rows,) if needs_projection else (0,)),
-        weight=h.new_empty((*heads, rows, N) if needs_weight else (0,)),
-        bias=h.new_empty((*heads, N) if needs_bias else (0,)),
+        x=states.new_empty((T, B, *heads, width) if needs_x else (0,)),
+        weight_ih=states.new_empty((rows, width) if needs_input else (0,)),
+        bias_ih=states.new_empty((rows,) if needs_input else (0,)),
+        weight_hh=states.new_empty((*heads, rows, N) if needs_weight else (0,)),
+        bias_hh=states.new_empty(own if needs_bias else (0,)),
     )
 
 
@@ -267,41 +354,41 @@ def _fake_backward(
     grad_h: Tensor | None,
     grad_last: Tensor | None,
     x: Tensor | None,
-    projection: Tensor | None,
-    input_bias: Tensor | None,
-    weight: Tensor,
+    weight_ih: Tensor | None,
+    bias_ih: Tensor | None,
+    weight_hh: Tensor,
+    bias_hh: Tensor | None,
     start: Tensor | None,
-    h: Tensor,
+    states: Tensor,
     kept: Tensor,
     feedback: Tensor | None,
     carried: Tensor | None,
     through: Tensor | None,
+    every: int | None,
     needs_x: bool,
-    needs_projection: bool,
+    needs_input: bool,
     needs_weight: bool,
     needs_bias: bool,
     words: str,
-    first: int,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    cell, sweep = CELLS[cell_name], Sweep.parse(words)
-    gradients = _gradients(cell, x, projection, h, needs_x, needs_projection, needs_weight, needs_bias)
-    if projection is None:
-        gradients = gradients._replace(x=h.new_empty((*h.shape[:-1], cell.gates * h.shape[-1])))
-    return *gradients, *sent_outputs(h, sweep)
+    T = (states if every is None else x).shape[0]
+    gradients = _gradients(CELLS[cell_name], x, weight_ih, states, T, needs_x, needs_input, needs_weight, needs_bias)
+    return *gradients, *sent_outputs(states, Sweep.parse(words))
 
 
-register(
-    "recurrence_fwd(str cell, Tensor x, Tensor? projection, Tensor? input_bias, Tensor weight, Tensor? bias, "
-    "Tensor? start, bool keep, str inverse, str backend) -> (Tensor, Tensor, Tensor)",
+_run_forward = register(
+    "recurrence_fwd(str cell, Tensor x, Tensor? weight_ih, Tensor? bias_ih, Tensor weight_hh, Tensor? bias_hh, "
+    "Tensor? start, SymInt? every, bool sequence, bool keep, str inverse, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake_forward,
 )
-register(
-    "recurrence_bwd(str cell, Tensor? grad_h, Tensor? grad_last, Tensor? x, Tensor? projection, Tensor? input_bias, "
-    "Tensor weight, Tensor? start, Tensor h, Tensor kept, Tensor? feedback, Tensor? carried, Tensor? through, "
-    "bool needs_x, bool needs_projection, bool needs_weight, bool needs_bias, str words, SymInt first, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+_run_backward = register(
+    "recurrence_bwd(str cell, Tensor? grad_h, Tensor? grad_last, Tensor? x, Tensor? weight_ih, Tensor? bias_ih, "
+    "Tensor weight_hh, Tensor? bias_hh, Tensor? start, Tensor states, Tensor kept, Tensor? feedback, Tensor? carried, "
+    "Tensor? through, SymInt? every, bool needs_x, bool needs_input, bool needs_weight, bool needs_bias, str words, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
     twin=True,  # "jacobian" reads its residuals
@@ -318,6 +405,7 @@ class Options(NamedTuple):
         cell: its name.
         sweep, words: the rule, and the same for an op.
         power: of P; ``None`` for a rule without.
+        batch_first: whether x and the states are [B, T, ·].
         checkpoint_every, return_sequence, displacements, backend: as in the public functions.
         needs_backward: whether gradients will be asked for.
     """
@@ -326,6 +414,7 @@ class Options(NamedTuple):
     sweep: Sweep
     words: str
     power: float | None
+    batch_first: bool
     checkpoint_every: int | None
     return_sequence: bool
     displacements: str
@@ -334,69 +423,70 @@ class Options(NamedTuple):
 
 
 class RecurrenceFunction(torch.autograd.Function):
-    """A whole layer, input projection included where there is one: ``u = x Uᵀ + b``, or ``u = x``.
+    """A whole layer, input projection included where there is one: ``u = x W_ihᵀ + b``, or ``u = x``.
 
     Without checkpoints forward keeps all states and what the cell keeps, and nothing else but its inputs. With
-    ``checkpoint_every=k`` it keeps every k-th state; backward computes the others again, k steps at a time.
+    ``checkpoint_every=k`` it keeps every k-th; backward computes the others again, k steps at a time.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        projection: Tensor | None,
-        input_bias: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
+        weight_ih: Tensor | None,
+        bias_ih: Tensor | None,
+        weight_hh: Tensor,
+        bias_hh: Tensor | None,
         start: Tensor | None,
         feedback: Tensor | None,
         relay: Tensor | None,
         options: Options,
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        every, inverse = options.checkpoint_every, options.sweep.inverse
+        every, needs_backward = options.checkpoint_every, options.needs_backward
         # Without gradients any back-end will do that has the forward pass.
-        inverse = inverse if options.needs_backward else "none"
-
-        def states(x: Tensor, start: Tensor | None, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-            return torch.ops.tp_kernels.recurrence_fwd(
-                options.cell, x, projection, input_bias, weight, bias, start, keep, inverse, options.backend
-            )
-
-        if every is None:
-            sequence, last, kept = states(x, start, options.needs_backward)
-            saved = sequence
-        else:
-            T, N, last, ends, sequence, kept = x.shape[0], weight.shape[-1], start, [], None, None
-            if options.return_sequence:
-                sequence = x.new_empty((*x.shape[:-1], N))
-            for first in range(0, T, every):
-                steps = slice(first, first + every)
-                h, last, _ = states(x[steps], last, False)
-                ends.append(last)
-                if options.return_sequence:
-                    sequence[steps] = h
-            saved = torch.stack(ends)
-        needs_x = projection is not None or every is not None or inverse == "direct"
-        ctx.save_for_backward(
-            x if needs_x else None, projection, input_bias, weight, bias, start, feedback, saved, kept
+        inverse = options.sweep.inverse if needs_backward else "none"
+        x = x.transpose(0, 1) if options.batch_first else x
+        run = _run_forward if dispatches_to_nobody(x) else torch.ops.tp_kernels.recurrence_fwd
+        h, last, ends, kept = run(
+            options.cell,
+            x,
+            weight_ih,
+            bias_ih,
+            weight_hh,
+            bias_hh,
+            start,
+            every,
+            options.return_sequence,
+            needs_backward,
+            inverse,
+            options.backend,
         )
-        ctx.set_materialize_grads(False)
-        ctx.options = options
-        carries = options.needs_backward and options.sweep.inverse != "none"
-        return sequence if options.return_sequence else None, last, new_relay(last) if carries else None
+        needs_x = weight_ih is not None or every is not None or inverse == "direct"
+        states = h if every is None else ends
+        if options.batch_first and options.return_sequence:  # a tensor of its own, not a view: it may be detached
+            h = h.detach().transpose_(0, 1)
+        if needs_backward:
+            ctx.save_for_backward(
+                x if needs_x else None, weight_ih, bias_ih, weight_hh, bias_hh, start, feedback, states, kept
+            )
+            ctx.set_materialize_grads(False)
+            ctx.options = options
+        carries = needs_backward and options.sweep.inverse != "none"
+        return h if options.return_sequence else None, last, new_relay(_state(last, x)) if carries else None
 
     @staticmethod
     @first_derivatives_only
     def backward(
         ctx: Any, saved: tuple, grad_h: Tensor | None, grad_last: Tensor | None, grad_relay: Tensor | None
     ) -> tuple:
-        x, projection, input_bias, weight, bias, start, feedback, states, kept = saved
-        options = ctx.options
+        x, weight_ih, bias_ih, weight_hh, bias_hh, start, feedback, states, kept = saved
+        options: Options = ctx.options
         cell, sweep, words, every = options.cell, options.sweep, options.words, options.checkpoint_every
-        needs_x, needs_projection, needs_input_bias, needs_weight, needs_bias = ctx.needs_input_grad[:5]
+        needs_x, needs_weight_ih, needs_bias_ih, needs_weight, needs_bias = ctx.needs_input_grad[:5]
+        if grad_h is not None and options.batch_first:
+            grad_h = grad_h.transpose(0, 1)
         if feedback is None and sweep.uses_inverse:
-            inverted = CELLS[cell].inverted(weight, sweep.inverse)
-            feedback = torch.ops.tp_kernels.recurrence_feedback(inverted, sweep.reg, options.power, options.backend)
+            feedback = feedback_of(weight_hh, CELLS[cell], sweep, options.power, options.backend)
         carried, through = (None, None) if grad_relay is None else grad_relay.unbind()
         first_displacement = None
         if options.displacements == "parallel" or (
@@ -406,6 +496,7 @@ class RecurrenceFunction(torch.autograd.Function):
             and every is None
             and parallel.worth_it(grad_h, states)
         ):
+            grad_last = None if grad_last is None else _state(grad_last, states)
             if carried is not None:  # a source like any other, but for γ
                 grad_last = carried / sweep.step if grad_last is None else grad_last + carried / sweep.step
             grad_h, first_displacement = torch.ops.tp_kernels.recurrence_displacements(
@@ -413,94 +504,61 @@ class RecurrenceFunction(torch.autograd.Function):
             )
             grad_last, sweep = None, Sweep("none", sweep.update)
             words = sweep.words
-
-        def gradients_of(
-            first: int,
-            x: Tensor | None,
-            start: Tensor | None,
-            h: Tensor,
-            kept: Tensor,
-            grad_h: Tensor | None,
-            grad_last: Tensor | None,
-            carried: Tensor | None,
-            through: Tensor | None,
-        ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-            """Gradients of the steps from ``first`` on, and what these send on to those before."""
-            *gradients, carried, through = find_op("recurrence_bwd", waits=sweep.inverse == "jacobian")(
-                cell,
-                grad_h,
-                grad_last,
-                x,
-                projection,
-                input_bias,
-                weight,
-                start,
-                h,
-                kept,
-                feedback,
-                carried,
-                through,
-                needs_x,
-                needs_projection or needs_input_bias,
-                needs_weight,
-                needs_bias,
-                words,
-                first,
-                options.backend,
-            )
-            gradients = list(gradients)  # torch.compile of torch 2.11 makes a tuple of it
-            carried = None if sweep.inverse == "none" else carried
-            return gradients, carried, None if sweep.update == "local" else through
-
-        if every is None:
-            gradients, carried, through = gradients_of(0, x, start, states, kept, grad_h, grad_last, carried, through)
-            carried = carried if first_displacement is None else first_displacement
-        else:
-            gradients = None
-            grad_x = torch.empty_like(x) if needs_x else None
-            for i in reversed(range(states.shape[0])):
-                first = i * every
-                steps = slice(first, first + every)
-                before = states[i - 1] if i else start
-                h, _, kept = torch.ops.tp_kernels.recurrence_fwd(
-                    cell, x[steps], projection, input_bias, weight, bias, before, True, sweep.inverse, options.backend
-                )
-                grad = None if grad_h is None else grad_h[steps]
-                part, carried, through = gradients_of(
-                    first, x[steps], before, h, kept, grad, grad_last, carried, through
-                )
-                grad_last = None  # the last state is the last chunk's
-                if needs_x:
-                    grad_x[steps] = part[0]
-                part[0] = None
-                gradients = part if gradients is None else [_sum(a, b) for a, b in zip(gradients, part, strict=True)]
-            gradients[0] = grad_x
-        sent = through if sweep.update == "total" else carried
-        needed = ctx.needs_input_grad[:6]
-        found = [gradient if need else None for gradient, need in zip([*gradients, sent], needed, strict=True)]
+        run = _run_backward
+        if not dispatches_to_nobody(grad_h, grad_last, grad_relay):
+            run = find_op("recurrence_bwd", waits=sweep.inverse == "jacobian")
+        *gradients, carried, through = run(
+            cell,
+            grad_h,
+            grad_last,
+            x,
+            weight_ih,
+            bias_ih,
+            weight_hh,
+            bias_hh,
+            start,
+            states,
+            kept,
+            feedback,
+            carried,
+            through,
+            every,
+            needs_x,
+            needs_weight_ih or needs_bias_ih,
+            needs_weight,
+            needs_bias,
+            words,
+            options.backend,
+        )
+        if needs_x and options.batch_first:
+            gradients[0] = gradients[0].transpose(0, 1)
+        carried = first_displacement if sweep.inverse == "none" else carried
+        through = None if sweep.update == "local" else through
+        sent = carried if through is None else through
+        needs_start, needs_relay = ctx.needs_input_grad[5], ctx.needs_input_grad[7]
+        gradients.append(sent if start is None else sent.view(start.shape))
+        needed = (*ctx.needs_input_grad[:5], needs_start and not needs_relay)
+        found = [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
         relayed = None
-        if ctx.needs_input_grad[7]:  # the call before gets both, and the state itself no gradient
-            found[5], nothing = None, torch.zeros_like(sent)
+        if needs_relay:  # the call before gets both, and the state itself no gradient
+            nothing = torch.zeros_like(sent)
             relayed = torch.stack([nothing if part is None else part for part in (carried, through)])
         return *found, None, relayed, None  # none in feedback and options
-
-
-def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    return None if total is None else total.add_(part)
 
 
 def recurrent_layer(
     cell: str,
     x: Tensor,
-    weight: Tensor,
+    weight_hh: Tensor,
     start: Tensor | None,
     *,
-    projection: Tensor | None = None,
-    input_bias: Tensor | None = None,
-    bias: Tensor | None = None,
+    weight_ih: Tensor | None = None,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
     feedback: Tensor | None = None,
     relay: Tensor | None = None,
     rule: Rule,
+    batch_first: bool = False,
     checkpoint_every: int | None = None,
     return_sequence: bool = True,
     displacements: str = "auto",
@@ -509,21 +567,24 @@ def recurrent_layer(
     """All states (``None`` without ``return_sequence``), the last one and its relay (``state.py``), from arguments that
     have been checked.
 
-    The last state is an output of its own, so that its gradient needs no zero-filled [T, B, N].
+    The last state is an output of its own, so that its gradient needs no zero-filled [T, B, N]. With ``weight_ih``
+    first and last states are [1, B, N], as layers have them, and ``bias_hh`` is [G N]; without, it is the cell's own.
     """
-    trained = (tensor for tensor in (x, projection, input_bias, weight, bias, start) if tensor is not None)
+    trained = (x, weight_hh, start, weight_ih, bias_ih, bias_hh)
     options = Options(
         cell=cell,
         sweep=Sweep.of(rule),
         words=rule.words,
         power=rule.power if isinstance(rule, TargetProp) else None,
+        batch_first=batch_first,
         checkpoint_every=checkpoint_every,
         return_sequence=return_sequence,
         displacements=displacements,
         backend=backend,
-        needs_backward=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained),
+        needs_backward=torch.is_grad_enabled()
+        and any(tensor is not None and tensor.requires_grad for tensor in trained),
     )
-    return RecurrenceFunction.apply(x, projection, input_bias, weight, bias, start, feedback, relay, options)
+    return RecurrenceFunction.apply(x, weight_ih, bias_ih, weight_hh, bias_hh, start, feedback, relay, options)
 
 
 def solver_iterations(

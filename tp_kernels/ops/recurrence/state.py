@@ -26,9 +26,14 @@ def hand_on(state: Tensor, relay: Tensor | None) -> Tensor:
     """The state, which brings its relay along, and what tells whether it has been changed in place: its version or,
     where torch.compile traces, which knows none, a copy.
     """
-    if relay is not None:
-        mark = state.detach().clone() if torch.compiler.is_compiling() else state._version
-        setattr(state, _ATTRIBUTE, (relay, mark))
+    if relay is None:
+        return state
+    if torch.compiler.is_compiling():
+        state = state.view_as(state)  # the attributes of what an autograd Function returns are not tracked
+        mark = state.detach().clone()
+    else:
+        mark = state._version
+    setattr(state, _ATTRIBUTE, (relay, mark))
     return state
 
 
