@@ -47,7 +47,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the script is f
 class Call:
     """The script in a folder of its own, with tools that are not what they seem.
 
-    built: whether the native modules are there; of: what the note beside them says of their sources; words: environment.
+    built: whether the native modules are there; of: what the note beside them says of their sources; words:
+    environment.
     """
 
     def __init__(self, folder: Path, *arguments: str, built: bool = True, of: str | None = None, **words: str) -> None:
