@@ -45,9 +45,13 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the script is f
 
 
 class Call:
-    """The script in a folder of its own, with tools that are not what they seem."""
+    """The script in a folder of its own, with tools that are not what they seem.
 
-    def __init__(self, folder: Path, *arguments: str, built: bool = True, **environment: str) -> None:
+    built: whether the native modules are there; of: what the note beside them says of their sources; words:
+    environment.
+    """
+
+    def __init__(self, folder: Path, *arguments: str, built: bool = True, of: str | None = None, **words: str) -> None:
         self.folder, self.out = folder, folder / "out" / arguments[0]
         tools = folder / "tools"
         for name in ("scripts", "tp_kernels", "tools", "csrc", "build"):
@@ -65,8 +69,8 @@ class Call:
             (tools / name).chmod(0o755)
         self.stamp = folder / "build" / "gpu_sources.sha256"
         if built:
-            self.stamp.write_text(self.sources())
-        environment = {"FAILS": "nothing", "TIMES_OUT": "nothing"} | environment
+            self.stamp.write_text(self.sources() if of is None else of)
+        environment = {"FAILS": "nothing", "TIMES_OUT": "nothing"} | words
         environment |= {"PATH": f"{tools}:{os.environ['PATH']}", "OUT": str(folder / "out")}
         command = ["bash", str(folder / "scripts" / SCRIPT.name), *arguments]
         self.ran = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -120,16 +124,12 @@ def test_a_fault_and_a_hang_take_down_one_path_only(tmp_path):
 
 @pytest.mark.parametrize("why", ["it was not built", "it cannot be imported", "it was built from other sources"])
 def test_it_builds_on_the_spot(tmp_path, why):
-    if why == "it cannot be imported":
-        call = Call(tmp_path, "first", NOT_BUILT="1")
-    elif why == "it was not built":
-        call = Call(tmp_path, "first", built=False)
-    else:
-        (tmp_path / "build").mkdir()
-        (tmp_path / "build" / "gpu_sources.sha256").write_text("of others  -\n")
-        folder = tmp_path / "there"
-        folder.mkdir()
-        call = Call(folder, "first", built=False)
+    words = {
+        "it was not built": {"built": False},
+        "it cannot be imported": {"NOT_BUILT": "1"},
+        "it was built from other sources": {"of": "of others  -\n"},
+    }
+    call = Call(tmp_path, "first", **words[why])
     assert call.results() == dict.fromkeys(["build", *FIRST], "ok")
     assert call.log("build").startswith("setup.py -q build_ext --inplace | 1 90a-real ")
     assert call.stamp.read_text() == call.sources()
