@@ -45,14 +45,16 @@ def forward_arguments(
     bias: Tensor | None = None,
     h0: Tensor | None = None,
     *,
-    projection: Tensor | None = None,
-    input_bias: Tensor | None = None,
+    weight_ih: Tensor | None = None,
+    bias_ih: Tensor | None = None,
+    every: int | None = None,
+    sequence: bool = True,
     keep: bool = True,
     inverse: str = "none",
     backend: str,
 ) -> tuple:
-    """Of the forward op, as it takes them. With a projection, u is the input."""
-    return cell, u, projection, input_bias, weight, bias, h0, keep, inverse, backend
+    """Of the forward op, as it takes them. With ``weight_ih``, u is the input and the bias a layer's."""
+    return cell, u, weight_ih, bias_ih, weight, bias, h0, every, sequence, keep, inverse, backend
 
 
 class States(NamedTuple):
@@ -62,8 +64,9 @@ class States(NamedTuple):
 
 def forward_op(cell: str, *tensors: Tensor | None, **options: object) -> States:
     """The forward op, with the arguments of ``forward_arguments``."""
-    h, last, kept = ops.recurrence_fwd(*forward_arguments(cell, *tensors, **options))
+    h, last, ends, kept = ops.recurrence_fwd(*forward_arguments(cell, *tensors, **options))
     assert_identical(last, h[-1], "the last state")
+    assert not ends.numel()
     return States(h, kept)
 
 
@@ -71,8 +74,8 @@ class Found(NamedTuple):
     """What the backward op gives."""
 
     grad_u: Tensor
-    grad_projection: Tensor
-    grad_input_bias: Tensor
+    grad_weight_ih: Tensor
+    grad_bias_ih: Tensor
     grad_weight: Tensor
     grad_bias: Tensor
     carried: Tensor
@@ -111,16 +114,20 @@ class Back:
         sweep: Sweep,
         backend: str,
         *,
-        projection: Tensor | None = None,
-        input_bias: Tensor | None = None,
+        weight_ih: Tensor | None = None,
+        bias_ih: Tensor | None = None,
+        bias_hh: Tensor | None = None,
+        every: int | None = None,
         sums: bool = False,
-        first: int = 0,
     ) -> tuple:
         """Of the backward op, as it takes them. ``sums``: with the gradients of W and of the cell's own bias."""
         kept = self.h.new_zeros(0) if self.kept is None else self.kept
-        what = self.grad, self.last, self.u, projection, input_bias, self.weight, self.h0, self.h, kept
-        needs = projection is not None, projection is not None, sums, sums and self.cell == "gru"
-        return self.cell, *what, self.feedback, self.carried, self.through, *needs, sweep.words, first, backend
+        layer = weight_ih, bias_ih, self.weight, bias_hh
+        sent = self.feedback, self.carried, self.through
+        needs = True, weight_ih is not None, sums, sums and (self.cell == "gru" or weight_ih is not None)
+        states = self.h0, self.h, kept
+        arrived = self.cell, self.grad, self.last
+        return *arrived, self.u, *layer, *states, *sent, every, *needs, sweep.words, backend
 
     def run(self, sweep: Sweep, backend: str, **options: object) -> Found:
         return Found(*ops.recurrence_bwd(*self.arguments(sweep, backend, **options)))

@@ -257,16 +257,17 @@ def test_gradcheck(case, checkpoint_every, backend):
 
     def function(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         given = dict(zip(leaves, inputs, strict=True))
-        return op.recurrent_layer(
+        h, last, _ = op.recurrent_layer(
             case.cell,
             given["u"],
             given["weight"],
             given.get("h0"),
-            bias=given.get("bias"),
+            bias_hh=given.get("bias"),
             rule=tp.BackProp(),
             checkpoint_every=checkpoint_every,
             backend=backend,
         )
+        return h, last
 
     assert torch.autograd.gradcheck(function, list(leaves.values()))
 
@@ -354,16 +355,19 @@ def test_opcheck(name, cell, backend):
 def test_opcheck_with_a_projection(case, cell, backend):
     case = case.with_(cell=cell)
     inputs = case.tensors(torch.float32)
-    weights = {
-        "projection": torch.randn(inputs.u.shape[-1], 7),
-        "input_bias": torch.randn(inputs.u.shape[-1]),
-    }
-    x = torch.randn(case.T, case.B, 7)
-    arguments = forward_arguments(cell, x, *inputs[1:], **weights, backend=backend)
-    torch.library.opcheck(ops.recurrence_fwd, arguments)
+    wide = inputs.u.shape[-1]
+    weight_ih, bias_ih, bias_hh = torch.randn(wide, 7), torch.randn(wide), torch.randn(wide)
+    x, start = torch.randn(case.T, case.B, 7), None if inputs.h0 is None else inputs.h0[None]
+    options = {"weight_ih": weight_ih, "bias_ih": bias_ih, "backend": backend}
+    for every, sequence in ((None, True), (3, True), (3, False)):
+        arguments = forward_arguments(cell, x, inputs.weight, bias_hh, start, **options, every=every, sequence=sequence)
+        torch.library.opcheck(ops.recurrence_fwd, arguments)
     sweep = Sweep("jacobian")
-    back = back_of(case, torch.float32, sweep).with_(u=x)
-    torch.library.opcheck(ops.recurrence_bwd, back.arguments(sweep, backend, sums=True, **weights))
+    back = back_of(case, torch.float32, sweep).with_(u=x, h0=start)
+    torch.library.opcheck(ops.recurrence_bwd, back.arguments(sweep, sums=True, bias_hh=bias_hh, **options))
+    ends = torch.stack([*back.h[2:-1:3], back.h[-1]])
+    back = back.with_(h=ends, kept=None)
+    torch.library.opcheck(ops.recurrence_bwd, back.arguments(sweep, sums=True, bias_hh=bias_hh, every=3, **options))
 
 
 @pytest.mark.parametrize("shape", [(5, 5), (3, 5, 5), (2, 3, 5, 5)], ids=str)
@@ -736,8 +740,8 @@ def test_words_that_are_no_sweep(name):
     """Of the op, which can be called past the public checks."""
     words, expected = BAD_WORDS[name]
     text = f"sweep must have {expected}, got {words!r}"
-    *arguments, _, first, backend = back_of(SMALL, torch.float32, Sweep()).arguments(Sweep(), "reference")
-    for called in (lambda: Sweep.parse(words), lambda: ops.recurrence_bwd(*arguments, words, first, backend)):
+    *arguments, _, backend = back_of(SMALL, torch.float32, Sweep()).arguments(Sweep(), "reference")
+    for called in (lambda: Sweep.parse(words), lambda: ops.recurrence_bwd(*arguments, words, backend)):
         with pytest.raises(ValueError, match="sweep must have") as caught:
             called()
         assert str(caught.value) == text
@@ -998,12 +1002,11 @@ def test_what_cannot_be_solved_raises(cell, H, backend):
         rf"{name}: inverse='jacobian' could not be solved in float32 at reg={reg:g}: worst at time step (\d+), sample 4"
         rf"{head}, with a relative residual of \S+, above rtol=1e-06; use a larger reg, a larger rtol or float64"
     )
-    for first in (0, 7):
-        with pytest.raises(torch.linalg.LinAlgError) as caught:
-            back.run(sweep, backend, first=first)
-        found = re.fullmatch(text, str(caught.value))
-        assert found, caught.value
-        assert int(found[1]) - first in (0, 1)
+    with pytest.raises(torch.linalg.LinAlgError) as caught:
+        back.run(sweep, backend)
+    found = re.fullmatch(text, str(caught.value))
+    assert found, caught.value
+    assert int(found[1]) in (0, 1)
     with pytest.raises(torch.linalg.LinAlgError):
         back.iterations(sweep, backend)
     assert back.map(torch.Tensor.double).run(sweep, backend).grad_u.isfinite().all()
@@ -1025,12 +1028,12 @@ def test_the_time_step_that_is_named_counts_from_the_start(cell, portions, backe
     wide = case.gates * case.N
     scale = 10 if cell == "gru" else 1
     monkeypatch.setattr(op, "_chunks", lambda *sizes: [slice(t, min(t + 2, 9)) for t in range(0, 9, 2)])
-    h, _ = op.recurrent_layer(
+    h, *_ = op.recurrent_layer(
         cell,
         inputs.u,
         (scale * inputs.weight).requires_grad_(),
         None,
-        projection=torch.eye(wide) if portions == "chunks" else None,
+        weight_ih=torch.eye(wide) if portions == "chunks" else None,
         rule=tp.TargetProp(inverse="jacobian", update="local", reg=1e-8, rtol=1e-6),
         checkpoint_every=2 if portions == "checkpoints" else None,
         backend=backend,
@@ -1353,12 +1356,12 @@ def test_without_the_sequence(cell, rule, every, backend):
     for sequence in (True, False):
         inputs = case.tensors(FLOAT)
         leaves = leaves_of(inputs)
-        h, last = op.recurrent_layer(
+        h, last, _ = op.recurrent_layer(
             cell,
             inputs.u,
             inputs.weight,
             inputs.h0,
-            bias=inputs.bias,
+            bias_hh=inputs.bias,
             rule=RULES[rule],
             checkpoint_every=every,
             return_sequence=sequence,
@@ -1381,25 +1384,34 @@ def test_the_layer_is_the_op_chunk_by_chunk(cell, rule, backend, monkeypatch):
         chunks = [slice(t, min(t + size, 7)) for t in range(0, 7, size)]
         monkeypatch.setattr(op, "_chunks", lambda *sizes, chunks=chunks: chunks)
         inputs = case.tensors(FLOAT)
-        projection, input_bias = torch.eye(wide, dtype=FLOAT), torch.zeros(wide, dtype=FLOAT)
-        leaves = leaves_of(inputs) | {"projection": projection, "input_bias": input_bias}
-        h, _ = op.recurrent_layer(
+        weight_ih, bias_ih = torch.eye(wide, dtype=FLOAT), torch.zeros(wide, dtype=FLOAT)
+        bias_hh = None if inputs.bias is None else torch.cat((torch.zeros(wide - case.N, dtype=FLOAT), inputs.bias))
+        if bias_hh is None:
+            bias_hh = torch.zeros(wide, dtype=FLOAT)
+        leaves = {"u": inputs.u, "weight": inputs.weight, "bias": bias_hh, "h0": inputs.h0}
+        leaves |= {"weight_ih": weight_ih, "bias_ih": bias_ih}
+        leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+        h, *_ = op.recurrent_layer(
             cell,
             inputs.u,
             inputs.weight,
-            inputs.h0,
-            projection=projection.requires_grad_(),
-            input_bias=input_bias.requires_grad_(),
-            bias=inputs.bias,
+            inputs.h0[None],
+            weight_ih=weight_ih,
+            bias_ih=bias_ih,
+            bias_hh=bias_hh,
             rule=RULES[rule],
             backend=backend,
         )
         grads = torch.autograd.grad(h, list(leaves.values()), case.gradient(FLOAT))
         found = {"h": h.detach(), **{f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
-        of_projection, of_input_bias = found.pop("grad_projection"), found.pop("grad_input_bias")
-        assert_same_computation(found, expected, backend)
-        assert_near(of_projection, delta.T.dot(extended(inputs.u).reshape(-1, wide)), "grad_projection")
-        assert_near(of_input_bias[None], delta.sum(0)[None], "grad_input_bias")
+        of_weight_ih, of_bias_ih, of_bias = (found.pop(f"grad_{name}") for name in ("weight_ih", "bias_ih", "bias"))
+        if inputs.bias is not None:
+            found["grad_bias"] = of_bias[-case.N :]
+        assert_same_computation({name: found[name] for name in expected}, expected, backend)
+        assert_near(of_weight_ih, delta.T.dot(extended(inputs.u).reshape(-1, wide)), "grad_weight_ih")
+        assert_near(of_bias_ih[None], delta.sum(0)[None], "grad_bias_ih")
+        outer = wide - case.N if inputs.bias is not None else wide
+        assert_identical(of_bias[:outer], of_bias_ih[:outer], "grad_bias_hh")
 
 
 def test_inverse_is_computed_once_for_one_weight(cell, cpu, monkeypatch):

@@ -87,7 +87,7 @@ def gru(
         u,
         weight,
         h0,
-        bias=bias,
+        bias_hh=bias,
         feedback=feedback,
         rule=rule,
         checkpoint_every=checkpoint_every,

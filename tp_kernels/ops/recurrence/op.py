@@ -214,7 +214,7 @@ def _backward(
     bias_hh: Tensor | None,
     start: Tensor | None,
     states: Tensor,
-    kept: Tensor,
+    kept: Tensor | None,
     feedback: Tensor | None,
     carried: Tensor | None,
     through: Tensor | None,
@@ -244,7 +244,6 @@ def _backward(
         for steps in reversed(_chunks(h.device, len(h), B, cell.gates * N) if projects else [slice(0, len(h))]):
             here = slice(first + steps.start, first + steps.stop)
             of_steps = kept[steps] if kept.numel() else kept
-            needs_u = sweep.inverse == "direct"
             grad_u, carried, through = layer.chosen.backward(
                 cell,
                 sweep,
@@ -256,7 +255,7 @@ def _backward(
                 feedback=feedback,
                 carried=carried,
                 through=through,
-                u=layer.projected(x[here]) if needs_u else None,
+                u=layer.projected(x[here]) if sweep.inverse == "direct" and x is not None else None,
                 start=h[steps.start - 1] if steps.start else before,
                 first=here.start,
             )
@@ -360,7 +359,7 @@ def _fake_backward(
     bias_hh: Tensor | None,
     start: Tensor | None,
     states: Tensor,
-    kept: Tensor,
+    kept: Tensor | None,
     feedback: Tensor | None,
     carried: Tensor | None,
     through: Tensor | None,
@@ -386,7 +385,7 @@ _run_forward = register(
 )
 _run_backward = register(
     "recurrence_bwd(str cell, Tensor? grad_h, Tensor? grad_last, Tensor? x, Tensor? weight_ih, Tensor? bias_ih, "
-    "Tensor weight_hh, Tensor? bias_hh, Tensor? start, Tensor states, Tensor kept, Tensor? feedback, Tensor? carried, "
+    "Tensor weight_hh, Tensor? bias_hh, Tensor? start, Tensor states, Tensor? kept, Tensor? feedback, Tensor? carried, "
     "Tensor? through, SymInt? every, bool needs_x, bool needs_input, bool needs_weight, bool needs_bias, str words, "
     "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
@@ -466,13 +465,12 @@ class RecurrenceFunction(torch.autograd.Function):
         if options.batch_first and options.return_sequence:  # a tensor of its own, not a view: it may be detached
             h = h.detach().transpose_(0, 1)
         if needs_backward:
-            ctx.save_for_backward(
-                x if needs_x else None, weight_ih, bias_ih, weight_hh, bias_hh, start, feedback, states, kept
-            )
+            x, kept = x if needs_x else None, kept if every is None else None
+            ctx.save_for_backward(x, weight_ih, bias_ih, weight_hh, bias_hh, start, feedback, states, kept)
             ctx.set_materialize_grads(False)
             ctx.options = options
         carries = needs_backward and options.sweep.inverse != "none"
-        return h if options.return_sequence else None, last, new_relay(_state(last, x)) if carries else None
+        return h if options.return_sequence else None, last, new_relay(_state(last, states)) if carries else None
 
     @staticmethod
     @first_derivatives_only
