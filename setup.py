@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -50,9 +51,8 @@ class CMakeBuild(build_ext):
         subprocess.run(configure, check=True)
         subprocess.run([stamp["cmake"], "--build", str(build)], check=True)
         subprocess.run([stamp["cmake"], "--install", str(build)], check=True)
-        if stamp["cuda"] == "0":  # one of an earlier build would not fit the rest
-            for stale in (target / "tp_kernels").glob("_cuda.*.so"):
-                stale.unlink()
+        if stamp["cuda"] == "0":  # one that this Python built earlier would not fit the rest
+            (target / "tp_kernels" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
 
 
 setup(ext_modules=[Extension("tp_kernels._cpu", sources=[])], cmdclass={"build_ext": CMakeBuild})

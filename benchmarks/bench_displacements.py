@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from _sweep import sweep_back
 from torch import Tensor
 
 import tp_kernels as tp
@@ -22,22 +23,18 @@ CASES = (
     *(Case(60, 100, 20), Case(784, 100, 1), Case(4096, 100, 1), Case(784, 64, 16), Case(784, 256, 16)),
 )
 SMOKE = (Case(5, 3, 2),)
-_rnn_bwd = torch.ops.tp_kernels.rnn_bwd
 
 
 def sweep(
     last: Tensor, h: Tensor, weight: Tensor, feedback: Tensor, update: str, backend: str = "auto"
 ) -> dict[str, Tensor]:
-    words = Sweep("tanh", "weight", update)
-    grad_u, *_ = _rnn_bwd(None, last, h, weight, feedback, None, None, None, None, *words, backend)
-    return {"grad_u": grad_u}
+    rule = Sweep("weight", update)
+    return {"grad_u": sweep_back(rule, h, weight, backend, grad_last=last, feedback=feedback)}
 
 
 def parallel(last: Tensor, h: Tensor, weight: Tensor, feedback: Tensor, update: str) -> dict[str, Tensor]:
-    displacements, _ = torch.ops.tp_kernels.rnn_displacements(None, last, h, feedback, 1.0)
-    words = Sweep("tanh", "none", update)
-    grad_u, *_ = _rnn_bwd(displacements, None, h, weight, None, None, None, None, None, *words, "auto")
-    return {"grad_u": grad_u}
+    displacements, _ = torch.ops.tp_kernels.recurrence_displacements(None, last, h, feedback, 1.0)
+    return {"grad_u": sweep_back(Sweep("none", update), h, weight, grad_h=displacements)}
 
 
 WAYS = {"sweep": sweep, "parallel": parallel}

@@ -12,16 +12,18 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from _sweep import CELL, sources, sweep_back
 from torch import Tensor, nn
 
 import tp_kernels as tp
+from tp_kernels.ops.recurrence.op import solver_iterations
 from tp_kernels.regimes import measure
 from tp_kernels.regimes.cases import Case
 from tp_kernels.rules import Sweep
 
 CASES = (Case(60, 100, 20), Case(784, 64, 16))
 SMOKE = (Case(5, 3, 2),)
-JACOBIAN, BP = Sweep.of(tp.TargetProp(inverse="jacobian"), "tanh"), Sweep.of(tp.BackProp(), "tanh")
+JACOBIAN, BP = Sweep.of(tp.TargetProp(inverse="jacobian")), Sweep.of(tp.BackProp())
 
 
 def weight_of(kind: str, n: int) -> Tensor:
@@ -35,8 +37,8 @@ def weight_of(kind: str, n: int) -> Tensor:
     return weight
 
 
-def sweep(grad: Tensor, h: Tensor, weight: Tensor, words: Sweep, backend: str) -> Tensor:
-    return torch.ops.tp_kernels.rnn_bwd(grad, None, h, weight, *[None] * 5, *words, backend)[0]
+def sweep(grad: Tensor, h: Tensor, weight: Tensor, rule: Sweep, backend: str) -> Tensor:
+    return sweep_back(rule, h, weight, backend, grad_h=grad)
 
 
 def solve(grad: Tensor, h: Tensor, weight: Tensor) -> Tensor:
@@ -73,16 +75,16 @@ def bench_jacobian(benchmark, case: Case, kind: str, way: str) -> None:
     weight = weight_of(kind, case.N)
     u = torch.randn(case.T, case.B, case.N, generator=generator)
     grad = torch.randn(case.T, case.B, case.N, generator=generator)
-    words = BP if way == "bp" else JACOBIAN
+    rule = BP if way == "bp" else JACOBIAN
     with measure.settings(case.threads):
         inputs = grad, tp.rnn(u, weight), weight
         exact, same = (
-            {"grad_u": sweep(*(tensor.to(dtype) for tensor in inputs), words, "reference").double()}
+            {"grad_u": sweep(*(tensor.to(dtype) for tensor in inputs), rule, "reference").double()}
             for dtype in (torch.float64, torch.float32)
         )
         gate = measure.compare({"grad_u": WAYS[way](*inputs)}, same, exact)
-        condition = 1 + float(torch.linalg.matrix_norm(weight, 2)) ** 2 / words.reg
-        solved = words.rtol * condition if way == "cg" else 0.0  # what an iterative solve may err by
+        condition = 1 + float(torch.linalg.matrix_norm(weight, 2)) ** 2 / rule.reg
+        solved = rule.rtol * condition if way == "cg" else 0.0  # what an iterative solve may err by
         assert gate.error <= gate.budget + solved, f"no time without a passed check: {gate}"
         benchmark.group = f"jacobian {case} {kind}"
         benchmark.extra_info |= {
@@ -95,7 +97,8 @@ def bench_jacobian(benchmark, case: Case, kind: str, way: str) -> None:
             **measure.environment(case.device),
         }
         if way == "cg":
-            counts = torch.ops.tp_kernels.rnn_iterations(grad, None, *inputs[1:], *[None] * 5, *words, "auto")
+            given = sources(*inputs[1:], grad_h=grad)
+            counts = solver_iterations(CELL, rule, backend="auto", **given)
             benchmark.extra_info["iterations"] = {"mean": float(counts.float().mean()), "max": int(counts.max())}
         benchmark.pedantic(WAYS[way], args=inputs, rounds=30 if way in ("bp", "cg") else 3, warmup_rounds=1)
         benchmark.extra_info["rounds"] = 0 if benchmark.disabled else benchmark.stats.stats.rounds

@@ -16,13 +16,13 @@ import torch
 
 from tp_kernels import _native
 from tp_kernels.info import peak
-from tp_kernels.ops.rnn import op
+from tp_kernels.ops.recurrence import op
 from tp_kernels.regimes import measure
 from tp_kernels.regimes.cases import CONTENDERS, Case
 
 NATIVE = {
-    "rnn_fwd": "forward, projection included",
-    "rnn_bwd": "displacements and adjoints",
+    "recurrence_fwd": "forward, projection included",
+    "recurrence_bwd": "displacements and adjoints",
     "regularized_polar": "P",
     "regularized_solve": "P",
 }
@@ -67,9 +67,8 @@ def profile(case: Case, rounds: int) -> dict[str, float]:
             other()
             with (
                 mock.patch.object(_native, "cpu", _Timed(module, seconds)),
-                mock.patch.object(op, "_weight_gradient", _timed(op._weight_gradient, PRODUCT, seconds)),
-                # What the portions of a long sequence after the first are added by, and the projection's.
-                mock.patch.object(torch.Tensor, "addmm_", _timed(torch.Tensor.addmm_, PRODUCT, seconds)),
+                # Those with the states and with the input; of each portion of a long sequence.
+                mock.patch.object(op, "_accumulate", _timed(op._accumulate, PRODUCT, seconds)),
             ):
                 step()
             for name, value in seconds.items():
@@ -86,7 +85,7 @@ def main() -> None:
     parts = profile(case, args.rounds)
     ceiling = peak(torch.float32)
     product = 2 * case.T * case.B * case.N**2
-    operations = {NATIVE["rnn_fwd"]: product, NATIVE["rnn_bwd"]: 2 * product, PRODUCT: product}
+    operations = {NATIVE["recurrence_fwd"]: product, NATIVE["recurrence_bwd"]: 2 * product, PRODUCT: product}
     whole = parts.pop("whole")
     parts["the rest"] = whole - sum(parts.values())
     print(f"{case}, one thread, {ceiling / 1e9:.0f} GFLOP/s at most\n")

@@ -36,6 +36,10 @@ void for_dtype(bool is_double, F f) {
         f(float{});
 }
 
+void check(bool holds, const char* function, const std::string& what) {
+    if (!holds) throw std::invalid_argument(std::string(function) + ": " + what);
+}
+
 #define TPK_FORWARD_FIELDS(USE) TPK_RECURRENCE_FORWARD(USE, USE)
 #define TPK_BACKWARD_FIELDS(USE) TPK_RECURRENCE_BACKWARD(USE, USE, TPK_NO_FIELD)
 
@@ -45,12 +49,11 @@ void recurrence_fwd(bool is_double, const Array4& sizes TPK_FORWARD_FIELDS(TPK_P
         using T = decltype(zero);
         RecurrenceForward<T> f = {sizes_of(sizes)};
         TPK_FORWARD_FIELDS(TPK_FILL)
-        if (f.projection && f.cell == CellName::gru)
-            throw std::invalid_argument(
-                "recurrence_fwd: projection must be 0 with cell 'gru', whose products are apart");
-        if (f.projection && f.H != 1)
-            throw std::invalid_argument("recurrence_fwd: projection must be 0 with heads, got H = " +
-                                        std::to_string(f.H));
+        const bool gru = f.cell == CellName::gru;
+        check(!(f.projection && gru), function, "projection must be 0 with cell 'gru'");
+        check(!(f.projection && f.H != 1), function, "projection must be 0 with more heads than one");
+        check(gru || !f.bias, function, "bias must be 0 with cell '" + cell + "'");
+        check(gru || !f.kept, function, "kept must be 0 with cell '" + cell + "'");
         launch(launchers<T>().recurrence_forward, f);
     });
 }
@@ -64,9 +67,8 @@ py::object recurrence_bwd(bool is_double, const Array4& sizes TPK_BACKWARD_FIELD
         RecurrenceBackward<T> f = {sizes_of(sizes)};
         TPK_BACKWARD_FIELDS(TPK_FILL)
         f.unsolved = &unsolved;
-        if (f.cell == CellName::gru && (f.inverse == Inverse::difference || f.inverse == Inverse::direct))
-            throw std::invalid_argument("recurrence_bwd: inverse must be one that cell 'gru' has, got '" + inverse +
-                                        "'");
+        const bool of_elman = f.inverse == Inverse::difference || f.inverse == Inverse::direct;
+        check(!(f.cell == CellName::gru && of_elman), function, "there is no inverse '" + inverse + "' of cell 'gru'");
         launch(launchers<T>().recurrence_backward, f);
     });
     if (unsolved.residual == 0) return py::none();

@@ -1,6 +1,6 @@
 """Chooses the block shapes of the Triton kernels by timing them, on the GPU at hand:
 
-    python scripts/autotune_triton.py            # writes tp_kernels/ops/rnn/triton_blocks.json; minutes
+    python scripts/autotune_triton.py            # writes tp_kernels/ops/recurrence/triton_blocks.json; minutes
 
 Timed is a forward pass and a backward pass of ``TargetProp()`` over T = 128 steps, and for the kernel of "jacobian",
 whose blocks are one table for all dtypes, its backward pass in float32. A block that spills registers here is left out;
@@ -12,10 +12,12 @@ import json
 import torch
 import triton
 
-from tp_kernels.ops.rnn import triton_blocks, triton_kernel
-from tp_kernels.ops.rnn.triton_blocks import Block
+from tp_kernels.ops.recurrence import triton_blocks, triton_kernel
+from tp_kernels.ops.recurrence.cell import CELLS
+from tp_kernels.ops.recurrence.triton_blocks import Block
 from tp_kernels.rules import Sweep
 
+CELL = CELLS["rnn_tanh"]
 STEPS = 128
 BATCHES = (16, 128, 1024, 8192)
 CANDIDATES = [Block(rows, warps) for rows in (16, 32, 64) for warps in (1, 2, 4, 8, 16)]
@@ -27,14 +29,26 @@ def milliseconds(block: Block, N: int, B: int, dtype: torch.dtype, inverse: str)
     generator = torch.Generator("cuda").manual_seed(0)
     u = torch.randn(STEPS, B, N, device="cuda", generator=generator).to(dtype)
     weight = (torch.randn(N, N, device="cuda", generator=generator) / N**0.5).to(dtype)
-    launch, spills = triton_kernel.launch, []
+    launch, spills, nothing = triton_kernel.launch, [], u.new_empty(0)
     name = "choose_jacobian" if inverse == "jacobian" else "choose"
     choose, states = getattr(triton_blocks, name), u.tanh()
 
     def step() -> None:
-        h = states if inverse == "jacobian" else triton_kernel.forward(u, weight, None, "tanh")
-        arguments = None, u[0], h, weight, weight, None, None, None, None
-        triton_kernel.backward(*arguments, Sweep("tanh", inverse))
+        h = states if inverse == "jacobian" else triton_kernel.forward(CELL, u, weight, None, None, keep=False)[0]
+        triton_kernel.backward(
+            CELL,
+            Sweep(inverse),
+            grad_h=None,
+            grad_last=u[0],
+            h=h,
+            kept=nothing,
+            weight=weight,
+            feedback=weight,
+            carried=None,
+            through=None,
+            u=None,
+            start=None,
+        )
 
     setattr(triton_blocks, name, lambda *given: block)
     triton_kernel.launch = lambda *given, **words: spills.append(launch(*given, **words).n_spills)

@@ -47,9 +47,9 @@ class Shape(NamedTuple):
             types |= dict.fromkeys(("gram", "norms", "scaled", "missed_out"), "*fp32")
             types |= _integers(("T", "B", "N", "grad_time", "grad_batch", "grad_head")) | {"iterations_out": "*i32"}
             types |= dict.fromkeys(("step", "reg", "rtol"), "fp32")
-            words |= {"UPDATE": self.update, "CHUNK": triton_kernel.CHUNK}
+            words |= {"UPDATE": self.update, "CHUNK": triton_kernel.CHUNK, "ALIGNED": True}
             return triton_kernel.jacobian_kernel, types, words, options
-        words |= {"OPERAND": getattr(tl, self.dtype), "PRECISION": self.precision}
+        words |= {"OPERAND": getattr(tl, self.dtype), "PRECISION": self.precision, "ALIGNED": True}
         if self.kernel == "forward":
             names = ("u", "weight", "h0", "h")
             sizes = ("T", "B", "N", "u_time", "u_batch", "u_head")
@@ -91,29 +91,37 @@ def _integers(names: tuple[str, ...]) -> dict[str, str]:
     return dict.fromkeys(names, "i32")
 
 
-def resources(shape: Shape | Polar, capability: int) -> dict[str, int]:
-    """Registers and stack bytes of a thread (a stack is where spilled registers go), shared memory of a program."""
+def compiled(shape: Shape | Polar, capability: int, **others: object) -> Any:
+    """The kernel, with other values of its constants where they are given."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel, types, words, options = shape.source()
+    words |= others
     place = {name: (kernel.arg_names.index(name),) for name in (*types, *words)}
     # As at run time with aligned memory and an N that is a multiple of 16: the widest loads, the most registers.
-    odd = ("T", "B", "column_stride", "largest_count")
+    odd = ("column_stride", "largest_count", *(given.name for given in kernel.params if given.do_not_specialize))
     source = ASTSource(
         kernel,
         {name: types.get(name, "constexpr") for name in kernel.arg_names},
         {place[name]: value for name, value in words.items()},
         {place[name]: [["tt.divisibility", 16]] for name, kind in types.items() if kind != "fp32" and name not in odd},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(shape: Shape | Polar, capability: int) -> dict[str, int]:
+    """Registers and stack bytes of a thread (a stack is where spilled registers go), shared memory of a program."""
+    import triton
+
+    kernel = compiled(shape, capability)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
+        cubin.write_bytes(kernel.asm["cubin"])
         report = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", report)
     if found is None:
         raise RuntimeError(f"cuobjdump does not say what {shape} uses: {report}")
-    return {"registers": int(found[1]), "stack": int(found[2]), "shared": compiled.metadata.shared}
+    return {"registers": int(found[1]), "stack": int(found[2]), "shared": kernel.metadata.shared}

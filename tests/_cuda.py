@@ -75,6 +75,14 @@ def check_emulation() -> str:
     return run(folder / "emulation")
 
 
+def check_launching(folder: Path) -> str:
+    """What tests/launching.cpp prints, built there with a runtime that counts."""
+    program, tests = folder / "launching", ROOT / "tests"
+    options = ("-std=c++17", "-Wall", "-Wextra", "-Werror", "-I", tests / "cuda_runtime_fake")
+    run(_tool("c++"), *options, tests / "launching.cpp", "-o", program)
+    return run(program)
+
+
 class Build(NamedTuple):
     folder: Path  # with the module
     resources: dict[str, object]  # what ptxas says: registers, bytes of shared and of local memory

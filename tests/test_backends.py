@@ -15,6 +15,7 @@ from _checks import layer
 import tp_kernels as tp
 from tp_kernels import _native, _triton, info
 from tp_kernels._backends import NAMES, Backend, BackendTable, BackendUnavailableError
+from tp_kernels._library import autocast_enabled
 from tp_kernels.ops.recurrence import op as recurrence
 from tp_kernels.ops.regularized_inverse import op as inverse
 
@@ -107,10 +108,33 @@ def test_importing_without_the_cuda_module():
     )
 
 
-def test_importing_imports_no_triton():
-    program = "import sys, tp_kernels, tp_kernels.info; assert 'triton' not in sys.modules, 'triton'"
-    program += "; import torch; assert not torch.cuda.is_initialized()"
-    subprocess.run([sys.executable, "-c", program], check=True, env=os.environ)
+def test_importing_is_cheap():
+    """It brings in nothing that ``import torch`` has not brought in: no compiler, no Triton, no pictures."""
+    program = (
+        "import sys, torch; before = set(sys.modules)\n"
+        "import tp_kernels, tp_kernels.info\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=os.environ)
+    imported = ran.stdout.split()
+    assert "tp_kernels.ops" in imported
+    assert not [name for name in imported if name.startswith("tp_kernels.regimes")]
+    standard = sys.stdlib_module_names
+    assert {name.partition(".")[0] for name in imported} - standard == {"tp_kernels"}, imported
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta", "lazy", "vulkan", "xpu", "mps", "mtia", "hpu", "xla"])
+def test_autocast_of_every_type_of_device(device):
+    """Also of those that have none, of which torch refuses the question."""
+    available = torch.amp.is_autocast_available(device)
+    assert not autocast_enabled(device)
+    if device == "cpu":
+        with torch.autocast(device):
+            assert autocast_enabled(device)
+    if not available:
+        with pytest.raises(RuntimeError, match="autocast"):
+            torch.is_autocast_enabled(device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])

@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 
 import pytest
-from _cuda import ARCHITECTURES, RESOURCES, NotBuilt, build, check_emulation, parse
+from _cuda import ARCHITECTURES, RESOURCES, NotBuilt, build, check_emulation, check_launching, parse
 
 from conftest import absent
 
@@ -171,4 +171,34 @@ def test_emulation():
         "sums: cut off",
         "split: exact",
         "layout: each word once, no conflicts",
+    ]
+
+
+def test_launching(tmp_path):
+    """No context is created on a device that nobody uses. What a kernel is allowed and how many clusters run at once
+    are asked for once for each kernel, device, number of blocks and bytes, and not mixed up.
+    """
+    try:
+        printed = check_launching(tmp_path)
+    except NotBuilt as reason:
+        absent("cuda-emulated", str(reason))
+    assert printed.splitlines() == [
+        "from 0 unused to 1: then 1, contexts on 1",
+        "from 0 to 1: then 0, contexts on 0 1",
+        "from 1 to 0: then 1, contexts on 0 1",
+        "from 1 to 1: then 1, contexts on 1",
+        "shared memory, first launch: DeviceGetAttribute 1 FuncSetAttribute 1 LaunchKernel 1",
+        "second launch: LaunchKernel 1",
+        "another kernel: DeviceGetAttribute 1 FuncSetAttribute 1 LaunchKernel 1",
+        "another device: DeviceGetAttribute 1 FuncSetAttribute 1 LaunchKernel 1",
+        "clusters, first launch: FuncSetAttribute 1 LaunchKernelExC 1 OccupancyMaxActiveClusters 1",
+        "second launch: LaunchKernelExC 1",
+        "more blocks: LaunchKernelExC 1 OccupancyMaxActiveClusters 1",
+        "more bytes: LaunchKernelExC 1 OccupancyMaxActiveClusters 1",
+        "another kernel: FuncSetAttribute 1 LaunchKernelExC 1 OccupancyMaxActiveClusters 1",
+        "another device: DeviceGetAttribute 1 FuncSetAttribute 2 LaunchKernelExC 1 OccupancyMaxActiveClusters 1",
+        "at once on 0, of 4 blocks: 25",
+        "at once on 0, of 8 blocks: 12",
+        "at once on 1, of 4 blocks: 26",
+        "at once on 1, of 8 blocks: 13",
     ]

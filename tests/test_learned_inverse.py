@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from _compare import assert_identical, assert_near, assert_same_pattern
-from _oracle import ACTIVATIONS, SLOPES, extended, weight_gradient
+from _modules import count_evaluations
+from _oracle import extended
+from _oracle_recurrence import ACTIVATIONS, SLOPES, weight_gradient
 from torch import Tensor, nn
 
 import tp_kernels as tp
@@ -291,6 +293,13 @@ def test_frozen_parameters():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_parametrized_weight_is_evaluated_once_a_pass():
+    layer = layer_of()
+    counters = count_evaluations(layer)
+    layer(*inputs()[:2])[1].sum().backward()
+    assert {name: counter.evaluations for name, counter in counters.items()} == dict.fromkeys(counters, 1)
+
+
 def test_empty_batch():
     layer = layer_of()
     layer(torch.randn(T, 0, M, dtype=torch.float64))[0].sum().backward()
@@ -333,7 +342,7 @@ def test_it_takes_no_rule():
         tp.nn.convert(model, tp.BackProp())
     assert (model[0].rule, type(model[1])) == (tp.TargetProp(), nn.RNN), "changed before the error"
     assert str(caught.value) == "nn.LearnedInverse: rule must be None (it learns its inverse), got BackProp()"
-    with pytest.raises(ValueError, match=re.escape("trace: model must have a tp_kernels.nn.RNN in it")):
+    with pytest.raises(ValueError, match=re.escape("trace: model must have a tp_kernels.nn.RNN or GRU in it")):
         tp.trace(model[2:])
 
 

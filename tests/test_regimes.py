@@ -6,16 +6,18 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from tp_kernels import _native
 from tp_kernels.regimes import __main__ as command
 from tp_kernels.regimes import measure, model, pictures, report, store, summary, train
-from tp_kernels.regimes.cases import CONTENDERS, PRESETS, Case, Effort, Grid, LastState, spec
-from tp_kernels.rules import BackProp
+from tp_kernels.regimes.cases import CONTENDERS, PRESETS, Case, Contender, Effort, Grid, LastState, fused, spec
+from tp_kernels.rules import BackProp, TargetProp
 
 ROOT = Path(__file__).parents[1]
 TINY = Case(T=4, N=5, B=3)
@@ -252,6 +254,17 @@ def test_the_gradient_of_the_first_step_is_not_lost():
     first = torch.zeros_like(cell.x).requires_grad_()
     module(cell.x + first).backward(cell.grad)
     assert first.grad[0].abs().max() > torch.finfo(torch.float32).tiny  # smaller numbers are denormal
+
+
+def test_a_case_of_another_layer():
+    """Its methods are checked against the reference of that layer, and of their rule."""
+    cell = measure.Cell(Case(T=7, N=6, B=4, M=3), layer="GRU")
+    ours = fused("tp", "tp", "TP", TargetProp(), layer="GRU")
+    theirs = Contender("nn.GRU", "bp", "nn.GRU", BackProp(), lambda M, N, _: LastState(nn.GRU(M, N)))
+    for contender, backend in ((ours, "cpu" if _native.cpu_available()[0] else "reference"), (theirs, "torch")):
+        assert cell.check(contender, cell.module(contender)).passed
+        assert cell.backend_of(contender) == backend
+    assert not cell.check(replace(theirs, rule=TargetProp()), cell.module(theirs)).passed
 
 
 def test_a_contender_left_out_says_why():
@@ -577,7 +590,7 @@ def test_benchmarks_by_their_flag(flags):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "test_regimes" not in done.stdout
     if "--collect-only" in flags:
-        assert "bench_rnn[T784" in done.stdout
+        assert "bench_step[rnn-T784" in done.stdout
 
 
 def _environment() -> dict[str, str]:

@@ -136,15 +136,56 @@ def test_the_words_of_a_sweep():
         "difference": TargetProp(inverse="layer", mode="difference"),
         "direct": TargetProp(inverse="layer", mode="direct"),
     }
-    assert {word: Sweep.of(rule, "relu").inverse for word, rule in words.items()} == {word: word for word in words}
-    assert [word for word, rule in words.items() if Sweep.of(rule, "relu").uses_inverse] == [
+    assert {word: Sweep.of(rule).inverse for word, rule in words.items()} == {word: word for word in words}
+    assert [word for word, rule in words.items() if Sweep.of(rule).uses_inverse] == [
         "weight",
         "layer",
         "difference",
         "direct",
     ]
     rule = TargetProp(0.5, "jacobian", "local", step=2.0, clip=0.2, rtol=0.1)
-    assert Sweep.of(rule, "tanh") == Sweep("tanh", "jacobian", "local", 2.0, 0.2, 0.5, 0.1, first=0)
+    assert Sweep.of(rule) == Sweep("jacobian", "local", step=2.0, clip=0.2, reg=0.5, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        BackProp(),
+        TargetProp(),
+        TargetProp.paper(reg=10, step=0.01),
+        TargetProp(1 / 3, inverse="jacobian", step=1e-300, rtol=0.1 + 0.2),
+        TargetProp(inverse="layer", mode="direct", clip=5e-324),
+    ],
+    ids=str,
+)
+def test_a_sweep_in_words_and_back(rule):
+    """An op is told a rule in words: to the last bit of its numbers."""
+    assert rule.words == Sweep.of(rule).words
+    assert Sweep.parse(rule.words) == Sweep.of(rule)
+    assert "words" not in repr(rule)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "weight",
+        "inverse=weight",
+        Sweep().words + " first=0",
+        Sweep().words.replace("rtol", "tol"),
+        " ".join(reversed(Sweep().words.split())),
+    ],
+)
+def test_words_that_are_no_sweep(words):
+    with pytest.raises(ValueError, match="sweep must have the words") as caught:
+        Sweep.parse(words)
+    expected = f"sweep must have the words inverse, update, step, clip, reg, rtol, got {words!r}"
+    assert str(caught.value) == expected
+
+
+def test_the_numbers_of_a_sweep_are_numbers():
+    with pytest.raises(ValueError, match="sweep must have a number as step, got"):
+        Sweep.parse(Sweep().words.replace("step=1.0", "step=one"))
 
 
 def test_resolve():

@@ -6,16 +6,18 @@ version a change that needs more registers or more shared memory fails. This wri
     TPK_REWRITE_RESOURCES=1 python -m pytest tests/test_triton_aot.py
 """
 
+import importlib
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
-from _aot import SHARED_MEMORY, Polar, Shape, resources
+from _aot import SHARED_MEMORY, Polar, Shape, compiled, resources
 
 from conftest import absent
 from tp_kernels import _triton
@@ -108,6 +110,35 @@ def found() -> dict[str, dict[str, int]]:
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         results = list(pool.map(resources, *zip(*listed, strict=True), chunksize=4))
     return {f"{shape} sm_{capability}": result for (shape, capability), result in zip(listed, results, strict=True)}
+
+
+@pytest.fixture
+def triton_kernel() -> ModuleType:
+    if _triton.interpreted():
+        pytest.skip("TRITON_INTERPRET is set, and the interpreter compiles nothing")
+    if _triton.import_error() is not None:
+        absent("triton", f"triton could not be imported: {_triton.import_error()}")
+    return importlib.import_module(f"{triton_blocks.__package__}.triton_kernel")
+
+
+def test_another_length_or_batch_is_no_other_kernel(triton_kernel):
+    """What depends on T and B is not looked at when a kernel is compiled …"""
+    for kernel in (triton_kernel.forward_kernel, triton_kernel.backward_kernel, triton_kernel.jacobian_kernel):
+        varying = {name for name in kernel.arg_names if name in ("T", "B") or name.endswith(("_time", "_batch"))}
+        assert len(varying) >= 4
+        assert {given.name for given in kernel.params if given.do_not_specialize} == varying
+
+
+def test_what_is_aligned_is_loaded_as_such(triton_kernel):
+    """… but for whether the strides keep to 16: with an N that does, they do in every contiguous tensor."""
+    for shape in (Shape("forward", "float32", 64, Block(16, 4)), Shape("backward", "float32", 64, Block(16, 4))):
+        found = [compiled(shape, 90, ALIGNED=aligned).asm["ptx"] for aligned in (True, False)]
+        one_by_one = ["ld.global.b32" in ptx for ptx in found]
+        assert one_by_one == [False, True]
+    for B in (13, 20):
+        assert triton_kernel.aligned(48, torch.empty(7, B, 48), None, torch.empty(7, B, 2, 48))
+        assert not triton_kernel.aligned(100, torch.empty(7, B, 100))
+    assert not triton_kernel.aligned(48, torch.empty(7, 3, 49)[..., :48])
 
 
 def test_nothing_spills(found):

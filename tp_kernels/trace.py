@@ -13,21 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import CheckpointError
 
+from tp_kernels._json import finite
 from tp_kernels.nn._recurrent import Recurrent
 from tp_kernels.nn.learned_inverse import LearnedInverse
 from tp_kernels.ops.recurrence import reference
 from tp_kernels.ops.recurrence.cell import CELLS
 from tp_kernels.ops.recurrence.op import Options, recurrent_layer, solver_iterations
-from tp_kernels.regimes.store import finite
 from tp_kernels.rules import BackProp, TargetProp
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# What RecurrenceFunction takes and gives gradients in, in its order: the input's bias, a sum, and the cell's own.
-_INPUTS = ("input", "weight_ih", "input_bias", "weight_hh", "bias", "h0")
+# What RecurrenceFunction takes, in its order: the input's bias is a sum, and "bias" the cell's own.
+_INPUTS = ("input", "weight_ih", "input_bias", "weight_hh", "bias", "h0", "feedback")
 _PARAMETERS = ("weight_ih", "weight_hh", "input_bias", "bias")
 _BIASES = ("bias_ih_l0", "bias_hh_l0")
 
@@ -215,7 +216,7 @@ class _Recorder:
         weak = weakref.ref(node)  # a hook that held its own node would keep the graph alive
         clip = layer.rule.clip if isinstance(layer.rule, TargetProp) else TargetProp.clip
         device = last.device.type
-        biases = [name for name in _BIASES if layer.bias and getattr(layer, name).requires_grad]
+        biases = [name for name in _BIASES if layer.bias and _is_trained(layer, name)]
 
         def to_biases(gradients: dict[str, Tensor | None]) -> list[Tensor]:
             return _through_biases(layer, biases, gradients)
@@ -252,7 +253,7 @@ def _record(
     inputs = dict(zip(_INPUTS, saved[: len(_INPUTS)], strict=True))
     present = [name for name, tensor in inputs.items() if tensor is not None]
     found = dict.fromkeys(_INPUTS) | dict(zip(present, gradients, strict=True))
-    options: Options = node.options
+    feedback, options = inputs.pop("feedback"), node.options
     cell, sweep, weight = CELLS[options.cell], options.sweep, inputs["weight_hh"]
     trained = [parameter for parameter in _PARAMETERS if found[parameter] is not None]
     h, kept = _states(inputs, options)
@@ -261,7 +262,6 @@ def _record(
     g = torch.zeros_like(h) if grad_h is None else grad_h.clone()
     if grad_last is not None:
         g[-1] += grad_last
-    feedback = saved[len(_INPUTS)]
     if feedback is None and sweep.uses_inverse:
         inverted = cell.inverted(weight, sweep.inverse)
         feedback = torch.ops.tp_kernels.recurrence_feedback(inverted, sweep.reg, options.power, options.backend)
@@ -293,12 +293,21 @@ def _record(
     )
 
 
+def _is_trained(layer: Recurrent, name: str) -> bool:
+    """Without reading a parameter that is parametrized: that may draw random numbers or change its state."""
+    if parametrize.is_parametrized(layer, name):
+        return any(parameter.requires_grad for parameter in layer.parametrizations[name].parameters())
+    return getattr(layer, name).requires_grad
+
+
 def _through_biases(layer: Recurrent, names: list[str], gradients: dict[str, Tensor | None]) -> list[Tensor]:
     """The gradients in those of the layer's two biases, from the gradients in what it makes of them."""
     if not names:
         return []
+    shapes = layer._shapes()
     with torch.enable_grad():
-        leaves = {name: torch.zeros_like(getattr(layer, name)).requires_grad_() for name in _BIASES}
+        like = gradients["input_bias"]
+        leaves = {name: like.new_zeros(shapes[name]).requires_grad_() for name in _BIASES}
         made = dict(zip(("input_bias", "bias"), layer._biases(leaves), strict=True))
     reached = [name for name, tensor in made.items() if tensor is not None and gradients[name] is not None]
     return list(
@@ -392,7 +401,7 @@ def _draw(layers: dict[str, list[Record]], axes: "list[Axes]") -> None:
         norms.set(yscale="log", title=f"{where}: norms", xlabel="time step", ylabel="mean, shaded up to the largest")
         norms.legend(fontsize=8)
         saturation.plot(steps, [100 * share for share in last.saturated], color="#8c510a", linewidth=1.6, marker=".")
-        saturation.set(title=f"{where}: saturated units", xlabel="time step", ylabel="percent of the units")
+        saturation.set(title=f"{where}: saturation", xlabel="time step", ylabel="percent of the activations")
         saturation.set_ylim(0, max(1, 105 * max(last.saturated)))
         for name, (label, colour, style) in _ANGLES.items():
             values = [math.nan if getattr(record, name) is None else getattr(record, name) for record in records]

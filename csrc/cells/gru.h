@@ -31,7 +31,7 @@ struct Gru {
         return {several(of_r, of_z, of_n), several(of_r, of_z, r * of_n), z * mu};
     }
 
-    // "weight" goes through n's block alone, at power 1/2 never growing; "layer" inverts all three.
+    // "weight" goes through n's block alone, "layer" through all three.
     template <Inverse inverse, class T, class V>
     static Term<Gru, V> term(V lambda, const Step<Gru, V>& step, T clip) {
         const V r = step.kept[0], z = step.kept[1], n = step.kept[2], q = step.kept[3];

@@ -7,6 +7,7 @@
 #ifndef TPK_EMULATE
 #include <map>
 #include <mutex>
+#include <tuple>
 
 namespace tpk {
 
@@ -32,16 +33,23 @@ __device__ inline void store_in_block(float* address, int rank, float value) {
 }
 #endif
 
-// A launch of clusters of that many blocks on the current device, for the runtime. A kernel has to be allowed more than
-// 8 blocks, and more than 48 KB.
+// A kernel has to be allowed more than 8 blocks.
+inline void allow_large_clusters(const void* kernel) {
+    static Once once;
+    once(kernel, [&] {
+        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+                   "cudaFuncSetAttribute");
+    });
+}
+
+// A launch of clusters of that many blocks on the current device, for the runtime.
 struct ClusterLaunch {
     cudaLaunchAttribute attribute = {};
     cudaLaunchConfig_t config = {};
 
     ClusterLaunch(const void* kernel, ptrdiff_t clusters, int blocks, int threads, size_t shared, void* stream) {
         allow_shared_memory(kernel);
-        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-                   "cudaFuncSetAttribute");
+        allow_large_clusters(kernel);
         attribute.id = cudaLaunchAttributeClusterDimension;
         attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
         config.gridDim = dim3(static_cast<unsigned>(clusters * blocks));
@@ -73,11 +81,16 @@ int largest_cluster(int device, void (*kernel)(Arguments...), int threads, size_
     return known[device] = blocks;
 }
 
-// Clusters that run at once on the current device: at least one.
+// Clusters that run at once on the current device: at least one. The runtime takes longer to say so than to launch.
 template <class... Arguments>
 int active_clusters(const char* what, void (*kernel)(Arguments...), int blocks, int threads, size_t shared) {
-    const ClusterLaunch launch(reinterpret_cast<const void*>(kernel), 1, blocks, threads, shared, nullptr);
-    int clusters = 0;
+    static std::mutex one_at_a_time;
+    static std::map<std::tuple<const void*, int, int, int, size_t>, int> known;
+    const void* function = reinterpret_cast<const void*>(kernel);
+    const std::lock_guard<std::mutex> lock(one_at_a_time);
+    int& clusters = known[{function, current_device(), blocks, threads, shared}];
+    if (clusters) return clusters;
+    const ClusterLaunch launch(function, 1, blocks, threads, shared, nullptr);
     check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config), what);
     if (clusters == 0)
         throw std::runtime_error(std::string(what) + ": this device cannot run a cluster of " + std::to_string(blocks) +

@@ -10,7 +10,12 @@
 #ifdef TPK_EMULATE
 #include "cuda_emulation.h"
 #else
+#include <cuda.h>
 #include <cuda_runtime.h>
+
+#include <mutex>
+#include <set>
+#include <utility>
 
 // A variable that a thread block shares.
 #define TPK_SHARED(type, name) __shared__ type name
@@ -33,20 +38,49 @@ inline std::string device_problem() {
     return count > 0 ? "" : "no CUDA device can be used: there is none";
 }
 
-// The device to launch on, as long as this lives.
+inline int current_device() {
+    int device = 0;
+    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+    return device;
+}
+
+// Whether a context is there; to make its device the current one would create it. The runtime cannot say, the driver
+// can: it is asked through the runtime, so that nothing is linked to it.
+inline bool has_context(int device) {
+    using Ask = CUresult (*)(CUdevice, unsigned*, int*);
+    static const Ask ask = [] {
+        void* found = nullptr;
+        cudaDriverEntryPointQueryResult result;
+        check_cuda(
+            cudaGetDriverEntryPointByVersion("cuDevicePrimaryCtxGetState", &found, 7000, cudaEnableDefault, &result),
+            "cudaGetDriverEntryPointByVersion");
+        return reinterpret_cast<Ask>(found);
+    }();
+    unsigned flags = 0;
+    int active = 0;
+    return !ask || (ask(device, &flags, &active) == CUDA_SUCCESS && active);
+}
+
+// The device to launch on, as long as this lives. The one before is current again if anybody uses it: in a new thread
+// that is device 0, where a context would cost hundreds of megabytes. torch keeps its own note of it, as with its
+// guards.
 class OnDevice {
 public:
     explicit OnDevice(int device) {
         const std::string problem = device_problem();
         if (!problem.empty()) throw std::runtime_error(problem);
-        check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
-        check_cuda(cudaSetDevice(device), "cudaSetDevice");
+        before_ = current_device();
+        restores_ = before_ != device && has_context(before_);
+        if (before_ != device) check_cuda(cudaSetDevice(device), "cudaSetDevice");
     }
-    ~OnDevice() { cudaSetDevice(before_); }
+    ~OnDevice() {
+        if (restores_) cudaSetDevice(before_);
+    }
     OnDevice(const OnDevice&) = delete;
 
 private:
     int before_ = 0;
+    bool restores_ = false;
 };
 
 inline int multiprocessors(int device) {
@@ -73,14 +107,33 @@ void launch(const char* what, void (*kernel)(Arguments...), ptrdiff_t blocks, in
                what);
 }
 
+// What has to be done once for each kernel and device, and not again at every launch.
+class Once {
+public:
+    // run(): for this kernel on the current device.
+    template <class Run>
+    void operator()(const void* kernel, Run run) {
+        const std::pair<const void*, int> key(kernel, current_device());
+        const std::lock_guard<std::mutex> lock(one_at_a_time_);
+        if (done_.count(key)) return;
+        run();
+        done_.insert(key);
+    }
+
+private:
+    std::mutex one_at_a_time_;
+    std::set<std::pair<const void*, int> > done_;
+};
+
 // A kernel has to be allowed more than 48 KB: always all that there is on the current device, or threads that launch
 // the same kernel would get in each other's way.
 inline void allow_shared_memory(const void* kernel) {
-    int device = 0;
-    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shared_memory(device))),
-               "cudaFuncSetAttribute");
+    static Once once;
+    once(kernel, [&] {
+        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shared_memory(current_device()))),
+                   "cudaFuncSetAttribute");
+    });
 }
 
 // The same with that many bytes of dynamic shared memory.

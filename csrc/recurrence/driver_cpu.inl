@@ -91,6 +91,7 @@ bool recurrence_forward(const RecurrenceForward<T>& f) {
     if (f.B == 0) return true;
     return with_cell(f.cell, [&](auto cell) {
         using Cell = decltype(cell);
+        constexpr bool projects = Cell::into_is_delta;  // one product can give both shares
         const bool project = f.projection;
         const ptrdiff_t N = f.N, M = f.projected, all = Cell::gates * N, columns = padded<T>(all);
         Scratch<T> packed(f.H * (N + M) * columns), zeros(all);
@@ -99,8 +100,6 @@ bool recurrence_forward(const RecurrenceForward<T>& f) {
             pack(f.weight + head * all * N, 1, N, N, all, packed.get() + head * N * columns, N + M);
         if (project) pack(f.projection, 1, M, M, all, packed.get() + N * lanes<T>, N + M);
         clear(zeros.get(), all);
-        // Whether one product can give both shares.
-        constexpr bool projects = Cell::into_is_delta;
         const auto run = project ? forward_tile<Cell, projects, T> : forward_tile<Cell, false, T>;
         return for_tiles<T>(f, f.threads, columns + (project ? padded<T>(N + M) : 0),
                             [&](const Tile& tile, T* scratch) {
@@ -124,7 +123,19 @@ constexpr Form form_of(Inverse inverse) {
     return Cell::form(inverse);
 }
 
-// Numbers of scratch memory that a row takes.
+// Of "identity" λ as it is, of "jacobian" what the solver takes.
+template <Inverse inverse, class Cell, class T, class V>
+inline Term<Cell, V> term_of(V lambda, const Step<Cell, V>& step, T clip) {
+    if constexpr (inverse == Inverse::identity || inverse == Inverse::jacobian) {
+        Term<Cell, V> term;
+        term.sent[0] = term.by = lambda;
+        return term;
+    } else {
+        return Cell::template term<inverse>(lambda, step, clip);
+    }
+}
+
+// Numbers of scratch memory that a row takes, or more.
 template <class Cell, class T>
 ptrdiff_t backward_size(Inverse inverse, ptrdiff_t N) {
     return 8 * padded<T>(N) + padded<T>(form_of<Cell>(inverse).products * N) + padded<T>(Cell::gates * N) +
@@ -153,8 +164,8 @@ void backward_tile(const RecurrenceBackward<T>& f, const Tile& tile, const Matri
     T* next_carried = form.by ? take(carried_size) : carried;
     T* through = take(size);
     T* next_through = Cell::passes_by ? take(size) : through;
-    T* sent = take(rows * sent_row);  // what the inverse's products take
-    T* into = take(rows * into_row);  // what W takes
+    T* sent = take(rows * sent_row);                                  // what the inverse's products take
+    T* into = Cell::into_is_delta ? nullptr : take(rows * into_row);  // what W takes, where that is not δ
     Solver<Cell, T> solver(f, tile, matrices.weight, matrices.solved, scratch);
     const T step_size = f.step, clip = f.clip;
     if (f.carried_in) copy_rows(f.carried_in + tile.in(states), row, rows, N, carried, columns);
@@ -179,10 +190,8 @@ void backward_tile(const RecurrenceBackward<T>& f, const Tile& tile, const Matri
             store_all(grad_u + i * u_row + j, N, adjoint.delta);
             if (total && !Cell::into_is_delta) store_all(into + i * into_row + j, N, adjoint.into);
             if (total && Cell::passes_by) store(next_through + at, adjoint.past);
-            if constexpr (inverse == Inverse::identity || jacobian) {
-                store(form.by ? next_carried + at : sent + at, lambda);
-            } else if constexpr (carries) {
-                const auto term = Cell::template term<inverse>(lambda, step, clip);
+            if constexpr (carries) {
+                const auto term = term_of<inverse>(lambda, step, clip);
                 for (int k = 0; k < form.products; ++k) store(sent + i * sent_row + k * N + j, term.sent[k]);
                 if (form.by) store(next_carried + (form.scale ? size : 0) + at, term.by);
                 if (form.scale) store(next_carried + 2 * size + at, term.scale);
@@ -198,9 +207,8 @@ void backward_tile(const RecurrenceBackward<T>& f, const Tile& tile, const Matri
         if (total && (t > 0 || f.through_out))
             multiply_packed<Cell::passes_by ? Into::add : Into::store>(
                 Cell::into_is_delta ? grad_u : into, into_row, rows, matrices.weight, G * N, N, next_through, columns);
-        T *spent = carried, *spent_through = through;
-        carried = next_carried, next_carried = spent;
-        through = next_through, next_through = spent_through;
+        exchange(carried, next_carried);
+        exchange(through, next_through);
     }
     if (f.through_out && total) copy_rows(through, columns, rows, N, f.through_out + tile.in(states), row);
     if (f.carried_out && carries) {

@@ -71,10 +71,11 @@ public:
     V not_finite(ptrdiff_t at) const { return 0 * load<V>(slope_ + at); }
     V preconditioned(ptrdiff_t at, V r) const { return load<V>(inverted_ + at) * r; }
 
-    void send(ptrdiff_t i, ptrdiff_t k, const T* x) {
+    template <class Element>
+    void send(ptrdiff_t i, ptrdiff_t k, const Element& element) {
         for (ptrdiff_t j = 0; j < columns_; j += lanes<T>) {
             const ptrdiff_t at = i * columns_ + j;
-            store(sent_ + k * columns_ + j, load<V>(slope_ + at) * load<V>(x + at));
+            store(sent_ + k * columns_ + j, load<V>(slope_ + at) * element(at));
         }
     }
 
@@ -161,14 +162,16 @@ public:
         return result;
     }
 
-    void send(ptrdiff_t i, ptrdiff_t k, const T* x) {
-        for (ptrdiff_t gate = 0; gate < G; ++gate)
-            for (ptrdiff_t j = 0; j < columns_; j += lanes<T>) {
-                const ptrdiff_t at = i * columns_ + j;
-                store(sent_ + k * sent_row(N_) + gate * N_ + j, load<V>(slopes_[gate] + at) * load<V>(x + at));
-            }
-        for (ptrdiff_t j = 0; j < columns_; j += lanes<T>)
-            store(back_ + k * columns_ + j, load<V>(d_ + i * columns_ + j) * load<V>(x + i * columns_ + j));
+    // A gate's block of sent_ is written in whole vectors, over the beginning of the next one, which is written later.
+    template <class Element>
+    void send(ptrdiff_t i, ptrdiff_t k, const Element& element) {
+        for (ptrdiff_t j = columns_ - lanes<T>; j >= 0; j -= lanes<T>) {
+            const ptrdiff_t at = i * columns_ + j;
+            const V x = element(at);
+            store(back_ + k * columns_ + j, load<V>(d_ + at) * x);
+            for (ptrdiff_t gate = 0; gate < G; ++gate)
+                store(sent_ + k * sent_row(N_) + gate * N_ + j, load<V>(slopes_[gate] + at) * x);
+        }
     }
 
     // back_ = Jᵀ x and product_ = its products with Wᵀ.
@@ -195,7 +198,6 @@ public:
     V result(V lambda, V, ptrdiff_t) const { return lambda; }
 
 private:
-    // A block of a row of sent_ is written in whole vectors, over the beginning of the next one.
     static ptrdiff_t sent_row(ptrdiff_t N) { return padded<T>(G * N) + lanes<T>; }
 
     const T* weight_;  // packed for products with W
@@ -223,7 +225,7 @@ struct SolvedRow {
 // Solves for a tile of rows, step by step back in time. An operator:
 //
 //   linearize(step)            J, at that step, for all rows
-//   send(i, k, x)              what the products take of row i of x, as the k-th of the active rows
+//   send(i, k, element)        what the products take of row i, element(at), as the k-th of the active rows
 //   multiply(count)            the products, of that many active rows
 //   image(x, k, …)             then, an element of (J Jᵀ + rI) x; product(k) is memory for it, read for the last time
 //   residual(λ, x, k, …)       λ less that
@@ -318,10 +320,11 @@ private:
 
     // Row i takes part in the next product, with a direction from its preconditioned residual alone.
     void activate(ptrdiff_t i) {
-        for_row(i, [&](ptrdiff_t, ptrdiff_t at) {
-            store(direction_ + at, operator_.preconditioned(at, load<V>(residual_ + at)));
+        operator_.send(i, active_, [&](ptrdiff_t at) {
+            const V p = operator_.preconditioned(at, load<V>(residual_ + at));
+            store(direction_ + at, p);
+            return p;
         });
-        operator_.send(i, active_, direction_);
         order_[active_++] = i;
     }
 
@@ -342,8 +345,7 @@ private:
                 } else if (s.iterations >= limit) {
                     s.state = Row::given_up;
                 } else {
-                    turn(i);
-                    operator_.send(i, kept, direction_);
+                    turn(i, kept);
                     order_[kept++] = i;
                 }
             }
@@ -379,12 +381,13 @@ private:
         return true;
     }
 
-    // The next direction.
-    void turn(ptrdiff_t i) {
+    // The next direction, and what the products take of it.
+    void turn(ptrdiff_t i, ptrdiff_t k) {
         const T beta = states_[i].turn;
-        for_row(i, [&](ptrdiff_t, ptrdiff_t at) {
-            store(direction_ + at,
-                  operator_.preconditioned(at, load<V>(residual_ + at)) + beta * load<V>(direction_ + at));
+        operator_.send(i, k, [&](ptrdiff_t at) {
+            const V p = operator_.preconditioned(at, load<V>(residual_ + at)) + beta * load<V>(direction_ + at);
+            store(direction_ + at, p);
+            return p;
         });
     }
 
@@ -395,7 +398,7 @@ private:
         ptrdiff_t count = 0;
         for (ptrdiff_t i = 0; i < tile_.rows; ++i) {
             if (states_[i].state != Row::unchecked) continue;
-            operator_.send(i, count, solution_);
+            operator_.send(i, count, [&](ptrdiff_t at) { return load<V>(solution_ + at); });
             order_[count++] = i;
         }
         if (count == 0) return false;

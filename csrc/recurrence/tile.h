@@ -34,6 +34,12 @@ inline void store_all(T* to, ptrdiff_t stride, const Several<V, count>& all) {
     for (int k = 0; k < count; ++k) store(to + k * stride, all[k]);
 }
 
+template <class T>
+inline void exchange(T*& one, T*& other) {
+    T* first = one;
+    one = other, other = first;
+}
+
 // What backward reads of a step.
 template <class Cell, class T>
 struct StepOfTile {

@@ -374,6 +374,33 @@ def test_opcheck_of_the_feedback(shape, backend):
     torch.library.opcheck(ops.recurrence_refreshed_feedback, (weight, *kept, 0.25, 1.0, 3, backend))
 
 
+def test_what_must_not_be_recorded():
+    """Ops that wait for the device, or count on the host, tell torch.compile so; each other one may be recorded."""
+    names = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if "tp_kernels::" in name}
+    tagged = {name for name in names if torch.Tag.cudagraph_unsafe in getattr(ops, name).default.tags}
+    assert tagged == {"recurrence_bwd_waiting", "recurrence_refreshed_feedback"}
+    twin, own = (str(getattr(ops, name).default._schema) for name in ("recurrence_bwd_waiting", "recurrence_bwd"))
+    assert twin.replace("_waiting", "") == own
+
+
+@pytest.mark.parametrize("layer", [tp.nn.RNN, tp.nn.GRU])
+@pytest.mark.parametrize("inverse", ["jacobian", "weight"])
+def test_a_pass_that_waits_calls_the_op_that_says_so(layer, inverse):
+    """The solves of "jacobian" are checked by reading their residuals."""
+    called: list[str] = []
+
+    class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            called.append(str(function))
+            return function(*arguments, **(options or {}))
+
+    module = layer(3, 5, rule=tp.TargetProp(inverse=inverse))
+    with Calls():
+        module(torch.ones(4, 2, 3))[0].sum().backward()
+    assert ("tp_kernels.recurrence_bwd_waiting.default" in called) == (inverse == "jacobian")
+    assert ("tp_kernels.recurrence_bwd.default" in called) == (inverse != "jacobian")
+
+
 # --- compile
 
 

@@ -3,6 +3,8 @@ one thread block after the other. The checks, oracles and budgets are those of e
 where they are emulated.
 """
 
+import subprocess
+import sys
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -382,3 +384,49 @@ def test_graph_capture_and_replay(N):
 @pytest.mark.parametrize("N", [5, 130], ids=["one multiprocessor", "a cluster"])
 def test_on_another_stream(N):
     stream_check(SMALL.with_(N=N), "cuda")
+
+
+@needs_gpu
+def test_refresh_counts_and_waits_for_nothing():
+    """The drift of the weight is not looked at there."""
+    layer = tp.nn.RNN(3, 5, refresh=3, device=DEVICE)
+    x = torch.randn(4, 2, 3, device=DEVICE)
+
+    def gradient() -> torch.Tensor:
+        return torch.autograd.grad(layer(x)[1].sum(), layer.weight_hh_l0)[0]
+
+    gradient()
+    kept = layer.refreshed.kept.clone()
+    with torch.no_grad():
+        layer.weight_hh_l0.mul_(0.5)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradient()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    gradient()
+    assert torch.equal(layer.refreshed.kept, kept)
+    gradient()
+    assert not torch.equal(layer.refreshed.kept, kept)
+
+
+ON_THE_SECOND_DEVICE = """
+import threading
+import torch
+import tp_kernels as tp
+
+def run():
+    u, weight = torch.zeros(2, 1, 5, device="cuda:1"), torch.eye(5, device="cuda:1")
+    tp.rnn(u, weight, backend="cuda")
+
+thread = threading.Thread(target=run)
+thread.start()
+thread.join()
+print(*(torch._C._cuda_hasPrimaryContext(device) for device in (0, 1)))
+"""
+
+
+@pytest.mark.skipif(not ON_GPU or torch.cuda.device_count() < 2, reason="there are no two GPUs")
+def test_a_device_that_is_not_used_gets_no_context():
+    ran = subprocess.run([sys.executable, "-c", ON_THE_SECOND_DEVICE], capture_output=True, text=True)
+    assert (ran.stdout, ran.stderr) == ("False True\n", "")

@@ -1,6 +1,10 @@
 """The chain of library products, for what no CUDA kernel here holds: on a GPU, else with its own kernels emulated."""
 
+import contextlib
+import inspect
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from _compare import assert_near
 from _cuda_device import DEVICE, FLOAT, ON_GPU, SWEPT, emulate, everything, in_two_parts, inputs_of, needs_gpu
 from _oracle import extended
 
+import tp_kernels as tp
 from conftest import assert_within_fences
 from tp_kernels import _native, info
 from tp_kernels.ops.recurrence import library_chain
@@ -75,6 +80,12 @@ def test_a_sequence_in_two_parts(rule):
 # --- recordings
 
 
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if nothing had been called before."""
+    monkeypatch.setattr(library_chain, "_recordings", {})
+    monkeypatch.setattr(library_chain, "_came_once", {})
+
+
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The places of recordings, as they are made. Without a GPU what is recorded is run again, on the recording's own
@@ -87,14 +98,17 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         places.append(place)
         return made(function, device, place) if ON_GPU else function
 
-    monkeypatch.setattr(library_chain, "_recordings", {})
+    forget(monkeypatch)
     monkeypatch.setattr(library_chain, "records", lambda device: True)
     monkeypatch.setattr(library_chain, "record", record)
     return places
 
 
-def run_forward(case: Case) -> None:
-    forward_op(case.cell, *inputs_of(case), backend="cuda")
+def run_forward(case: Case, times: int = 1) -> torch.Tensor:
+    inputs = inputs_of(case)
+    for _ in range(times):
+        h = forward_op(case.cell, *inputs, backend="cuda")[0]
+    return h
 
 
 @pytest.mark.parametrize("case", [SMALL, HEADS, Case(T=3, B=5, N=130, h0=False)], ids=str)
@@ -113,7 +127,8 @@ def test_recordings_are_replayed(case, recorded, monkeypatch):
         step_by_step.setattr(library_chain, "records", lambda device: False)
         expected = [results(seed) for seed in (0, 1)]
     assert not recorded
-    for seed in (0, 1, 0):
+    for call, seed in enumerate((0, 1, 0)):
+        assert len(recorded) == (0 if call < 2 else 3)
         for found, wanted in zip(results(seed), expected[seed], strict=True):
             assert_near(found.cpu(), extended(wanted.cpu()), "a result", condition=10)
     assert recorded == [0, 1, 2]
@@ -123,7 +138,7 @@ def test_few_recordings_are_kept(recorded, monkeypatch):
     """The latest, each with a place, and so a stream, that no other has."""
     monkeypatch.setattr(library_chain, "LARGEST_COUNT", 4)
     for T in (2, 3, 4, 5, 2, 6, 7):
-        run_forward(SMALL.with_(T=T))
+        run_forward(SMALL.with_(T=T), times=2)
     assert recorded == [0, 1, 2, 3, 1, 2]
     kept = list(library_chain._recordings.values())
     assert [recording.results[0].shape[0] for recording in kept] == [5, 2, 6, 7]
@@ -137,21 +152,165 @@ def test_a_recording_belongs_to_a_precision(recorded, monkeypatch):
     """The library's products in it are of the precision that was set when it was made."""
     for tf32 in (False, True, False):
         monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
-        run_forward(SMALL)
+        run_forward(SMALL, times=2)
     assert recorded == [0, 1]
 
 
 def test_nothing_is_recorded_for_no_rows(recorded):
-    run_forward(SMALL.with_(B=0))
+    run_forward(SMALL.with_(B=0), times=3)
     assert not recorded
+
+
+def test_what_comes_once_is_not_recorded(recorded, monkeypatch):
+    """Lengths that change all the time are run step by step, and so are more of them in turn than are kept."""
+    monkeypatch.setattr(library_chain, "LARGEST_COUNT", 2)
+    for T in (2, 3, 4, 2, 3, 4):
+        run_forward(SMALL.with_(T=T))
+    assert not recorded
+    assert len(library_chain._came_once) == 2
+    run_forward(SMALL.with_(T=3))
+    assert recorded == [0]
+    assert len(library_chain._came_once) == 1
+
+
+def test_how_a_recording_is_made(monkeypatch):
+    """By a runtime that writes down what it is asked: warmed up on a stream that is never recorded on, in a pool of its
+    place that lives for ever; no cache is emptied.
+    """
+    written: list[object] = []
+    on = ["the caller's"]
+
+    @contextlib.contextmanager
+    def stream(name: str):
+        on.append(name)
+        yield
+        on.pop()
+
+    class Graph:
+        def capture_begin(self, pool: str, capture_error_mode: str) -> None:
+            written.append(("begin", on[-1], pool, capture_error_mode))
+
+        def capture_end(self) -> None:
+            written.append(("end", on[-1]))
+
+        def replay(self) -> None:
+            written.append("replay")
+
+    def waits(stream: str) -> None:
+        written.append((on[-1], "waits for", stream))
+
+    names = (f"stream {i}" for i in range(100))
+    pools = (SimpleNamespace(id=f"pool {i}") for i in range(100))
+    fake = {
+        "device": lambda device: contextlib.nullcontext(),
+        "stream": stream,
+        "Stream": lambda device: next(names),
+        "MemPool": lambda: next(pools),
+        "CUDAGraph": Graph,
+        "current_stream": lambda: SimpleNamespace(wait_stream=waits),
+        "synchronize": lambda: written.append("synchronize"),
+        "empty_cache": lambda: written.append("empty_cache"),
+    }
+    for name, function in fake.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    device = torch.device("cuda", 99)  # nobody has made its streams yet
+    for place in (3, 1, 3):
+        replay = library_chain.record(lambda: written.append(("run", on[-1])), device, place)
+        *prepared, begin, run, end = written
+        (_, warm_up), place_stream = prepared[1], begin[1]
+        assert prepared == ["synchronize", ("run", warm_up), ("the caller's", "waits for", warm_up)]
+        assert warm_up not in ("the caller's", *library_chain._streams(device))
+        assert place_stream == library_chain._streams(device)[place]
+        assert begin == ("begin", place_stream, library_chain._pools(device)[place].id, "thread_local")
+        assert (run, end) == (("run", place_stream), ("end", place_stream))
+        written.clear()
+        replay()
+        assert written == ["replay"]
+        written.clear()
+    assert len({pool.id for pool in library_chain._pools(device)}) == library_chain.LARGEST_COUNT
+
+    def fails_in_the_recording() -> None:
+        if written[-1] != "synchronize":
+            raise RuntimeError("of the library")
+
+    with pytest.raises(RuntimeError, match="of the library"):
+        library_chain.record(fails_in_the_recording, device, 0)
+    assert written[-1] == ("end", library_chain._streams(device)[0])  # else every later call there would fail
+
+
+def test_where_nothing_is_recorded(monkeypatch):
+    """Off CUDA, in a recording, and where torch.compile is about to make one: on the stream of its graph trees."""
+    device, streams = torch.device("cuda", 0), {"current": "a", "trees": "b"}
+    manager = SimpleNamespace(stream="b")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams["current"])
+    name = "torch._inductor.cudagraph_trees"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    assert library_chain.records(device)
+    assert not library_chain.records(torch.device("cpu"))
+    for found, stream, expected in ((None, "b", True), (manager, "a", True), (manager, "b", False)):
+        trees = SimpleNamespace(get_manager=lambda index, create_if_none_exists, found=found: found)
+        monkeypatch.setitem(sys.modules, name, trees)
+        streams["current"] = stream
+        assert library_chain.records(device) is expected
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    streams["current"] = "a"
+    assert not library_chain.records(device)
+
+
+def test_graph_trees_are_as_they_were():
+    """What is asked of a module of torch that promises nothing."""
+    from torch._inductor import cudagraph_trees
+
+    assert list(inspect.signature(cudagraph_trees.get_manager).parameters) == ["device_index", "create_if_none_exists"]
+    assert "self.stream = torch.cuda.Stream()" in inspect.getsource(cudagraph_trees.CUDAGraphTreeManager.__init__)
+    assert cudagraph_trees.get_manager(0, create_if_none_exists=False) is None
+
+
+@needs_gpu
+def test_a_recording_owns_its_memory(monkeypatch):
+    """What torch frees of the library's workspaces and of its cache is none of it."""
+    forget(monkeypatch)
+    expected = run_forward(SMALL)
+    with monkeypatch.context() as full:
+        full.setattr(torch.cuda, "empty_cache", lambda: pytest.fail("it empties the cache"))
+        run_forward(SMALL)
+    assert len(library_chain._recordings) == 1
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    others = [torch.full((1 << 20,), torch.nan, device=DEVICE) for _ in range(64)]
+    assert_near(run_forward(SMALL).cpu(), extended(expected.cpu()), "h")
+    assert all(other.isnan().all() for other in others)
 
 
 @needs_gpu
 def test_in_a_recording_of_the_callers_own(monkeypatch):
     """There the chain runs as it is; its own recordings have other streams than the caller's."""
-    monkeypatch.setattr(library_chain, "_recordings", {})
+    forget(monkeypatch)
     capture_check(SMALL, "cuda")
-    assert len(library_chain._recordings) == 4  # of two passes before and after it, on two streams
+    assert not library_chain._recordings  # two passes before and after it, on two streams: nothing has come twice
+    capture_check(SMALL, "cuda")
+    assert len(library_chain._recordings) == 2  # of the two passes on the current stream
+
+
+@needs_gpu
+def test_under_reduce_overhead(monkeypatch):
+    """torch.compile makes the recordings there."""
+    forget(monkeypatch)
+    u, weight, h0 = (tensor.to(DEVICE).requires_grad_() for tensor in SMALL.tensors(FLOAT))
+
+    def step(u: torch.Tensor, weight: torch.Tensor, h0: torch.Tensor) -> torch.Tensor:
+        return tp.rnn(2 * u, weight, h0, backend="cuda").square().sum()
+
+    compiled = torch.compile(step, mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        found = torch.autograd.grad(compiled(u, weight, h0), (u, weight, h0))
+        found = [gradient.clone() for gradient in found]
+    assert not library_chain._recordings
+    expected = torch.autograd.grad(step(u, weight, h0), (u, weight, h0))
+    for pair in zip(found, expected, strict=True):
+        assert_near(pair[0].cpu(), extended(pair[1].cpu()), "a gradient", condition=10)
 
 
 @needs_gpu

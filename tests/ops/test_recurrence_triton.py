@@ -4,6 +4,7 @@ The checks, oracles and budgets are those of every back-end; the cases are few a
 about two milliseconds a step.
 """
 
+import importlib
 import itertools
 from dataclasses import replace
 
@@ -520,6 +521,31 @@ def test_on_another_stream():
 @pytest.mark.skipif(not ON_GPU or torch.cuda.device_count() < 2, reason="there is no second GPU")
 def test_on_the_second_gpu():
     assert_same_bits(*(gradients(SMALL, tp.TargetProp(), torch.float32, "triton", f"cuda:{index}") for index in (0, 1)))
+
+
+@needs_gpu
+def test_a_last_batch_compiles_nothing(device, monkeypatch):
+    """Nor does another length."""
+    import triton
+
+    module = importlib.import_module(f"{triton_blocks.__package__}.triton_kernel")
+    for kernel in (module.forward_kernel, module.backward_kernel):
+        kernel.device_caches.clear()  # what other tests have compiled
+    compiled: list[str] = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **given: compiled.append(given["repr"]))
+    for T, B in ((5, 20), (5, 13), (4, 20), (16, 16)):
+        before = len(compiled)
+        gradients(Case(T=T, B=B, N=45), tp.TargetProp(), torch.float32, device)
+        assert (before == 0) == (len(compiled) > before), f"T = {T}, B = {B}: {compiled[before:]}"
+
+
+@needs_gpu
+def test_more_heads_than_an_axis_of_the_grid_takes(device):
+    """There are 65,535 places on every axis but the first."""
+    u = torch.rand(2, 1, 70_000, 2, device=device)
+    weight = torch.eye(2, device=device).repeat(70_000, 1, 1)
+    expected = torch.stack([u[0].tanh(), (u[1] + u[0].tanh()).tanh()])
+    assert_near(tp.rnn(u, weight, backend="triton").cpu(), extended(expected.cpu()), "h", condition=10)
 
 
 @needs_gpu

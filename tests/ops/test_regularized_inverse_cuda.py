@@ -15,7 +15,7 @@ from _compare import (
     assert_small_residual,
     errors,
 )
-from _cuda_device import DEVICE, ON_GPU, emulate, ops
+from _cuda_device import DEVICE, ON_GPU, emulate
 from _oracle import extended, regularized_inverse
 
 import tp_kernels as tp
@@ -23,6 +23,7 @@ from conftest import assert_within_fences
 from tp_kernels import _native
 from tp_kernels.ops.regularized_inverse import op
 
+ops = torch.ops.tp_kernels
 POWERS = (1.0, 0.5)
 REGS = (10.0, 0.25, 1e-2)
 # Both squares of threads, full and partial; tall, wide; more rows than are solved at a time; batches, and none.

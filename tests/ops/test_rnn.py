@@ -24,6 +24,7 @@ from _oracle_recurrence import SLOPES
 from torch import Tensor
 
 import tp_kernels as tp
+from tp_kernels.ops.recurrence import parallel
 from tp_kernels.rules import Sweep
 
 CASE = Case(T=7, B=3, N=5)
@@ -223,3 +224,11 @@ def test_an_orthogonal_weight_is_solved_in_one_iteration(dtype, cpu):
     back = back_of(Case(T=6, B=60, N=33), dtype, sweep).with_(grad=None)
     orthogonal = torch.linalg.qr(back.weight).Q.contiguous()
     assert back.with_(weight=orthogonal).iterations(sweep, "cpu").eq(1).all()
+
+
+def test_what_was_measured_on_the_cpu_holds_there():
+    """On another device the sweep is taken, until somebody has measured it."""
+    for device, expected in (("cpu", True), ("meta", False)):
+        h = torch.empty((8192, 1, 256), device=device)
+        assert parallel.worth_it(None, h) is expected
+        assert parallel.worth_it(h, h) is False

@@ -71,6 +71,8 @@ class Recurrent(nn.Module):
         self.backend = backend
         for name, shape in Recurrent._shapes(self).items():  # what a subclass adds comes after these
             setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        if feedback is not None:  # register_buffer has an error of its own
+            _validate.floating_tensor(self._NAME, "feedback", feedback)
         self.register_buffer("feedback", feedback, persistent=False)
         self._check_feedback(self.weight_hh_l0)
         self.refresh = refresh

@@ -26,7 +26,8 @@ class GRU(Recurrent):
         device, dtype: of the parameters.
         rule: what backward computes: ``TargetProp(...)``, ``BackProp()``; ``None`` is ``TargetProp()``. Which inverse
             does what, ``tp_kernels.gru`` says.
-        checkpoint_every, return_sequence, refresh: as in ``tp_kernels.nn.RNN``.
+        checkpoint_every, return_sequence: as in ``tp_kernels.nn.RNN``.
+        refresh: as there; only the blocks of the weight that the rule inverts count as moved.
         feedback: fixed matrices in place of the rule's inverse, as in ``tp_kernels.gru``: [N, N] for
             ``inverse="weight"``, [3, N, N] for "layer". A buffer that is not in ``state_dict``. ``None`` is P.
         backend: of the recurrence, as in ``tp_kernels.gru``.

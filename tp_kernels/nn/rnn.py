@@ -32,9 +32,10 @@ class RNN(Recurrent):
             T states exists at any time: memory grows with T/k + k.
         feedback: [N, N], a fixed matrix in place of the rule's inverse P, as a control of what P itself contributes. A
             buffer that is not in ``state_dict``. ``None`` is P.
-        refresh: k >= 1: compute P at every k-th training pass only, and whenever the weight has moved by a tenth
-            (Frobenius norm) since; in between the last P serves. 1, the default, is exact. Worth it where P is a large
-            share of a step: short sequences, few of them, large N. Then gradients depend on the passes before, and
+        refresh: k >= 1: compute P at every k-th training pass only, and on the CPU whenever the weight has moved by a
+            tenth (Frobenius norm) since; in between the last P serves. On a GPU only passes are counted: to see how far
+            the weight is would be to wait for it. 1, the default, is exact. Worth it where P is a large share of a
+            step: short sequences, few of them, large N. Then gradients depend on the passes before, and
             ``LinAlgError`` is raised in forward. Of no use to rules without P, or with ``feedback``.
         displacements: "sweep", "parallel" or "auto", as in ``tp_kernels.rnn``.
         backend: of the recurrence, as in ``tp_kernels.rnn``.

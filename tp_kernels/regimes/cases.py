@@ -87,8 +87,15 @@ class CellLoop(nn.Module):
         return state
 
 
-def _layer(rule: Rule, **options: object) -> Callable[[int, int, str], nn.Module]:
-    return lambda M, N, backend: LastState(tp_kernels.nn.RNN(M, N, rule=rule, backend=backend, **options))
+def fused(
+    name: str, role: str, label: str, rule: Rule, *, period: int = 1, layer: str = "RNN", **options: object
+) -> Contender:
+    """This library's layer of that name in ``nn``, with these options."""
+
+    def build(M: int, N: int, backend: str) -> nn.Module:
+        return LastState(getattr(tp_kernels.nn, layer)(M, N, rule=rule, backend=backend, **options))
+
+    return Contender(name, role, label, rule, build, fused=True, period=period)
 
 
 # The least memory: every 64th state is kept, the others are computed again, and there is no output of T states.
@@ -98,25 +105,14 @@ _CHECKPOINTS = {"checkpoint_every": 64, "return_sequence": False}
 CONTENDERS = {
     contender.name: contender
     for contender in (
-        Contender("tp", "tp", "TP", TargetProp(), _layer(TargetProp()), fused=True),
-        Contender(
-            "tp-local", "tp", "TP, local update", TargetProp(update="local"), _layer(TargetProp(update="local")), True
-        ),
-        Contender("tp-layer", "tp", "TP as in the paper", TargetProp.paper(), _layer(TargetProp.paper()), True),
-        Contender(
-            "tp-refresh8", "tp", "TP, P every 8 steps", TargetProp(), _layer(TargetProp(), refresh=8), True, period=8
-        ),
-        Contender(
-            "tp-jacobian",
-            "tp",
-            "TP, inverse of the Jacobian",
-            TargetProp(inverse="jacobian"),
-            _layer(TargetProp(inverse="jacobian")),
-            True,
-        ),
-        Contender("bp", "bp", "BP, same kernels", BackProp(), _layer(BackProp()), fused=True),
-        Contender("tp-keep64", "tp", "TP, checkpoints", TargetProp(), _layer(TargetProp(), **_CHECKPOINTS), True),
-        Contender("bp-keep64", "bp", "BP, checkpoints", BackProp(), _layer(BackProp(), **_CHECKPOINTS), True),
+        fused("tp", "tp", "TP", TargetProp()),
+        fused("tp-local", "tp", "TP, local update", TargetProp(update="local")),
+        fused("tp-layer", "tp", "TP as in the paper", TargetProp.paper()),
+        fused("tp-refresh8", "tp", "TP, P every 8 steps", TargetProp(), period=8, refresh=8),
+        fused("tp-jacobian", "tp", "TP, inverse of the Jacobian", TargetProp(inverse="jacobian")),
+        fused("bp", "bp", "BP, same kernels", BackProp()),
+        fused("tp-keep64", "tp", "TP, checkpoints", TargetProp(), **_CHECKPOINTS),
+        fused("bp-keep64", "bp", "BP, checkpoints", BackProp(), **_CHECKPOINTS),
         Contender("nn.RNN", "bp", "torch.nn.RNN", BackProp(), lambda M, N, _: LastState(nn.RNN(M, N))),
         Contender("eager", "bp", "loop of RNNCell", BackProp(), lambda M, N, _: CellLoop(M, N)),
         Contender(

@@ -107,10 +107,13 @@ def compare(outputs: Mapping[str, Tensor], same_dtype: Mapping[str, Tensor], exa
 
 
 class Cell:
-    """One case made real: the input, the gradient of the last state and the parameters that all contenders share."""
+    """One case made real: the input, the gradient of the last state and the parameters that all contenders share.
 
-    def __init__(self, case: Case, backend: str = "auto") -> None:
-        self.case, self.backend = case, backend
+    ``layer`` is the name of their layer in ``torch.nn`` and here.
+    """
+
+    def __init__(self, case: Case, backend: str = "auto", layer: str = "RNN") -> None:
+        self.case, self.backend, self.layer = case, backend, layer
         self.device, self.dtype = torch.device(case.device), DTYPES[case.dtype]
         generator = torch.Generator().manual_seed(0)
         kind = {"device": self.device, "dtype": self.dtype}
@@ -118,10 +121,11 @@ class Cell:
         self.grad = torch.randn(case.B, case.N, generator=generator).to(**kind)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.parameters = [p.detach() for p in nn.RNN(case.M, case.N).parameters()]
-        # torch.nn.RNN's own start has a spectral radius near 1/√3, and gradients vanish within a hundred steps. At
-        # radius 1 far steps count, in the check as well; beyond it, rounding errors grow from step to step.
-        self.parameters[1] /= torch.linalg.eigvals(self.parameters[1].double()).abs().max()
+            self.parameters = [p.detach() for p in getattr(nn, layer)(case.M, case.N).parameters()]
+        if layer == "RNN":
+            # torch.nn.RNN's own start has a spectral radius near 1/√3, and gradients vanish within a hundred steps. At
+            # radius 1 far steps count, in the check as well; beyond it, rounding errors grow from step to step.
+            self.parameters[1] /= torch.linalg.eigvals(self.parameters[1].double()).abs().max()
         self.parameters = [parameter.to(**kind) for parameter in self.parameters]
         self._references: dict[Rule, tuple[dict, dict]] = {}
         # Sequences whose gradients are checked: a few, spread over the batch, where the reference would take long.
@@ -133,7 +137,7 @@ class Cell:
 
     def _with_parameters(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
         module = module.to(device=self.device, dtype=dtype)
-        with torch.no_grad():  # torch.nn.RNN, RNNCell and ours list their four parameters in one order
+        with torch.no_grad():  # layers and cells of torch.nn and ours list their four parameters in one order
             for parameter, value in zip(module.parameters(), self.parameters, strict=True):
                 parameter.copy_(value)
         return module
@@ -167,7 +171,7 @@ class Cell:
         return replace(gate, B=len(self.checked))
 
     def _reference(self, rule: Rule, dtype: torch.dtype) -> dict[str, Tensor]:
-        layer = tp_kernels.nn.RNN(self.case.M, self.case.N, rule=rule, backend="reference")
+        layer = getattr(tp_kernels.nn, self.layer)(self.case.M, self.case.N, rule=rule, backend="reference")
         module = self._with_parameters(LastState(layer), dtype)
         x, grad = self.x[:, self.checked].to(dtype), self.grad[self.checked].to(dtype)
         return {name: value.double() for name, value in _outputs(module, x, grad, slice(None)).items()}
@@ -176,7 +180,7 @@ class Cell:
         """The back-end that runs the recurrence."""
         if not contender.fused:
             return "torch"
-        table = backends("rnn")
+        table = backends(self.layer.lower())
         chosen = table.resolve(self.backend, self.x, size=self.case.N)
         return next(name for name, backend in table.backends.items() if backend is chosen)
 

@@ -1,11 +1,12 @@
 """The run folder: one line of JSON for each finished measurement, safe against interruption at any point."""
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from tp_kernels._json import finite
 
 RECORDS = "records.jsonl"
 
@@ -17,15 +18,6 @@ def key_of(spec: Mapping[str, Any]) -> str:
     '{"a":[2],"b":1}'
     """
     return json.dumps(spec, sort_keys=True, separators=(",", ":"))
-
-
-def finite(value: Any) -> Any:
-    """``value`` with every number that JSON has no word for (NaN, infinity) replaced by ``None``, at any depth."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {name: finite(entry) for name, entry in value.items()}
-    return [finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 class Store:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import tp_kernels as tp
-from tp_kernels.regimes.store import finite, key_of
+from tp_kernels._json import finite
+from tp_kernels.regimes.store import key_of
 from tp_kernels.regimes.tasks import TASKS, Task, make_task
 from tp_kernels.rules import BackProp, Rule, TargetProp
 

@@ -59,11 +59,19 @@ register(
 )
 
 
+def _is_near(weight: Tensor, origin: Tensor) -> bool:
+    """Whether P of ``origin`` may serve for ``weight``. On other devices than the CPU it always may: to see how far the
+    weight is would be to wait for it, at every step, which costs more than what ``refresh`` saves.
+    """
+    if weight.device.type != "cpu":
+        return True
+    return bool(torch.dist(weight, origin) < LARGEST_DRIFT * torch.linalg.vector_norm(origin))  # false for NaN too
+
+
 def _refreshed_feedback(
     weight: Tensor, origin: Tensor, kept: Tensor, age: Tensor, reg: float, power: float, refresh: int, backend: str
 ) -> Tensor:
-    drift = LARGEST_DRIFT * torch.linalg.vector_norm(origin)
-    if not (0 < int(age) < refresh and torch.dist(weight, origin) < drift):  # false for NaN too
+    if not (0 < int(age) < refresh and _is_near(weight, origin)):
         kept.copy_(_inverse(weight, reg, power, backend))
         origin.copy_(weight)
         age.zero_()
@@ -76,12 +84,13 @@ register(
     "float power, int refresh, str backend) -> Tensor",
     _refreshed_feedback,
     lambda weight, *rest: weight.new_empty(weight.shape),
+    cudagraph_unsafe=True,  # it counts on the host: a recording would do for ever what it did when it was made
 )
 
 
 class RefreshedFeedback(nn.Module):
-    """P of a weight that moves little from step to step: computed anew at every k-th call only, or earlier once the
-    weight has moved by ``LARGEST_DRIFT``.
+    """P of a weight that moves little from step to step: computed anew at every k-th call only, or, on the CPU, earlier
+    once the weight has moved by ``LARGEST_DRIFT``.
 
     Not part of the ``state_dict``: what is kept is a function of weights that were.
     """

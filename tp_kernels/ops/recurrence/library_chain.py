@@ -1,12 +1,13 @@
 """The recurrence on a CUDA device for any N: a product of the library and one kernel for the rest in each step.
 
 A step by itself is launches, microseconds each, that hold a GPU up. So a whole sequence is recorded in a CUDA graph,
-once for each shape, rule, precision and stream, and replayed. A graph's tensors have fixed addresses: its inputs are
-copied in, its results out, which is little beside T products. In a recording of the caller's own the chain runs as it
-is.
+for each shape, rule, precision and stream that comes a second time, and replayed. A graph's tensors have fixed
+addresses: its inputs are copied in, its results out, which is little beside T products. In a recording of the caller's
+own, or of torch.compile's, the chain runs as it is.
 """
 
 import functools
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -21,9 +22,12 @@ from tp_kernels.rules import Sweep
 NAME = "library chain"
 
 LARGEST_COUNT = 8
-"""Recordings that are kept, each with its inputs and results: the latest."""
+"""Recordings that are kept, each with its inputs and results, and calls that are remembered to have come once: the
+latest. Of more shapes than that, in turn, none is recorded: each would be in vain.
+"""
 
 _recordings: dict[tuple, "Recording"] = {}  # the latest last
+_came_once: dict[tuple, None] = {}  # without a recording, the latest last
 _one_at_a_time = threading.Lock()  # what a thread copies in has to be there still when it replays
 
 
@@ -118,6 +122,9 @@ def call(
     key = chain, device, stream, torch.backends.cuda.matmul.fp32_precision, words, shapes
     with _one_at_a_time:
         recording = _recordings.pop(key, None)
+        if recording is None and not _comes_again(key):
+            chain(results, words, *tensors)
+            return
         if recording is None:
             while len(_recordings) >= LARGEST_COUNT:
                 del _recordings[next(iter(_recordings))]
@@ -127,9 +134,29 @@ def call(
         recording.replay(results, tensors)
 
 
+def _comes_again(key: tuple) -> bool:
+    """Whether this call has come before; else it is remembered."""
+    if key in _came_once:
+        del _came_once[key]
+        return True
+    while len(_came_once) >= LARGEST_COUNT:
+        del _came_once[next(iter(_came_once))]
+    _came_once[key] = None
+    return False
+
+
 def records(device: torch.device) -> bool:
-    """Whether sequences on this device are recorded."""
-    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    """Whether sequences on this device are recorded: not where somebody else records, or is about to."""
+    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing() and not _in_graph_trees(device)
+
+
+def _in_graph_trees(device: torch.device) -> bool:
+    """Whether ``torch.compile(mode="reduce-overhead")`` runs this call, on its stream and in its memory, in which
+    nothing may be kept. Where its module has not been imported it does not.
+    """
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    manager = None if trees is None else trees.get_manager(device.index, create_if_none_exists=False)
+    return manager is not None and manager.stream == torch.cuda.current_stream(device)
 
 
 class Recording:
@@ -168,14 +195,36 @@ def _streams(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
     return tuple(torch.cuda.Stream(device) for _ in range(LARGEST_COUNT))
 
 
+@functools.cache
+def _pools(device: torch.device) -> tuple[torch.cuda.MemPool, ...]:
+    """The memory of recordings, by their place. The library's workspace is in it and outlasts a recording: the next one
+    at that place uses it again. Kept for good, it is nobody else's, not even when torch clears all workspaces.
+    """
+    return tuple(torch.cuda.MemPool() for _ in range(LARGEST_COUNT))
+
+
+@functools.cache
+def _warm_up_stream(device: torch.device) -> torch.cuda.Stream:
+    """Never recorded on. A workspace made here lies outside of all recordings, where it may be freed."""
+    return torch.cuda.Stream(device)
+
+
 def record(function: Callable[[], None], device: torch.device, place: int) -> Callable[[], None]:
-    """What replays the function's kernels. It runs once before, off the recording, for the library to prepare."""
+    """What replays the function's kernels. It runs once before, off the recording, for the library to prepare.
+
+    Not by ``torch.cuda.graph``, which empties the cache of all memory that is free.
+    """
     with torch.cuda.device(device):
-        stream, graph = _streams(device)[place], torch.cuda.CUDAGraph()
+        graph, pool, warm_up = torch.cuda.CUDAGraph(), _pools(device)[place], _warm_up_stream(device)
         torch.cuda.synchronize()  # nobody uses any more what the function is given, nor what the stream had before
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(warm_up):
             function()
-        # What other threads call meanwhile, such as one that loads data, is none of its business.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            function()
+        torch.cuda.current_stream().wait_stream(warm_up)
+        with torch.cuda.stream(_streams(device)[place]):
+            # What other threads call meanwhile, such as one that loads data, is none of its business.
+            graph.capture_begin(pool=pool.id, capture_error_mode="thread_local")
+            try:
+                function()
+            finally:
+                graph.capture_end()
     return graph.replay

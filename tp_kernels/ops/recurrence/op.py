@@ -15,7 +15,7 @@ from torch.nn import functional
 from tp_kernels import _native, _triton
 from tp_kernels._autograd import first_derivatives_only
 from tp_kernels._backends import Backend, BackendTable
-from tp_kernels._library import register
+from tp_kernels._library import find_op, register
 from tp_kernels.ops.recurrence import cpu, cuda, parallel, reference, triton_blocks
 from tp_kernels.ops.recurrence.cell import CELLS, Cell
 from tp_kernels.ops.recurrence.launch import forward_outputs, sent_outputs
@@ -242,20 +242,18 @@ def _weight_gradient(
     """``∂W = Σ_t into_tᵀ h_{t-1}`` over those steps, one large product for each part; the state before the first is
     zero where there is none.
     """
-    row = 0
-    for part in into:
-        rows = total.narrow(-2, row, part.shape[-1])
-        row += part.shape[-1]
+    for rows, part in zip(total.split([part.shape[-1] for part in into], dim=-2), into, strict=True):
         if steps.start:
             states = h[steps.start - 1 : steps.stop - 1]
             _accumulate(rows, *_by_head(part.flatten(0, 1), states.flatten(0, 1)), anew=anew)
             continue
-        product = rows if anew else torch.empty_like(rows)
+        # Some of the rows of a matrix need not lie as a library's product would have them: it may round otherwise.
+        product = rows if anew and rows.shape == total.shape else torch.empty_like(rows)
         _accumulate(product, *_by_head(part[1:].flatten(0, 1), h[: steps.stop - 1].flatten(0, 1)), anew=True)
         if start is not None:
             _accumulate(product, *_by_head(part[0], start), anew=False)
-        if not anew:
-            rows.add_(product)
+        if product is not rows:
+            _add(rows, product, anew=anew)
 
 
 def _by_head(into: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -305,6 +303,7 @@ register(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
+    twin=True,  # "jacobian" reads its residuals
 )
 
 
@@ -404,7 +403,8 @@ class RecurrenceFunction(torch.autograd.Function):
             grad_h, first_displacement = torch.ops.tp_kernels.recurrence_displacements(
                 grad_h, grad_last, states, feedback, sweep.step
             )
-            grad_last, words = None, Sweep("none", sweep.update).words
+            grad_last, sweep = None, Sweep("none", sweep.update)
+            words = sweep.words
 
         def gradients_of(
             first: int,
@@ -418,7 +418,7 @@ class RecurrenceFunction(torch.autograd.Function):
             through: Tensor | None,
         ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
             """Gradients of the steps from ``first`` on, and what these send on to those before."""
-            *gradients, carried, through = torch.ops.tp_kernels.recurrence_bwd(
+            *gradients, carried, through = find_op("recurrence_bwd", waits=sweep.inverse == "jacobian")(
                 cell,
                 grad_h,
                 grad_last,
@@ -441,7 +441,8 @@ class RecurrenceFunction(torch.autograd.Function):
                 options.backend,
             )
             gradients = list(gradients)  # torch.compile of torch 2.11 makes a tuple of it
-            return gradients, carried if carried.numel() else None, through if sweep.update == "total" else None
+            carried = None if sweep.inverse == "none" else carried
+            return gradients, carried, None if sweep.update == "local" else through
 
         if every is None:
             gradients, carried, through = gradients_of(0, x, start, states, kept, grad_h, grad_last, None, None)

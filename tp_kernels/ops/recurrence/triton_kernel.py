@@ -160,17 +160,36 @@ def _before(t, T):
 
 
 @triton.jit
-def _matrix(pointer, N, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr, OPERAND: tl.constexpr):
+def _tile_and_head(B, BLOCK_B: tl.constexpr):
+    """The number of this program's tile of the batch, its head, and how many heads there are. All are on one axis of
+    the grid: another would end at 65,535.
+    """
+    tiles = tl.cdiv(B, BLOCK_B)
+    return tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64), tl.num_programs(0) // tiles
+
+
+@triton.jit
+def _stride(stride, ALIGNED: tl.constexpr):
+    """A stride of which the compiler is to know whether it is a multiple of 16, as it then loads more at once."""
+    if ALIGNED:
+        stride = stride // 16 * 16
+    return stride
+
+
+@triton.jit
+def _matrix(pointer, head, N, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr, OPERAND: tl.constexpr):
     """The matrix M of this head, [N, N], or its transpose, as the right side of a product; zero beyond N."""
     row, column = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_N)[None, :]
     mask = (row < N) & (column < N)
-    pointers = pointer + tl.program_id(1).to(tl.int64) * N * N
+    pointers = pointer + head * N * N
     pointers += column * N + row if TRANSPOSED else row * N + column
     # Through float32, because the interpreter can load and convert bfloat16, but not compute with it.
     return tl.load(pointers, mask=mask, other=0.0).to(tl.float32).to(OPERAND)
 
 
-@triton.jit(do_not_specialize=["T", "B"])
+# B and T are factors of the strides over time and batch. Were these specialized, as Triton does, on whether they are
+# multiples of 16, a last batch of another size would compile kernels in the midst of training.
+@triton.jit(do_not_specialize=["T", "B", "u_time", "u_batch"])
 def forward_kernel(
     u,
     weight,
@@ -187,18 +206,22 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    """``h_t = a(u_t + h_{t-1} Wᵀ)``. Grid: tiles of the batch, heads.
+    """``h_t = a(u_t + h_{t-1} Wᵀ)``. Grid: tiles of the batch for each head.
+
+    ALIGNED: N and the strides over time and batch are multiples of 16.
 
     u: [T, B, H, N], unit stride over N; h0: [B, H, N] or None, h: [T, B, H, N] and weight: [H, N, N], contiguous.
     """
-    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    row = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
+    tile, head, heads = _tile_and_head(B, BLOCK_B)
+    row = (tile * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK_N)[None, :]
     inside = column < N
     mask = (row < B) & inside
     place = (row * heads + head) * N + column
-    matrix = _matrix(weight, N, BLOCK_N, True, OPERAND)
+    u_time, u_batch = _stride(u_time, ALIGNED), _stride(u_batch, ALIGNED)
+    matrix = _matrix(weight, head, N, BLOCK_N, True, OPERAND)
     state = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
     if h0 is not None:
         state = _load(h0 + place, mask)
@@ -218,7 +241,7 @@ def forward_kernel(
         h_pointers += h_time
 
 
-@triton.jit(do_not_specialize=["T", "B"])
+@triton.jit(do_not_specialize=["T", "B", "grad_time", "grad_batch", "u_time", "u_batch"])
 def backward_kernel(
     grad_h,
     grad_last,
@@ -250,8 +273,9 @@ def backward_kernel(
     BLOCK_N: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    """δ from the last step to the first, and what goes on to the steps before. Grid: tiles of the batch, heads.
+    """δ from the last step to the first, and what goes on to the steps before. Grid and ALIGNED: as in forward.
 
     INVERSE is that of a ``Sweep``, but for "jacobian"; UPDATE too ("total", "local"), or "displacement": write λ_t in
     the place of δ_t, and nothing else of the update.
@@ -259,16 +283,16 @@ def backward_kernel(
     What does not arrive is None; u and h0 are for "direct" only. grad_h, u: [T, B, H, N], unit stride over N; h,
     delta_out: [T, B, H, N]; all of one step: [B, H, N]; weight, feedback: [H, N, N]; contiguous.
     """
-    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    row = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
+    tile, head, heads = _tile_and_head(B, BLOCK_B)
+    row = (tile * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK_N)[None, :]
     inside = column < N
     mask = (row < B) & inside
     place = (row * heads + head) * N + column
     if UPDATE == "total":
-        transposed_weight = _matrix(weight, N, BLOCK_N, False, OPERAND)
+        transposed_weight = _matrix(weight, head, N, BLOCK_N, False, OPERAND)
     if INVERSE != "none" and INVERSE != "identity":
-        inverse = _matrix(feedback, N, BLOCK_N, True, OPERAND)
+        inverse = _matrix(feedback, head, N, BLOCK_N, True, OPERAND)
     carried = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
     through = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
     if carried_in is not None:
@@ -282,9 +306,11 @@ def backward_kernel(
     h_pointers = h + last * time + place
     delta_pointers = delta_out + last * time + place
     state_ahead = _load(h_pointers, mask)
+    grad_time, grad_batch = _stride(grad_time, ALIGNED), _stride(grad_batch, ALIGNED)
     if grad_h is not None:
         grad_pointers = grad_h + last * grad_time + row * grad_batch + head * grad_head + column
         grad_ahead = _load(grad_pointers, mask)
+    u_time, u_batch = _stride(u_time, ALIGNED), _stride(u_batch, ALIGNED)
     if INVERSE == "direct":
         u_pointers = u + last * u_time + row * u_batch + head * u_head + column
         u_ahead = _load(u_pointers, mask)
@@ -411,6 +437,7 @@ def _solve(
     preconditioner = 1 / (slope * slope * diagonal + reg)
     solution = tl.zeros_like(right)
     tl.store(scratch + place, right, mask=mask)  # seldom needed: not in registers
+    tl.debug_barrier()  # where it is read, another thread may have written it
     residual = right
     direction = preconditioner * residual
     product = _row_sum(direction * residual)
@@ -450,6 +477,7 @@ def _solve(
         gave_up = gave_up | (anew & (again == 0) & ((square <= bound) == 0))
         checking = stops & rounding
         active = goes_on | again | checking
+    tl.debug_barrier()  # the caller writes there
     missed = tl.sqrt(square / whole)
     missed = tl.where(gave_up, tl.where(missed == missed, missed, float("inf")), 0.0)
     solution = tl.where(usable, solution * (exponent << 23).to(tl.float32, bitcast=True), float("nan"))
@@ -472,7 +500,7 @@ def _times_weight(vectors, place, there, weight, N, BLOCK_B: tl.constexpr, BLOCK
     return tl.where(column < N, total, 0.0)  # as in forward
 
 
-@triton.jit(do_not_specialize=["T", "B"])
+@triton.jit(do_not_specialize=["T", "B", "grad_time", "grad_batch"])
 def jacobian_kernel(
     grad_h,
     grad_last,
@@ -502,6 +530,7 @@ def jacobian_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """``backward_kernel`` for the inverse of the Jacobian: ``term = Wᵀ D y`` with ``(D K D + rI) y = λ``.
 
@@ -512,8 +541,9 @@ def jacobian_kernel(
     float32, scratch, used in turn; iterations_out: [T, B, H], int32, or None; missed_out: [T, B, H], float32: the
     relative residual of each solve that gave up, else 0.
     """
-    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    first = tl.program_id(0) * BLOCK_B
+    tile, head, heads = _tile_and_head(B, BLOCK_B)
+    grad_time, grad_batch = _stride(grad_time, ALIGNED), _stride(grad_batch, ALIGNED)
+    first = tile * BLOCK_B
     local_row = tl.arange(0, BLOCK_B)[:, None]
     column = tl.arange(0, BLOCK_N)[None, :]
     inside, there = column < N, first + local_row < B
@@ -603,6 +633,14 @@ def options(block: triton_blocks.Block) -> dict[str, Any]:
     return {"num_warps": block.warps, "num_stages": 1, "maxnreg": block.registers, "enable_fp_fusion": True}
 
 
+def aligned(N: int, *tensors: Tensor | None) -> bool:
+    """Whether N and the strides over time and batch are multiples of 16: those of contiguous tensors are if N is one,
+    whatever T and B are.
+    """
+    given = (tensor for tensor in tensors if tensor is not None)
+    return N % 16 == 0 and all(stride % 16 == 0 for tensor in given for stride in strides(tensor)[:2])
+
+
 def launch(kernel: Any, h: Tensor, *arguments: Any, **words: Any) -> Any:
     """For each tile of the batch and each head of h. Returns the compiled kernel, or None where there is no tile."""
     _, B, H, N = sizes(h)
@@ -619,7 +657,7 @@ def launch(kernel: Any, h: Tensor, *arguments: Any, **words: Any) -> Any:
         }
     on_device = contextlib.nullcontext() if _triton.interpreted() else torch.cuda.device(h.device)
     with on_device:
-        return kernel[(triton.cdiv(B, block.rows), H)](
+        return kernel[(triton.cdiv(B, block.rows) * H,)](
             *arguments, **words, BLOCK_B=block.rows, BLOCK_N=triton_blocks.padded(N), **options(block)
         )
 
@@ -639,7 +677,20 @@ def forward(
     u, weight, start = unit_stride(u), weight.contiguous(), contiguous(start)
     h, kept = forward_outputs(cell, u, weight, keep) if out is None else out
     T, B, _, N = sizes(h)
-    launch(forward_kernel, h, u, weight, start, h, T, B, N, *strides(u), NONLINEARITY=cell.nonlinearity)
+    launch(
+        forward_kernel,
+        h,
+        u,
+        weight,
+        start,
+        h,
+        T,
+        B,
+        N,
+        *strides(u),
+        NONLINEARITY=cell.nonlinearity,
+        ALIGNED=aligned(N, u),
+    )
     return h, kept
 
 
@@ -768,6 +819,7 @@ def _sweep_back(call: _SweepBack) -> None:
         NONLINEARITY=call.cell.nonlinearity,
         INVERSE=call.sweep.inverse,
         UPDATE=call.sweep.update,
+        ALIGNED=aligned(N, call.grad_h, call.u),
     )
 
 
@@ -803,5 +855,6 @@ def _jacobian_sweep_back(call: _SweepBack, first: int, iterations: Tensor | None
         call.sweep.rtol,
         NONLINEARITY=call.cell.nonlinearity,
         UPDATE=call.sweep.update,
+        ALIGNED=aligned(N, call.grad_h),
     )
     check_residuals(call.cell, missed, call.sweep, call.h.dtype, first)  # waits for the kernel, once
