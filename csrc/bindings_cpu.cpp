@@ -47,7 +47,7 @@ void recurrence_fwd(bool is_double, const Array4& sizes TPK_FORWARD_FIELDS(TPK_P
     constexpr const char* function = "recurrence_fwd";
     for_dtype(is_double, [&](auto zero) {
         using T = decltype(zero);
-        auto f = call_of<RecurrenceForward<T>>(sizes);
+        auto f = call_of<RecurrenceForwardCpu<T>>(sizes);
         TPK_FORWARD_FIELDS(TPK_FILL)
         const bool gru = f.cell == CellName::gru;
         check(!(f.projection && gru), function, "projection must be 0 with cell 'gru'");

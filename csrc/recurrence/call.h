@@ -3,8 +3,7 @@
 //
 // Arrays are [T][B][H][…], contiguous unless strides (in elements, over time, batch, heads) are given; absent ones
 // null. Fields are listed once, as FIELD(kind, name), for struct and bindings: those of both modules, of the CPU's
-// alone, of the CUDA module's alone, and the four that arrive as `sizes`. The registers of the CUDA kernels depend on
-// where in the struct a field is.
+// alone, of the CUDA module's alone, and the four that arrive as `sizes`.
 #pragma once
 
 #include <stddef.h>
@@ -47,11 +46,19 @@ struct Strides {
     CPU(Input, bias)  /* [H][N], the cell's own, or null: zero */             \
     CPU(Output, kept) /* [T][B][H][K][N], for backward, or null */
 
+// What a CUDA kernel takes: nvcc gives kernels with an argument of more than 128 bytes other registers.
 template <class T>
 struct RecurrenceForward {
     using Input = const T*;
     using Output = T*;
-    TPK_RECURRENCE_FORWARD(TPK_FIELD, TPK_FIELD, TPK_FIELD)
+    TPK_RECURRENCE_FORWARD(TPK_FIELD, TPK_NO_FIELD, TPK_FIELD)
+};
+
+template <class T>
+struct RecurrenceForwardCpu : RecurrenceForward<T> {
+    using Input = const T*;
+    using Output = T*;
+    TPK_RECURRENCE_FORWARD(TPK_NO_FIELD, TPK_FIELD, TPK_NO_FIELD)
 };
 
 // `carried` and `through`, [B][H][N] each, are what the step after the last one sends back (null: nothing), and what

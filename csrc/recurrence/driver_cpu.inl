@@ -42,7 +42,7 @@ bool for_tiles(const Call& f, ptrdiff_t size, const Run& run) {
 // With a projection, `both` [rows][N + M] holds h_{t-1} and x_t side by side, and one product gives the whole
 // pre-activation but for the bias. Without, h_{t-1} is read where it was written.
 template <class Cell, bool project, class T>
-void forward_tile(const RecurrenceForward<T>& f, const Tile& tile, const T* packed, const T* zeros, T* scratch) {
+void forward_tile(const RecurrenceForwardCpu<T>& f, const Tile& tile, const T* packed, const T* zeros, T* scratch) {
     constexpr int G = Cell::gates, K = Cell::kept;
     const Strides states = contiguous(f, 1), arrays = contiguous(f, K);
     const ptrdiff_t N = f.N, width = N + f.projected, columns = padded<T>(G * N), rows = tile.rows;
@@ -81,7 +81,7 @@ void forward_tile(const RecurrenceForward<T>& f, const Tile& tile, const T* pack
 
 // False: no memory for the packed weights.
 template <class T>
-bool recurrence_forward(const RecurrenceForward<T>& f) {
+bool recurrence_forward(const RecurrenceForwardCpu<T>& f) {
     if (f.B == 0) return true;
     return with_cell(f.cell, [&](auto cell) {
         using Cell = decltype(cell);
