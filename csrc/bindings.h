@@ -24,7 +24,12 @@ T* at(std::uintptr_t address) {
 using Array3 = std::array<std::ptrdiff_t, 3>;
 using Array4 = std::array<std::ptrdiff_t, 4>;
 
-inline Sizes sizes_of(const Array4& s) { return {s[0], s[1], s[2], s[3]}; }
+template <class Call>
+Call call_of(const Array4& sizes) {
+    Call f = {};
+    f.T_ = sizes[0], f.B = sizes[1], f.H = sizes[2], f.N = sizes[3];
+    return f;
+}
 
 // What a field of recurrence/call.h arrives as.
 namespace arguments {

@@ -40,14 +40,14 @@ void check(bool holds, const char* function, const std::string& what) {
     if (!holds) throw std::invalid_argument(std::string(function) + ": " + what);
 }
 
-#define TPK_FORWARD_FIELDS(USE) TPK_RECURRENCE_FORWARD(USE, USE)
-#define TPK_BACKWARD_FIELDS(USE) TPK_RECURRENCE_BACKWARD(USE, USE, TPK_NO_FIELD)
+#define TPK_FORWARD_FIELDS(USE) TPK_RECURRENCE_FORWARD(USE, USE, TPK_NO_FIELD)
+#define TPK_BACKWARD_FIELDS(USE) TPK_RECURRENCE_BACKWARD(USE, USE, TPK_NO_FIELD, TPK_NO_FIELD)
 
 void recurrence_fwd(bool is_double, const Array4& sizes TPK_FORWARD_FIELDS(TPK_PARAMETER)) {
     constexpr const char* function = "recurrence_fwd";
     for_dtype(is_double, [&](auto zero) {
         using T = decltype(zero);
-        RecurrenceForward<T> f = {sizes_of(sizes)};
+        auto f = call_of<RecurrenceForwardCpu<T>>(sizes);
         TPK_FORWARD_FIELDS(TPK_FILL)
         const bool gru = f.cell == CellName::gru;
         check(!(f.projection && gru), function, "projection must be 0 with cell 'gru'");
@@ -64,7 +64,7 @@ py::object recurrence_bwd(bool is_double, const Array4& sizes TPK_BACKWARD_FIELD
     Unsolved unsolved = {};
     for_dtype(is_double, [&](auto zero) {
         using T = decltype(zero);
-        RecurrenceBackward<T> f = {sizes_of(sizes)};
+        auto f = call_of<RecurrenceBackward<T>>(sizes);
         TPK_BACKWARD_FIELDS(TPK_FILL)
         f.unsolved = &unsolved;
         const bool of_elman = f.inverse == Inverse::difference || f.inverse == Inverse::direct;

@@ -21,8 +21,8 @@ auto with_dtype(const std::string& dtype, Run run) {
     throw py::value_error("unknown dtype '" + dtype + "'");
 }
 
-#define TPK_FORWARD_FIELDS(USE) TPK_RECURRENCE_FORWARD(USE, TPK_NO_FIELD)
-#define TPK_BACKWARD_FIELDS(USE) TPK_RECURRENCE_BACKWARD(USE, TPK_NO_FIELD, USE)
+#define TPK_FORWARD_FIELDS(USE) TPK_RECURRENCE_FORWARD(USE, TPK_NO_FIELD, TPK_NO_FIELD)
+#define TPK_BACKWARD_FIELDS(USE) TPK_RECURRENCE_BACKWARD(USE, TPK_NO_FIELD, USE, TPK_NO_FIELD)
 
 void check_cell(CellName cell, const char* function) {
     if (cell == CellName::gru)
@@ -34,7 +34,7 @@ void recurrence_fwd(const std::string& dtype, const Array4& sizes TPK_FORWARD_FI
                     int device, std::uintptr_t stream) {
     constexpr const char* function = "recurrence_fwd";
     with_dtype(dtype, [&](auto number) {
-        RecurrenceForward<decltype(number)> f = {sizes_of(sizes)};
+        auto f = call_of<RecurrenceForward<decltype(number)>>(sizes);
         TPK_FORWARD_FIELDS(TPK_FILL)
         check_cell(f.cell, function);
         py::gil_scoped_release release;
@@ -46,7 +46,7 @@ void recurrence_bwd(const std::string& dtype, const Array4& sizes TPK_BACKWARD_F
                     std::uintptr_t displacements, bool tf32, int device, std::uintptr_t stream) {
     constexpr const char* function = "recurrence_bwd";
     with_dtype(dtype, [&](auto number) {
-        RecurrenceBackward<decltype(number), float> f = {sizes_of(sizes)};
+        auto f = call_of<RecurrenceBackward<decltype(number), float>>(sizes);
         TPK_BACKWARD_FIELDS(TPK_FILL)
         check_cell(f.cell, function);
         py::gil_scoped_release release;
@@ -58,7 +58,7 @@ bool needs_displacements(const std::string& dtype, const Array4& sizes, const st
                          const std::string& update, bool tf32, int device) {
     constexpr const char* function = "recurrence_needs_displacements";
     return with_dtype(dtype, [&](auto number) {
-        RecurrenceBackward<decltype(number), float> f = {sizes_of(sizes)};
+        auto f = call_of<RecurrenceBackward<decltype(number), float>>(sizes);
         TPK_FILL(Inverse, inverse)
         TPK_FILL(Update, update)
         return recurrence_needs_displacements(f, tf32, device);
@@ -92,7 +92,7 @@ void chain_activation(const std::string& cell, std::uintptr_t h, std::ptrdiff_t 
 
 void chain_step(const Array4& sizes TPK_CHAIN_FIELDS(TPK_PARAMETER), int device, std::uintptr_t stream) {
     constexpr const char* function = "chain_step";
-    RecurrenceBackward<float> f = {sizes_of(sizes)};
+    auto f = call_of<RecurrenceBackward<float>>(sizes);
     TPK_CHAIN_FIELDS(TPK_FILL)
     check_cell(f.cell, function);
     py::gil_scoped_release release;

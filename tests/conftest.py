@@ -110,8 +110,9 @@ def fences(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Outputs lie between fences; the list collects the whole memory of each."""
     memories: list[torch.Tensor] = []
 
-    def new_empty(self: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        memory = torch.full((math.prod(shape) + 2 * GUARD,), FENCE, dtype=self.dtype, device=self.device)
+    def new_empty(self: torch.Tensor, shape: tuple[int, ...] | int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        shape = (shape,) if isinstance(shape, int) else shape
+        memory = torch.full((math.prod(shape) + 2 * GUARD,), FENCE, dtype=dtype or self.dtype, device=self.device)
         memories.append(memory)
         return memory[GUARD:-GUARD].fill_(torch.nan).view(shape)
 

@@ -9,7 +9,7 @@ namespace tpk {
 // What one instruction set offers. Launchers return false where there is no memory for their scratch.
 template <class T>
 struct Launchers {
-    bool (*recurrence_forward)(const RecurrenceForward<T>&);
+    bool (*recurrence_forward)(const RecurrenceForwardCpu<T>&);
     bool (*recurrence_backward)(const RecurrenceBackward<T>&);
     bool (*regularized_solve)(const RegularizedSolve<T>&);
     double (*multiply_add_loop)(long iterations);  // the ceiling; returns the operations it took

@@ -3,7 +3,7 @@
 //
 // Arrays are [T][B][H][…], contiguous unless strides (in elements, over time, batch, heads) are given; absent ones
 // null. Fields are listed once, as FIELD(kind, name), for struct and bindings: those of both modules, of the CPU's
-// alone and of the CUDA module's alone.
+// alone, of the CUDA module's alone, and the four that arrive as `sizes`.
 #pragma once
 
 #include <stddef.h>
@@ -24,75 +24,87 @@ struct Strides {
     ptrdiff_t time, batch, head;
 };
 
-struct Sizes {
-    ptrdiff_t T_, B, H, N;
-};
-
 #define TPK_FIELD(kind, name) kind name;
 #define TPK_NO_FIELD(kind, name)
 
 // input: u, the input's share of the gates, [T][B][H][G N]; or, with a projection, x, [T][B][M].
-#define TPK_RECURRENCE_FORWARD(BOTH, CPU)                                     \
+#define TPK_RECURRENCE_FORWARD(BOTH, CPU, SIZE)                               \
     BOTH(Input, input)                                                        \
     BOTH(Strides, input_strides)                                              \
     CPU(Input, projection) /* [G N][M], or null; with one, H = 1 */           \
     CPU(Input, input_bias) /* [G N], or null: zero; only with a projection */ \
     CPU(Size, projected)   /* M; 0 without a projection */                    \
     BOTH(Input, weight)    /* [H][G N][N] */                                  \
-    CPU(Input, bias)       /* [H][N], the cell's own, or null: zero */        \
     BOTH(Input, start)     /* h_0, [B][H][N], or null: zero */                \
     BOTH(Output, h)        /* [T][B][H][N] */                                 \
-    CPU(Output, kept)      /* [T][B][H][K][N], for backward, or null */       \
+    SIZE(Size, T_)                                                            \
+    SIZE(Size, B)                                                             \
+    SIZE(Size, H)                                                             \
+    SIZE(Size, N)                                                             \
     BOTH(CellName, cell)                                                      \
-    CPU(Count, threads)
+    CPU(Count, threads)                                                       \
+    CPU(Input, bias)  /* [H][N], the cell's own, or null: zero */             \
+    CPU(Output, kept) /* [T][B][H][K][N], for backward, or null */
 
+// What a CUDA kernel takes: nvcc gives kernels with an argument of more than 128 bytes other registers.
 template <class T>
-struct RecurrenceForward : Sizes {
+struct RecurrenceForward {
     using Input = const T*;
     using Output = T*;
-    TPK_RECURRENCE_FORWARD(TPK_FIELD, TPK_FIELD)
+    TPK_RECURRENCE_FORWARD(TPK_FIELD, TPK_NO_FIELD, TPK_FIELD)
+};
+
+template <class T>
+struct RecurrenceForwardCpu : RecurrenceForward<T> {
+    using Input = const T*;
+    using Output = T*;
+    TPK_RECURRENCE_FORWARD(TPK_NO_FIELD, TPK_FIELD, TPK_NO_FIELD)
 };
 
 // `carried` and `through`, [B][H][N] each, are what the step after the last one sends back (null: nothing), and what
 // the first one sends on (or null): the inverse's term, of no use to the inverse "none", and what the adjoint μ
 // becomes, of no use to the update "local".
-#define TPK_RECURRENCE_BACKWARD(BOTH, CPU, CUDA)                                                \
-    BOTH(Input, grad_h) /* [T][B][H][N], or null: zero */                                       \
-    BOTH(Strides, grad_h_strides)                                                               \
-    BOTH(Input, grad_last) /* [B][H][N], added to the last step's gradient, or null: zero */    \
-    BOTH(Input, h)                                                                              \
-    CPU(Input, kept)                                                                            \
-    BOTH(Input, weight)                                                                         \
-    BOTH(Input, feedback) /* [H][F][N][N]: the P of the F products of the inverse */            \
-    BOTH(Input, carried_in)                                                                     \
-    BOTH(Input, through_in)                                                                     \
-    BOTH(Output, carried_out)                                                                   \
-    BOTH(Output, through_out)                                                                   \
-    CPU(Input, u) /* [T][B][H][G N], for the inverse "direct" */                                \
-    CPU(Strides, u_strides)                                                                     \
-    CPU(Input, start)         /* as of forward */                                               \
-    BOTH(Output, grad_u)      /* [T][B][H][G N] */                                              \
-    BOTH(Counter, iterations) /* [T][B][H], of the solve of "jacobian", or null */              \
-    CUDA(Residuals, missed)   /* [T][B][H]: where that gave up its relative residual, else 0 */ \
-    BOTH(CellName, cell)                                                                        \
-    BOTH(Inverse, inverse)                                                                      \
-    BOTH(Update, update)                                                                        \
-    BOTH(Number, step)                                                                          \
-    BOTH(Number, clip)                                                                          \
-    BOTH(Number, reg)                                                                           \
-    BOTH(Number, rtol)                                                                          \
-    CPU(Size, first) /* the number of the first step, for `unsolved` */                         \
-    CPU(Count, threads)
+#define TPK_RECURRENCE_BACKWARD(BOTH, CPU, CUDA, SIZE)                                       \
+    BOTH(Input, grad_h) /* [T][B][H][N], or null: zero */                                    \
+    BOTH(Strides, grad_h_strides)                                                            \
+    BOTH(Input, grad_last) /* [B][H][N], added to the last step's gradient, or null: zero */ \
+    BOTH(Input, h)                                                                           \
+    BOTH(Input, weight)                                                                      \
+    BOTH(Input, feedback) /* [H][F][N][N]: the P of the F products of the inverse */         \
+    BOTH(Input, carried_in)                                                                  \
+    BOTH(Input, through_in)                                                                  \
+    BOTH(Output, carried_out)                                                                \
+    BOTH(Output, through_out)                                                                \
+    CPU(Input, u) /* [T][B][H][G N], for the inverse "direct" */                             \
+    CPU(Strides, u_strides)                                                                  \
+    CPU(Input, start)         /* as of forward */                                            \
+    BOTH(Output, grad_u)      /* [T][B][H][G N] */                                           \
+    BOTH(Counter, iterations) /* [T][B][H], of the solve of "jacobian", or null */           \
+    CPU(Input, kept)                                                                         \
+    SIZE(Size, T_)                                                                           \
+    SIZE(Size, B)                                                                            \
+    SIZE(Size, H)                                                                            \
+    SIZE(Size, N)                                                                            \
+    BOTH(CellName, cell)                                                                     \
+    BOTH(Inverse, inverse)                                                                   \
+    BOTH(Update, update)                                                                     \
+    BOTH(Number, step)                                                                       \
+    BOTH(Number, clip)                                                                       \
+    BOTH(Number, reg)                                                                        \
+    BOTH(Number, rtol)                                                                       \
+    CPU(Size, first) /* the number of the first step, for `unsolved` */                      \
+    CPU(Count, threads)                                                                      \
+    CUDA(Residuals, missed) /* [T][B][H]: where the solve gave up its relative residual, else 0 */
 
 // Number_: of the rule's numbers.
 template <class T, class Number_ = T>
-struct RecurrenceBackward : Sizes {
+struct RecurrenceBackward {
     using Number = Number_;
     using Input = const T*;
     using Output = T*;
     using Counter = int32_t*;
     using Residuals = Number*;
-    TPK_RECURRENCE_BACKWARD(TPK_FIELD, TPK_FIELD, TPK_FIELD)
+    TPK_RECURRENCE_BACKWARD(TPK_FIELD, TPK_FIELD, TPK_FIELD, TPK_FIELD)
     Unsolved* unsolved;  // the worst; not on a CUDA device
 };
 

@@ -16,23 +16,17 @@ namespace tpk::TPK_ISA {
 // run(cell)
 template <class Run>
 bool with_cell(CellName name, const Run& run) {
-    switch (name) {
-        case CellName::rnn_tanh:
-            return run(Elman<Nonlinearity::tanh>{});
-        case CellName::rnn_relu:
-            return run(Elman<Nonlinearity::relu>{});
-        case CellName::rnn_identity:
-            return run(Elman<Nonlinearity::identity>{});
-        default:
-            return run(Gru{});
-    }
+    if (name == CellName::rnn_tanh) return run(Elman<Nonlinearity::tanh>{});
+    if (name == CellName::rnn_relu) return run(Elman<Nonlinearity::relu>{});
+    if (name == CellName::rnn_identity) return run(Elman<Nonlinearity::identity>{});
+    return run(Gru{});
 }
 
 // run(tile, scratch) for every tile, with scratch memory for `size` numbers a row. False: there is no such memory.
-template <class T, class Run>
-bool for_tiles(const Sizes& f, int wanted, ptrdiff_t size, const Run& run) {
-    const Tiles tiles(f.B, f.H, wanted);
-    const int threads = static_cast<int>(tiles.count < wanted ? tiles.count : wanted);
+template <class T, class Call, class Run>
+bool for_tiles(const Call& f, ptrdiff_t size, const Run& run) {
+    const Tiles tiles(f.B, f.H, f.threads);
+    const int threads = static_cast<int>(tiles.count < f.threads ? tiles.count : f.threads);
     Scratch<T> scratch(threads * tiles.rows * size);
     if (!scratch) return false;
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -48,7 +42,7 @@ bool for_tiles(const Sizes& f, int wanted, ptrdiff_t size, const Run& run) {
 // With a projection, `both` [rows][N + M] holds h_{t-1} and x_t side by side, and one product gives the whole
 // pre-activation but for the bias. Without, h_{t-1} is read where it was written.
 template <class Cell, bool project, class T>
-void forward_tile(const RecurrenceForward<T>& f, const Tile& tile, const T* packed, const T* zeros, T* scratch) {
+void forward_tile(const RecurrenceForwardCpu<T>& f, const Tile& tile, const T* packed, const T* zeros, T* scratch) {
     constexpr int G = Cell::gates, K = Cell::kept;
     const Strides states = contiguous(f, 1), arrays = contiguous(f, K);
     const ptrdiff_t N = f.N, width = N + f.projected, columns = padded<T>(G * N), rows = tile.rows;
@@ -87,7 +81,7 @@ void forward_tile(const RecurrenceForward<T>& f, const Tile& tile, const T* pack
 
 // False: no memory for the packed weights.
 template <class T>
-bool recurrence_forward(const RecurrenceForward<T>& f) {
+bool recurrence_forward(const RecurrenceForwardCpu<T>& f) {
     if (f.B == 0) return true;
     return with_cell(f.cell, [&](auto cell) {
         using Cell = decltype(cell);
@@ -101,10 +95,9 @@ bool recurrence_forward(const RecurrenceForward<T>& f) {
         if (project) pack(f.projection, 1, M, M, all, packed.get() + N * lanes<T>, N + M);
         clear(zeros.get(), all);
         const auto run = project ? forward_tile<Cell, projects, T> : forward_tile<Cell, false, T>;
-        return for_tiles<T>(f, f.threads, columns + (project ? padded<T>(N + M) : 0),
-                            [&](const Tile& tile, T* scratch) {
-                                run(f, tile, packed.get() + tile.head * N * columns, zeros.get(), scratch);
-                            });
+        return for_tiles<T>(f, columns + (project ? padded<T>(N + M) : 0), [&](const Tile& tile, T* scratch) {
+            run(f, tile, packed.get() + tile.head * N * columns, zeros.get(), scratch);
+        });
     });
 }
 
@@ -112,14 +105,14 @@ bool recurrence_forward(const RecurrenceForward<T>& f) {
 template <class Cell, class T>
 struct Matrices {
     const T *weight, *feedback;
-    typename Solver<Cell, T>::Matrices solved;
+    typename Operator<Cell, T>::Matrices solved;
 };
 
 template <class Cell>
 constexpr Form form_of(Inverse inverse) {
     if (inverse == Inverse::none) return {0, false, false};
     if (inverse == Inverse::identity) return {0, true, false};
-    if (inverse == Inverse::jacobian) return Solver<Cell, float>::form;
+    if (inverse == Inverse::jacobian) return Operator<Cell, float>::form;
     return Cell::form(inverse);
 }
 
@@ -139,7 +132,7 @@ inline Term<Cell, V> term_of(V lambda, const Step<Cell, V>& step, T clip) {
 template <class Cell, class T>
 ptrdiff_t backward_size(Inverse inverse, ptrdiff_t N) {
     return 8 * padded<T>(N) + padded<T>(form_of<Cell>(inverse).products * N) + padded<T>(Cell::gates * N) +
-           (inverse == Inverse::jacobian ? Solver<Cell, T>::size(N) : 0);
+           (inverse == Inverse::jacobian ? ConjugateGradients<T, Operator<Cell, T>>::size(N) : 0);
 }
 
 // A pass makes δ_t of λ_t and μ_t, and of these what W and the inverse take: multiplied, it is there for the next pass.
@@ -166,7 +159,7 @@ void backward_tile(const RecurrenceBackward<T>& f, const Tile& tile, const Matri
     T* next_through = Cell::passes_by ? take(size) : through;
     T* sent = take(rows * sent_row);                                  // what the inverse's products take
     T* into = Cell::into_is_delta ? nullptr : take(rows * into_row);  // what W takes, where that is not δ
-    Solver<Cell, T> solver(f, tile, matrices.weight, matrices.solved, scratch);
+    ConjugateGradients<T, Operator<Cell, T>> solver(f, tile, matrices.weight, matrices.solved, scratch);
     const T step_size = f.step, clip = f.clip;
     if (f.carried_in) copy_rows(f.carried_in + tile.in(states), row, rows, N, carried, columns);
     if (f.through_in) copy_rows(f.through_in + tile.in(states), row, rows, N, through, columns);
@@ -222,27 +215,13 @@ void backward_tile(const RecurrenceBackward<T>& f, const Tile& tile, const Matri
     }
 }
 
-// Null: the cell has no such inverse.
-template <class Cell, class T>
-auto backward_tile_of(Inverse inverse) -> decltype(&backward_tile<Cell, Inverse::none, T>) {
-    switch (inverse) {
-        case Inverse::none:
-            return backward_tile<Cell, Inverse::none, T>;
-        case Inverse::identity:
-            return backward_tile<Cell, Inverse::identity, T>;
-        case Inverse::weight:
-            return backward_tile<Cell, Inverse::weight, T>;
-        case Inverse::layer:
-            return backward_tile<Cell, Inverse::layer, T>;
-        case Inverse::jacobian:
-            return backward_tile<Cell, Inverse::jacobian, T>;
-        case Inverse::difference:
-            if constexpr (Cell::has(Inverse::difference)) return backward_tile<Cell, Inverse::difference, T>;
-            break;
-        case Inverse::direct:
-            if constexpr (Cell::has(Inverse::direct)) return backward_tile<Cell, Inverse::direct, T>;
-            break;
-    }
+// Tries the inverses from the last one on; the bindings let none through that the cell has not.
+template <class Cell, class T, Inverse inverse = Inverse::direct>
+auto backward_tile_of(Inverse wanted) -> decltype(&backward_tile<Cell, Inverse::none, T>) {
+    if constexpr (Cell::has(inverse))
+        if (wanted == inverse) return backward_tile<Cell, inverse, T>;
+    if constexpr (inverse != Inverse::none)
+        return backward_tile_of<Cell, T, static_cast<Inverse>(static_cast<int>(inverse) - 1)>(wanted);
     return nullptr;
 }
 
@@ -255,7 +234,7 @@ bool recurrence_backward(const RecurrenceBackward<T>& f) {
         const bool jacobian = f.inverse == Inverse::jacobian;
         const ptrdiff_t N = f.N, matrix = N * padded<T>(N), all = Cell::gates;
         const ptrdiff_t products = jacobian ? 0 : form_of<Cell>(f.inverse).products;
-        const ptrdiff_t of_solver = jacobian ? Solver<Cell, T>::matrices_size(N) : 0;
+        const ptrdiff_t of_solver = jacobian ? Operator<Cell, T>::matrices_size(N) : 0;
         const ptrdiff_t of_head = (all + products) * matrix + of_solver;
         Scratch<T> packed(f.H * of_head), zeros(N);
         Scratch<Matrices<Cell, T>> matrices(f.H);
@@ -269,10 +248,10 @@ bool recurrence_backward(const RecurrenceBackward<T>& f) {
             for (ptrdiff_t k = 0; k < products; ++k)
                 pack(f.feedback + (head * products + k) * N * N, 1, N, N, N, feedback + k * N * lanes<T>, products * N);
             matrices.get()[head] = {to, feedback, {}};
-            if (jacobian) matrices.get()[head].solved = Solver<Cell, T>::prepare(weight, f, solved);
+            if (jacobian) matrices.get()[head].solved = Operator<Cell, T>::prepare(weight, f, solved);
         }
         const auto run = backward_tile_of<Cell, T>(f.inverse);
-        return for_tiles<T>(f, f.threads, backward_size<Cell, T>(f.inverse, N), [&](const Tile& tile, T* scratch) {
+        return for_tiles<T>(f, backward_size<Cell, T>(f.inverse, N), [&](const Tile& tile, T* scratch) {
             run(f, tile, matrices.get()[tile.head], zeros.get(), scratch);
         });
     });

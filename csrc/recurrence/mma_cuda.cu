@@ -418,7 +418,6 @@ TPK_FLOAT(2)
 // Half precision has no other kernel.
 template <class T>
 void recurrence_forward_cuda(const RecurrenceForward<T>& f, bool, int device, void* stream) {
-    if (f.projection) throw std::invalid_argument("recurrence_fwd: there is no projection on a CUDA device");
     const OnDevice on_device(device);
     if (f.T_ * f.B * f.H * f.N == 0) return;
     recurrence_forward_mma<T, 1>(f, stream);

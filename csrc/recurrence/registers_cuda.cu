@@ -287,7 +287,6 @@ void with_parts(bool tf32, Run run) {
 template <>
 void recurrence_forward_cuda(const RecurrenceForward<float>& f, bool tf32, int device, void* stream) {
     constexpr const char* what = "recurrence_fwd";
-    if (f.projection) throw std::invalid_argument("recurrence_fwd: there is no projection on a CUDA device");
     if (f.N > recurrence_cuda_largest<float>) return recurrence_forward_cluster(f, device, stream);
     const OnDevice on_device(device);
     if (f.T_ * f.B * f.H * f.N == 0) return;

@@ -230,23 +230,15 @@ struct SolvedRow {
 //   image(x, k, …)             then, an element of (J Jᵀ + rI) x; product(k) is memory for it, read for the last time
 //   residual(λ, x, k, …)       λ less that
 //   solved(i, k, λ), result()  what the solution is made of, when row i is done and at last
-template <class T, class Operator>
+template <class T, class O>
 class ConjugateGradients {
 public:
-    using Matrices = typename Operator::Matrices;
-    static constexpr Form form = Operator::form;
-
-    static ptrdiff_t matrices_size(ptrdiff_t N) { return Operator::matrices_size(N); }
-    static Matrices prepare(const T* weight, const RecurrenceBackward<T>& f, T* memory) {
-        return Operator::prepare(weight, f, memory);
-    }
-
     // Numbers of scratch memory that a row takes.
-    static ptrdiff_t size(ptrdiff_t N) { return 3 * padded<T>(N) + Operator::size(N); }
+    static ptrdiff_t size(ptrdiff_t N) { return 3 * padded<T>(N) + O::size(N); }
 
     // scratch: zero.
-    ConjugateGradients(const RecurrenceBackward<T>& f, const Tile& tile, const T* weight, const Matrices& matrices,
-                       T* scratch)
+    ConjugateGradients(const RecurrenceBackward<T>& f, const Tile& tile, const T* weight,
+                       const typename O::Matrices& matrices, T* scratch)
         : f_(f),
           tile_(tile),
           columns_(padded<T>(f.N)),
@@ -449,20 +441,20 @@ private:
     const Tile tile_;
     const ptrdiff_t columns_;
     T *solution_, *residual_, *direction_;
-    Operator operator_;
+    O operator_;
     Row states_[largest_tile];
     ptrdiff_t order_[largest_tile], active_;  // the active rows
 };
 
-template <class T, int gates, bool passes_by>
+template <class Cell, class T, bool gram = Cell::gates == 1 && !Cell::passes_by>
 struct OperatorOf {
-    using type = ProductsOperator<T, gates>;
+    using type = ProductsOperator<T, Cell::gates>;
 };
-template <class T>
-struct OperatorOf<T, 1, false> {
+template <class Cell, class T>
+struct OperatorOf<Cell, T, true> {
     using type = GramOperator<T>;
 };
 template <class Cell, class T>
-using Solver = ConjugateGradients<T, typename OperatorOf<T, Cell::gates, Cell::passes_by>::type>;
+using Operator = typename OperatorOf<Cell, T>::type;
 
 }  // namespace tpk::TPK_ISA

@@ -8,7 +8,8 @@
 namespace tpk::TPK_ISA {
 
 // Of arrays [T][B][H][arrays][N].
-inline Strides contiguous(const Sizes& f, ptrdiff_t arrays) {
+template <class Call>
+inline Strides contiguous(const Call& f, ptrdiff_t arrays) {
     return {f.B * f.H * arrays * f.N, f.H * arrays * f.N, arrays * f.N};
 }
 

@@ -961,19 +961,22 @@ def test_jacobian_solves_the_equation_that_defines_it(cell, tight, dtype, backen
         assert_solved(found, back.last, jacobian_at(back, t), sweep.reg, sweep.rtol)
 
 
-@pytest.mark.parametrize("shape", [Case(T=9, B=7, N=17), Case(T=3, B=5, H=2, N=33), Case(N=1)], ids=str)
+@pytest.mark.parametrize("shape", [Case(T=20, B=7, N=17), Case(T=3, B=5, H=2, N=33), Case(N=1)], ids=str)
 @of_all_cells
 def test_a_tight_solve_meets_the_ordinary_budget(cell, shape, dtype, backend):
-    """As if it were direct: no term in rtol, but for the GRU, whose condition is four times as large."""
+    """As if it were direct: no term in rtol; but in what the last solve itself sends on, and for the GRU, whose
+    condition is four times as large.
+    """
     case = shape.with_(cell=cell)
     sweep = Sweep("jacobian", reg=0.25, rtol=TIGHT[dtype])
-    back = back_of(case, dtype, sweep)
+    back = back_of(case, dtype, sweep).with_(last=None)
     found, plain = (back.run(sweep, name).swept for name in (backend, "reference"))
     exact = exact_back(back, case.tensors(dtype).bias, sweep)
     answers = {"grad_u": exact.grad_u, "carried": exact.displacements[0], "through": exact.through}
     condition = max(10.0, condition_of_jacobian(cell, back.weight, sweep))
     for what, tensor in found.items():
-        assert_budget(tensor, plain[what], answers[what], what, condition, rtol=sweep.rtol if cell == "gru" else 0.0)
+        rtol = sweep.rtol if cell == "gru" or what == "carried" else 0.0
+        assert_budget(tensor, plain[what], answers[what], what, condition, rtol=rtol)
 
 
 @of_all_cells
