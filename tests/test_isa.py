@@ -85,18 +85,18 @@ def test_not_finite_stays_in_its_unit_until_the_next_step(nonlinearity, value, d
 
 
 def test_threads_do_not_change_results(dtype, isa_level):
-    weight = matrices((41, 17, 17), dtype)
-    sweep = Sweep("jacobian")
-    backs = {cell: back_of(Case(T=4, B=33, N=33, cell=cell), dtype, sweep) for cell in BOTH}  # on one thread
+    weight, sweep = matrices((41, 17, 17), dtype), Sweep("jacobian")
+    cases = [Case(T=4, B=33, N=33, cell=cell) for cell in BOTH]
+    backs = [back_of(case, dtype, sweep) for case in cases]  # once: torch's own sums follow the threads
     first = None
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         found = {"P": tp.regularized_inverse(weight, 0.25, backend="cpu")}
         found["P at power 1/2"] = tp.regularized_inverse(weight, 0.25, power=0.5, backend="cpu")
-        for cell in BOTH:
-            back = backs[cell].run(sweep, "cpu")
-            found |= {f"{what} of {cell}": tensor for what, tensor in back.swept.items()}
-            found[cell] = forward_op(cell, *Case(T=4, B=33, N=33, cell=cell).tensors(dtype), backend="cpu").h
+        for case, back in zip(cases, backs, strict=True):
+            found[f"h of {case.cell}"] = forward_op(case.cell, *case.tensors(dtype), backend="cpu").h
+            swept = back.run(sweep, "cpu").swept
+            found |= {f"{what} of {case.cell}": tensor for what, tensor in swept.items()}
         first = first or found
         assert_same_bits(found, first)
 
