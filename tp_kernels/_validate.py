@@ -113,11 +113,23 @@ def numbers_of_rule(op: str, rule: Rule, cell: Cell, dtype: torch.dtype) -> None
         return
     if rule.inverse == "jacobian":  # elsewhere, it is for regularized_inverse to say
         regularization(op, rule.reg, dtype)
+        _in_dtype(op, "rtol", rule.rtol, torch.promote_types(dtype, torch.float32))
+    _in_dtype(op, "step", rule.step, dtype)
     smallest = torch.finfo(dtype).eps
     if rule.inverse == "layer" and cell.clips and rule.clip < smallest:
         # 1 - clip(h)² would be 0 where h rounds to 1
         raise ValueError(
             f"{op}: rule must have clip of at least {smallest:.3g} in {dtype_name(dtype)}, got {rule.clip!r}"
+        )
+
+
+def _in_dtype(op: str, name: str, value: float, dtype: torch.dtype) -> None:
+    """What the kernels compute with: no number that is zero, infinite or denormal there, which they take for zero."""
+    limits = torch.finfo(dtype)
+    if not limits.tiny <= value <= limits.max:
+        raise ValueError(
+            f"{op}: rule must have a {name} between {limits.tiny:.3g} and {limits.max:.3g} in {dtype_name(dtype)}, "
+            f"got {value!r}"
         )
 
 

@@ -101,6 +101,16 @@ register(
 )
 
 
+def _runs_once_more() -> bool:
+    """Whether this is the first run of ``torch.utils.checkpoint`` with ``use_reentrant=False``: the second, in
+    backward, is the pass that counts. With ``use_reentrant=True`` the first has no gradients.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "__qualname__", "").startswith("_checkpoint_hook.")
+
+
 class RefreshedFeedback(nn.Module):
     """P of a weight that moves little from step to step: computed anew at every k-th call only, or, on the CPU, earlier
     once the weight has moved by ``LARGEST_DRIFT``.
@@ -125,6 +135,8 @@ class RefreshedFeedback(nn.Module):
         return super()._apply(*arguments, **options)
 
     def forward(self, weight: Tensor, rule: TargetProp, backend: str) -> Tensor:
+        if _runs_once_more():
+            return self.kept  # of no use to that pass, which keeps nothing
         return torch.ops.tp_kernels.recurrence_refreshed_feedback(
             weight.detach(), self.origin, self.kept, self.age, rule.reg, rule.power, self.refresh, backend
         )

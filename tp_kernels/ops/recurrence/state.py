@@ -7,6 +7,7 @@ there, and nothing to the state itself; so the gradients are those of one call, 
 apart.
 """
 
+import sys
 import warnings
 
 import torch
@@ -77,9 +78,17 @@ def relay_of(state: Tensor | None, op: str, carries: bool) -> Tensor | None:
             "back-propagation. Hand on the last state as the layer returned it (not output[-1], a mask or a copy); to "
             "cut the sequence there, detach() the state",
             UserWarning,
-            stacklevel=4,
+            stacklevel=_stacklevel(),
         )
     return None
+
+
+def _stacklevel() -> int:
+    """Of the call that is no code of this library, nor of torch's around modules: the one to look at."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("tp_kernels.", "torch.")):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _comes_from_layer(state: Tensor) -> bool:
