@@ -70,7 +70,8 @@ def register(
             of a call: so there is the same once more, under the name with ``WAITING`` behind it, for the former.
 
     Returns:
-        What the op runs, to be called where ``dispatches_to_nobody``.
+        What the op runs, to be called where ``dispatches_to_nobody``. A result that is not there is ``None``; from the
+        op, which can give tensors only, one without elements.
     """
     name = schema.partition("(")[0]
     if twin:
@@ -83,7 +84,16 @@ def register(
             return implementation(*arguments)
 
     tags = (torch.Tag.pt2_compliant_tag, *((torch.Tag.cudagraph_unsafe,) if cudagraph_unsafe else ()))
+
+    @functools.wraps(implementation)
+    def filled(*arguments: object) -> object:
+        results = run(*arguments)
+        if isinstance(results, Tensor):
+            return results
+        like = next(argument for argument in arguments if isinstance(argument, Tensor))
+        return tuple(like.new_empty(0) if result is None else result for result in results)
+
     _LIBRARY.define(schema, tags=tags)
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, filled, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tp_kernels::{name}", fake, lib=_LIBRARY)
     return run

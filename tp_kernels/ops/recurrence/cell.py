@@ -88,7 +88,7 @@ class Cell:
             summed: [G N], the sum of δ over steps and samples; ``None`` without an input projection.
             into: the parts that ``into`` gave.
         """
-        return summed
+        return summed.clone()
 
     def term(
         self, inverse: str, displacement: Tensor, step: Step, clip: float

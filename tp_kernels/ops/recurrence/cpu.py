@@ -34,10 +34,10 @@ def forward(
     start: Tensor | None,
     *,
     keep: bool,
-    out: tuple[Tensor, Tensor] | None = None,
+    out: tuple[Tensor, Tensor | None] | None = None,
     projection: Tensor | None = None,
     input_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """``reference.forward``; with a projection, of ``x Uᵀ + b`` in place of u, which then is nowhere in memory."""
     _native.check_same_kind(cell.op, u, weight, bias, start, projection, input_bias)
     u, weight, bias, start = unit_stride(u), weight.contiguous(), contiguous(bias), contiguous(start)
@@ -55,7 +55,7 @@ def forward(
         bias=_native.pointer(bias),
         start=_native.pointer(start),
         h=_native.pointer(h),
-        kept=_native.pointer(kept if keep and cell.kept else None),
+        kept=_native.pointer(kept),
         sizes=sizes(h),
         threads=torch.get_num_threads(),
     )
@@ -69,7 +69,7 @@ def backward(
     grad_h: Tensor | None,
     grad_last: Tensor | None,
     h: Tensor,
-    kept: Tensor,
+    kept: Tensor | None,
     weight: Tensor,
     feedback: Tensor | None,
     carried: Tensor | None,
@@ -78,12 +78,12 @@ def backward(
     start: Tensor | None,
     first: int = 0,
     iterations: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``reference.backward``."""
     _native.check_same_kind(cell.op, h, grad_h, grad_last, kept, weight, feedback, carried, through, u, start)
     check_given(cell, sweep, feedback, u)
     grad_h, u = unit_stride(grad_h), unit_stride(u)
-    h, kept, weight = h.contiguous(), kept.contiguous(), weight.contiguous()
+    h, kept, weight = h.contiguous(), contiguous(kept), weight.contiguous()
     grad_last, feedback, start = contiguous(grad_last), contiguous(feedback), contiguous(start)
     carried, through = contiguous(carried), contiguous(through)
     grad_u, carried_out, through_out = backward_outputs(cell, h, sweep)

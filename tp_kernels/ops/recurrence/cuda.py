@@ -94,8 +94,8 @@ def forward(
     start: Tensor | None,
     *,
     keep: bool,
-    out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+    out: tuple[Tensor, Tensor | None] | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """``reference.forward``."""
     _native.check_same_kind(cell.op, u, weight, start)
     u, weight, start = unit_stride(u), weight.contiguous(), contiguous(start)
@@ -124,7 +124,7 @@ def backward(
     grad_h: Tensor | None,
     grad_last: Tensor | None,
     h: Tensor,
-    kept: Tensor,
+    kept: Tensor | None,
     weight: Tensor,
     feedback: Tensor | None,
     carried: Tensor | None,
@@ -133,7 +133,7 @@ def backward(
     start: Tensor | None,
     first: int = 0,
     iterations: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``reference.backward``. None of its inverses takes u or the first state."""
     _native.check_same_kind(cell.op, h, grad_h, grad_last, weight, feedback, carried, through)
     check_given(cell, sweep, feedback, u)

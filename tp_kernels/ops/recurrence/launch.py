@@ -35,22 +35,22 @@ def check_given(cell: Cell, sweep: Sweep, feedback: Tensor | None, u: Tensor | N
             raise TypeError(f"{cell.op}: {argument} must be a torch.Tensor with inverse={sweep.inverse!r}, got None")
 
 
-def forward_outputs(cell: Cell, u: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+def forward_outputs(cell: Cell, u: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
     """Memory for the states and for what the cell keeps. ``u`` may be the input that is projected to it."""
     shape = (*u.shape[:-1], weight.shape[-1])
-    return u.new_empty(shape), u.new_empty((*shape[:-1], len(cell.kept), shape[-1]) if keep and cell.kept else (0,))
+    kept = u.new_empty((*shape[:-1], len(cell.kept), shape[-1])) if keep and cell.kept else None
+    return u.new_empty(shape), kept
 
 
-def backward_outputs(cell: Cell, h: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor, Tensor]:
-    """What backward fills: δ, and what it sends on to an earlier call."""
-    return h.new_empty((*h.shape[:-1], cell.gates * h.shape[-1])), *sent_outputs(h, sweep)
-
-
-def sent_outputs(h: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor]:
-    """Memory for term(λ_1) and ``Jᵀ_1 μ_1``; empty where the rule sends nothing."""
-    carried = h.new_empty(h.shape[1:] if sweep.inverse != "none" else (0,))
-    through = h.new_empty(h.shape[1:] if sweep.update == "total" else (0,))
-    return carried, through
+def backward_outputs(cell: Cell, h: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Memory for δ, and for what is sent on to an earlier call, term(λ_1) and ``Jᵀ_1 μ_1``: ``None`` where the rule
+    sends nothing.
+    """
+    return (
+        h.new_empty((*h.shape[:-1], cell.gates * h.shape[-1])),
+        None if sweep.inverse == "none" else h.new_empty(h.shape[1:]),
+        None if sweep.update == "local" else h.new_empty(h.shape[1:]),
+    )
 
 
 def missed_residuals(h: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def forward(results: tuple[Tensor], cell: str, u: Tensor, weight: Tensor, start:
 
 
 def backward(
-    results: tuple[Tensor, Tensor, Tensor],
+    results: tuple[Tensor, Tensor | None, Tensor | None],
     rule: tuple[str, Sweep],
     grad_h: Tensor | None,
     grad_last: Tensor | None,
@@ -107,7 +107,7 @@ def backward(
 
 def call(
     chain: Callable[..., None],
-    results: tuple[Tensor, ...],
+    results: tuple[Tensor | None, ...],
     words: Any,
     tensors: tuple[Tensor | None, ...],
 ) -> None:
@@ -165,7 +165,7 @@ class Recording:
     def __init__(
         self,
         chain: Callable[..., None],
-        results: tuple[Tensor, ...],
+        results: tuple[Tensor | None, ...],
         words: Any,
         tensors: tuple[Tensor | None, ...],
         place: int,
@@ -174,17 +174,18 @@ class Recording:
             None if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
             for tensor in tensors
         )
-        self.results = tuple(torch.empty_like(result) for result in results)
+        self.results = tuple(None if result is None else torch.empty_like(result) for result in results)
         self.place = place
         self._run = record(lambda: chain(self.results, words, *self.tensors), results[0].device, place)
 
-    def replay(self, results: tuple[Tensor, ...], tensors: tuple[Tensor | None, ...]) -> None:
+    def replay(self, results: tuple[Tensor | None, ...], tensors: tuple[Tensor | None, ...]) -> None:
         for own, given in zip(self.tensors, tensors, strict=True):
             if own is not None:
                 own.copy_(given)
         self._run()
         for given, own in zip(results, self.results, strict=True):
-            given.copy_(own)
+            if given is not None:
+                given.copy_(own)
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from tp_kernels._library import dispatches_to_nobody, find_op, register
 from tp_kernels.ops.recurrence import cpu, cuda, parallel, reference, triton_blocks
 from tp_kernels.ops.recurrence.cell import CELLS, Cell
 from tp_kernels.ops.recurrence.feedback import feedback_of
-from tp_kernels.ops.recurrence.launch import forward_outputs, sent_outputs
+from tp_kernels.ops.recurrence.launch import forward_outputs
 from tp_kernels.ops.recurrence.state import new_relay
 from tp_kernels.rules import Rule, Sweep, TargetProp
 
@@ -120,9 +120,12 @@ class Layer(NamedTuple):
                 projection=self.weight_ih,
                 input_bias=self.input_bias,
             )
+        chunks = _chunks(x.device, x.shape[0], x.shape[1], cell.gates * N)
+        if len(chunks) == 1:
+            return run(cell, self.projected(x), self.weight_hh, self.bias, start, keep=keep)
         h, kept = forward_outputs(cell, x, self.weight_hh, keep)
-        for steps in _chunks(x.device, x.shape[0], x.shape[1], cell.gates * N):
-            out = h[steps], kept[steps] if kept.numel() else kept
+        for steps in chunks:
+            out = h[steps], _cut(kept, steps)
             run(cell, self.projected(x[steps]), self.weight_hh, self.bias, start, keep=keep, out=out)
             start = h[steps.stop - 1]
         return h, kept
@@ -130,6 +133,11 @@ class Layer(NamedTuple):
     def projected(self, x: Tensor) -> Tensor:
         """u, the input's share."""
         return x if self.weight_ih is None else functional.linear(x, self.weight_ih, self.input_bias)
+
+
+def _cut(tensor: Tensor | None, steps: slice) -> Tensor | None:
+    """Those steps of it."""
+    return tensor if tensor is None or len(tensor) == steps.stop - steps.start else tensor[steps]
 
 
 def _forward(
@@ -145,9 +153,9 @@ def _forward(
     keep: bool,
     inverse: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The states, empty without ``sequence``; the last of them; with ``every=k`` every k-th of them, and the last; and
-    without it what the cell keeps for backward.
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """The states, ``None`` without ``sequence``; the last of them; with ``every=k`` every k-th of them, and the last;
+    and without it what the cell keeps for backward.
 
     The back-end is the one that a backward pass with this inverse resolves to ("none", which every back-end has, is
     also that of a call without gradients). So it fails here, at the user's call, where the back-end asked for could
@@ -157,9 +165,9 @@ def _forward(
     start = _state(start, x)
     if every is None:
         h, kept = layer.states(x, start, keep)
-        return h, _last(h, weight_ih), h.new_empty(0), kept
+        return h, _last(h, weight_ih), None, kept
     T = x.shape[0]
-    h = x.new_empty((*x.shape[:-1], weight_hh.shape[-1]) if sequence else (0,))
+    h = x.new_empty((*x.shape[:-1], weight_hh.shape[-1])) if sequence else None
     ends = []
     for first in range(0, T, every):
         steps = slice(first, min(first + every, T))
@@ -169,7 +177,7 @@ def _forward(
         if sequence:
             h[steps] = part
     ends = torch.stack(ends)
-    return h, _last(ends, weight_ih), ends, h.new_empty(0)
+    return h, _last(ends, weight_ih), ends, None
 
 
 def _state(start: Tensor | None, x: Tensor) -> Tensor | None:
@@ -198,9 +206,9 @@ def _fake_forward(
     h, kept = forward_outputs(CELLS[cell_name], x, weight_hh, keep and every is None)
     last = h.new_empty(h.shape[1:] if weight_ih is None else (1, *h.shape[1:]))
     if every is None:
-        return h, last, h.new_empty(0), kept
+        return h, last, h.new_empty(0), h.new_empty(0) if kept is None else kept
     ends = h.new_empty(((x.shape[0] + every - 1) // every, *h.shape[1:]))
-    return h if sequence else h.new_empty(0), last, ends, kept
+    return h if sequence else h.new_empty(0), last, ends, h.new_empty(0)
 
 
 def _backward(
@@ -226,90 +234,88 @@ def _backward(
     words: str,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    """Gradients in x, W_ih and its bias, W_hh and its bias, empty where they are not needed; and what the first step
+    """Gradients in x, W_ih and its bias, W_hh and its bias, ``None`` where they are not needed; and what the first step
     sends on to those before it.
     """
     sweep = Sweep.parse(words)
     layer = Layer.of(cell_name, states, weight_ih, bias_ih, weight_hh, bias_hh, sweep, backend)
     cell, projects = layer.cell, weight_ih is not None
     T, B, N = (states if every is None else x).shape[0], states.shape[1], states.shape[-1]
-    gradients = _gradients(cell, x, weight_ih, states, T, needs_x, needs_input, needs_weight, needs_bias)
-    start = _state(start, states)
+    at_once = not projects and every is None  # then the gradient in x is what the sweep itself gives
+    gradients = _gradients(cell, weight_ih, states, T, needs_x and not at_once, needs_input, needs_weight)
+    start, grad_last = _state(start, states), _state(grad_last, states)
     anew = True  # nothing has been summed up yet
     for first in reversed(range(0, T, T if every is None else every)):
-        segment, h, before = slice(first, T if every is None else min(first + every, T)), states, start
+        h, before = states, start
         if every is not None:
             before = states[first // every - 1] if first else start
-            h, kept = layer.states(x[segment], before, True)
+            h, kept = layer.states(x[first : first + every], before, True)
         for steps in reversed(_chunks(h.device, len(h), B, cell.gates * N) if projects else [slice(0, len(h))]):
             here = slice(first + steps.start, first + steps.stop)
-            of_steps = kept[steps] if kept.numel() else kept
+            x_here, of_steps = _cut(x, here), _cut(kept, steps)
             grad_u, carried, through = layer.chosen.backward(
                 cell,
                 sweep,
-                grad_h=None if grad_h is None else grad_h[here],
-                grad_last=_state(grad_last, states) if here.stop == T else None,
-                h=h[steps],
+                grad_h=_cut(grad_h, here),
+                grad_last=grad_last if here.stop == T else None,
+                h=_cut(h, steps),
                 kept=of_steps,
                 weight=weight_hh,
                 feedback=feedback,
                 carried=carried,
                 through=through,
-                u=layer.projected(x[here]) if sweep.inverse == "direct" and x is not None else None,
+                u=layer.projected(x_here) if sweep.inverse == "direct" and x is not None else None,
                 start=h[steps.start - 1] if steps.start else before,
                 first=here.start,
             )
+            delta = grad_u.flatten(0, 1) if projects else grad_u
             if projects and needs_x:
-                torch.mm(grad_u.flatten(0, 1), weight_ih, out=gradients.x[here].flatten(0, 1))
+                torch.mm(delta, weight_ih, out=_cut(gradients.x, here).flatten(0, 1))
+            elif at_once:
+                gradients = gradients._replace(x=grad_u)
             elif needs_x:
                 gradients.x[here] = grad_u
-            summed = grad_u.flatten(0, 1).sum(0) if needs_input or (projects and needs_bias) else None
+            summed = delta.sum(0) if needs_input or (projects and needs_bias) else None
             if needs_input:
-                _accumulate(gradients.weight_ih, grad_u.flatten(0, 1).mT, x[here].flatten(0, 1), anew)
-                _add(gradients.bias_ih, summed, anew)
+                _accumulate(gradients.weight_ih, delta.mT, x_here.flatten(0, 1), anew)
+                gradients = gradients._replace(bias_ih=_sum(gradients.bias_ih, summed))
             if needs_weight or needs_bias:
                 into = cell.into(grad_u, of_steps)
                 if needs_weight:
                     _weight_gradient(gradients.weight_hh, into, h, steps, before, anew)
                 if needs_bias:
-                    _add(gradients.bias_hh, cell.bias_gradient(summed, into), anew)
-            carried = None if sweep.inverse == "none" else carried
-            through = None if sweep.update == "local" else through
+                    gradients = gradients._replace(bias_hh=_sum(gradients.bias_hh, cell.bias_gradient(summed, into)))
             anew = False
-    nothing = states.new_empty(0)
-    return *gradients, nothing if carried is None else carried, nothing if through is None else through
+    return *gradients, carried, through
 
 
 class _Gradients(NamedTuple):
-    x: Tensor
-    weight_ih: Tensor
-    bias_ih: Tensor
-    weight_hh: Tensor
-    bias_hh: Tensor
+    x: Tensor | None
+    weight_ih: Tensor | None
+    bias_ih: Tensor | None
+    weight_hh: Tensor | None
+    bias_hh: Tensor | None
 
 
 def _gradients(
     cell: Cell,
-    x: Tensor | None,
     weight_ih: Tensor | None,
     states: Tensor,
     T: int,
     needs_x: bool,
     needs_input: bool,
     needs_weight: bool,
-    needs_bias: bool,
 ) -> _Gradients:
-    """Memory for them. Without W_ih x is u, and the bias the cell's own."""
+    """Memory for those that are summed up in place."""
     B, *heads, N = states.shape[1:]
     rows = cell.gates * N
-    own = (*heads, N) if weight_ih is None else (rows,)
     width = rows if weight_ih is None else weight_ih.shape[1]
     return _Gradients(
-        x=states.new_empty((T, B, *heads, width) if needs_x else (0,)),
-        weight_ih=states.new_empty((rows, width) if needs_input else (0,)),
-        bias_ih=states.new_empty((rows,) if needs_input else (0,)),
-        weight_hh=states.new_empty((*heads, rows, N) if needs_weight else (0,)),
-        bias_hh=states.new_empty(own if needs_bias else (0,)),
+        x=states.new_empty((T, B, *heads, width)) if needs_x else None,
+        weight_ih=states.new_empty((rows, width)) if needs_input else None,
+        bias_ih=None,
+        weight_hh=states.new_empty((*heads, rows, N)) if needs_weight else None,
+        bias_hh=None,
     )
 
 
@@ -319,8 +325,8 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor, anew: bool) -> None:
     product(total, left, right, beta=0 if anew else 1, out=total)
 
 
-def _add(total: Tensor, part: Tensor, anew: bool) -> None:
-    total.copy_(part) if anew else total.add_(part)
+def _sum(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
 
 
 def _weight_gradient(
@@ -340,7 +346,7 @@ def _weight_gradient(
         if start is not None:
             _accumulate(product, *_by_head(part[0], start), anew=False)
         if product is not rows:
-            _add(rows, product, anew=anew)
+            rows.copy_(product) if anew else rows.add_(product)
 
 
 def _by_head(into: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -371,9 +377,21 @@ def _fake_backward(
     words: str,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    T = (states if every is None else x).shape[0]
-    gradients = _gradients(CELLS[cell_name], x, weight_ih, states, T, needs_x, needs_input, needs_weight, needs_bias)
-    return *gradients, *sent_outputs(states, Sweep.parse(words))
+    cell, sweep = CELLS[cell_name], Sweep.parse(words)
+    T, (B, *heads, N) = (states if every is None else x).shape[0], states.shape[1:]
+    rows = cell.gates * N
+    width = rows if weight_ih is None else weight_ih.shape[1]
+    own = (*heads, N) if weight_ih is None else (rows,)
+    shapes = (
+        ((T, B, *heads, width), needs_x),
+        ((rows, width), needs_input),
+        ((rows,), needs_input),
+        ((*heads, rows, N), needs_weight),
+        (own, needs_bias),
+        (states.shape[1:], sweep.inverse != "none"),
+        (states.shape[1:], sweep.update == "total"),
+    )
+    return tuple(states.new_empty(shape if needed else (0,)) for shape, needed in shapes)
 
 
 _run_forward = register(

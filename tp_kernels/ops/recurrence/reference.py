@@ -23,8 +23,8 @@ def forward(
     start: Tensor | None,
     *,
     keep: bool,
-    out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+    out: tuple[Tensor, Tensor | None] | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """The states, from ``h_t, kept_t = cell.forward(u_t, W h_{t-1}, bias, h_{t-1})``.
 
     Args:
@@ -37,14 +37,14 @@ def forward(
         out: both results, contiguous, to write to; ``None`` takes new memory.
 
     Returns:
-        h: [T, B, N] or [T, B, H, N], and what is kept: [T, B, K, N] or [T, B, H, K, N], or empty. Both contiguous.
+        h: [T, B, N] or [T, B, H, N], and what is kept: [T, B, K, N] or [T, B, H, K, N], or ``None``. Both contiguous.
     """
     h, kept = forward_outputs(cell, u, weight, keep) if out is None else out
     state = torch.zeros_like(h[0]) if start is None else start
     for t in range(h.shape[0]):
         state, of_step = cell.forward(u[t], apply(weight, state), bias, state)
         h[t] = state
-        if kept.numel():
+        if kept is not None:
             kept[t] = torch.stack(of_step, dim=-2)
     return h, kept
 
@@ -56,7 +56,7 @@ def backward(
     grad_h: Tensor | None,
     grad_last: Tensor | None,
     h: Tensor,
-    kept: Tensor,
+    kept: Tensor | None,
     weight: Tensor,
     feedback: Tensor | None,
     carried: Tensor | None,
@@ -65,7 +65,7 @@ def backward(
     start: Tensor | None,
     first: int = 0,
     iterations: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Displacements λ, adjoints μ and gradients δ in ``u``, from the last step to the first.
 
     ``λ_{t-1} = step g_{t-1} + term(λ_t)``; the term is 0 ("none"), λ_t ("identity"), ``(JᵀJ + rI)⁻¹ Jᵀ λ_t`` with
@@ -88,8 +88,8 @@ def backward(
             where it is direct, none. ``None`` counts nothing.
 
     Returns:
-        ``grad_u``, like ``u``: δ; ``carried``, like ``h[0]``: term(λ_1), empty for "none"; and ``through``, like
-        ``h[0]``: ``Jᵀ_1 μ_1``, empty for "local". All contiguous. The gradient of the first state is ``through`` for
+        ``grad_u``, like ``u``: δ; ``carried``, like ``h[0]``: term(λ_1), ``None`` for "none"; and ``through``, like
+        ``h[0]``: ``Jᵀ_1 μ_1``, ``None`` for "local". All contiguous. The gradient of the first state is ``through`` for
         "total" and ``carried`` for "local".
 
     Raises:
@@ -140,7 +140,7 @@ def steps_back(
     grad_h: Tensor | None,
     grad_last: Tensor | None,
     h: Tensor,
-    kept: Tensor,
+    kept: Tensor | None,
     weight: Tensor,
     feedback: Tensor | None,
     carried: Tensor | None,

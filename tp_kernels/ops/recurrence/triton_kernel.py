@@ -670,8 +670,8 @@ def forward(
     start: Tensor | None,
     *,
     keep: bool,
-    out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+    out: tuple[Tensor, Tensor | None] | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """``reference.forward``."""
     _native.check_same_kind(cell.op, u, weight, start)
     u, weight, start = unit_stride(u), weight.contiguous(), contiguous(start)
@@ -701,7 +701,7 @@ def backward(
     grad_h: Tensor | None,
     grad_last: Tensor | None,
     h: Tensor,
-    kept: Tensor,
+    kept: Tensor | None,
     weight: Tensor,
     feedback: Tensor | None,
     carried: Tensor | None,
@@ -710,7 +710,7 @@ def backward(
     start: Tensor | None,
     first: int = 0,
     iterations: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``reference.backward``.
 
     The total update needs two matrices where the rule has an inverse. Where they do not both fit on chip, displacements
