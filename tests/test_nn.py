@@ -5,9 +5,11 @@ Tests are over the layers of ``_modules.py``; only what one layer alone has is t
 """
 
 import copy
+import gc
 import io
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import _oracle_recurrence as oracle
 import numpy as np
@@ -20,6 +22,8 @@ from _oracle import extended
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
 
 import tp_kernels as tp
 from tp_kernels import _native
@@ -978,3 +982,96 @@ def test_refresh_compiles(layer):
         (grad,) = torch.autograd.grad(compiled(x)[1].sum(), ours.weight_hh_l0)
         assert_near(grad, extended(weight_gradient(ours, p)), f"step {step}")
         moved(ours, 0.02, step)
+
+
+# --- what public bug reports of other libraries led to
+
+
+@pytest.mark.parametrize("batch_first", [False, True], ids=["TBM", "BTM"])
+@over_layers
+def test_outputs_are_no_views(layer, batch_first, backend):
+    """So both can be detached in place, as torch's can."""
+    ours = layer.make(batch_first=batch_first, backend=backend)
+    output, last = ours(data()[0])
+    assert not output._is_view()
+    assert not last._is_view()
+    assert not output.detach_().requires_grad
+    assert not last.detach_().requires_grad
+
+
+@pytest.mark.parametrize("checkpoint_every", [None, 3], ids=["all states", "checkpoints"])
+@over_layers
+def test_two_graphs_serve_every_shape(layer, checkpoint_every):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(layer.make(checkpoint_every=checkpoint_every), fullgraph=True, backend=counter)
+    for time, batch in ((7, 2), (9, 3), (12, 4), (30, 5), (4, 2), (2, 2)):
+        compiled(torch.randn(time, batch, M))[0].sum().backward()
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@over_layers
+def test_a_pass_that_is_run_twice_counts_once(layer, use_reentrant, backend):
+    """Of ``torch.utils.checkpoint``, which runs forward again in backward."""
+    ours = layer.make(refresh=10, backend=backend)
+    for age in (1, 2, 3):
+        x = data()[0].requires_grad_()
+        checkpoint(lambda x: ours(x)[1], x, use_reentrant=use_reentrant).sum().backward()
+        assert ours.refreshed.age == age
+
+
+@over_layers
+def test_an_inverse_goes_with_its_layer(layer, cpu):
+    feedback.forget_feedback()
+    ours = layer.make(backend="cpu")
+    ours(data()[0])[1].sum().backward()
+    assert len(feedback._kept) == 1
+    del ours
+    gc.collect()
+    assert not feedback._kept
+
+
+@over_layers
+def test_layers_on_many_threads(layer, backend):
+    """What is kept of their weights is shared; each finds its own gradients."""
+    x, many = data()[0], [layer.make(seed=seed, backend=backend) for seed in range(8)]
+
+    def gradient(ours: Recurrent) -> Tensor:
+        for _ in range(10):
+            feedback.forget_feedback()
+            (found,) = torch.autograd.grad(ours(x)[1].sum(), ours.weight_hh_l0)
+        return found
+
+    expected = [gradient(ours) for ours in many]
+    with ThreadPoolExecutor(8) as pool:
+        for found, alone in zip(pool.map(gradient, many), expected, strict=True):
+            assert_near(found, extended(alone), "grad_weight_hh")
+
+
+@pytest.mark.parametrize("rule", ["bp", "weight-total", "layer-local"])
+@over_layers
+def test_batched_gradients(layer, rule, backend):
+    """``is_grads_batched`` and ``jacobian(vectorize=True)`` give what one row after the other gives."""
+    ours = layer.make(rule=RULES[rule], backend=backend, dtype=torch.float64)
+    x = data(torch.float64)[0]
+    batched, one_by_one = (
+        torch.autograd.functional.jacobian(lambda x: ours(x)[1], x, vectorize=vectorize) for vectorize in (True, False)
+    )
+    torch.testing.assert_close(batched, one_by_one, rtol=1e-12, atol=1e-12)
+
+
+@over_layers
+def test_only_what_is_trained_gets_a_gradient(layer, backend):
+    """Each set of frozen parameters: the gradients of the others are those of a layer that is trained as a whole."""
+    whole, x = layer.make(backend=backend), data()[0]
+    expected = gradients(whole, x)
+    for mask in range(15):
+        ours = layer.make(backend=backend)
+        for i, parameter in enumerate(ours.parameters()):
+            parameter.requires_grad_(not mask >> i & 1)
+        ours(x)[1].sum().backward()
+        for name, parameter in ours.named_parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad
+            if parameter.requires_grad:
+                assert_near(parameter.grad, extended(expected[name]), name)

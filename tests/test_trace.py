@@ -709,3 +709,14 @@ def test_under_torchs_own_checkpoints(use_reentrant):
         else:
             with pytest.raises(RuntimeError, match=r"trace: layer '' .* torch\.utils\.checkpoint.*checkpoint_every=k"):
                 output.sum().backward()
+
+
+@pytest.mark.parametrize("kind", LAYERS, ids=str)
+def test_a_run_that_diverges_is_traced(kind):
+    """A weight that is NaN has no spectral norm; that is what one traces for."""
+    layer = layer_of(tp.TargetProp(inverse="identity"), kind=kind)
+    with torch.no_grad():
+        layer.weight_hh_l0[0, 0] = torch.nan
+    with tp.trace(layer) as trace:
+        layer(data(torch.float64)[0])[1].sum().backward()
+    assert math.isnan(trace.records[0].weight_hh_norm)

@@ -128,7 +128,7 @@ def _in_dtype(op: str, name: str, value: float, dtype: torch.dtype) -> None:
     limits = torch.finfo(dtype)
     if not limits.tiny <= value <= limits.max:
         raise ValueError(
-            f"{op}: rule must have a {name} between {limits.tiny:.3g} and {limits.max:.3g} in {dtype_name(dtype)}, "
+            f"{op}: rule must have {name} between {limits.tiny:.3g} and {limits.max:.3g} in {dtype_name(dtype)}, "
             f"got {value!r}"
         )
 

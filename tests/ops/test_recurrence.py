@@ -595,6 +595,21 @@ def bad_input(name: str) -> dict[str, tuple[dict[str, object], type[Exception], 
             ValueError,
             f"{name}: rule must have clip of at least 1.19e-07 in float32, got 1e-09",
         ),
+        "rule-large-step": (
+            {"rule": tp.TargetProp(step=1e39)},
+            ValueError,
+            f"{name}: rule must have step between 1.18e-38 and 3.4e+38 in float32, got 1e+39",
+        ),
+        "rule-small-step": (
+            {"rule": tp.TargetProp(step=1e-46)},
+            ValueError,
+            f"{name}: rule must have step between 1.18e-38 and 3.4e+38 in float32, got 1e-46",
+        ),
+        "rule-small-rtol": (
+            {"rule": tp.TargetProp(inverse="jacobian", rtol=1e-40)},
+            ValueError,
+            f"{name}: rule must have rtol between 1.18e-38 and 3.4e+38 in float32, got 1e-40",
+        ),
         "rule-small-reg": (
             {"rule": tp.TargetProp(inverse="jacobian", reg=1e-50)},
             ValueError,
