@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from tp_kernels.ops.recurrence.cell import CELLS, Cell, Step
 
@@ -30,20 +29,21 @@ class GRU(Cell):
         delta = torch.cat((of_r, of_z, (1 - z) * (1 - n.square()) * adjoint), dim=-1)
         return delta, torch.cat((of_r, of_z, into_n), dim=-1), z_mu * adjoint
 
-    def into(self, grad_u: Tensor, kept: Tensor) -> list[Tensor]:
-        N = kept.shape[-1]
-        return [grad_u[..., : 2 * N], kept[..., 0, :] * grad_u[..., 2 * N :]]
+    def into(self, grad_u: Tensor, kept: Tensor, in_place: bool) -> list[Tensor]:
+        N, r = kept.shape[-1], kept[..., 0, :]
+        if not in_place:
+            return [grad_u[..., : 2 * N], r * grad_u[..., 2 * N :]]
+        grad_u[..., 2 * N :].mul_(r)
+        return [grad_u]
 
     def biases(self, bias_ih: Tensor | None, bias_hh: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """That of the state's share of n is multiplied by r: so it is the cell's own."""
         if bias_ih is None:
             return None, None
-        outer, inner = bias_hh.split([2 * len(bias_hh) // 3, len(bias_hh) // 3])
-        return bias_ih + functional.pad(outer, (0, len(inner))), inner
-
-    def bias_gradient(self, summed: Tensor | None, into: list[Tensor]) -> Tensor:
-        own = into[-1].sum((0, 1))
-        return own if summed is None else torch.cat((summed[: -len(own)], own))
+        n = len(bias_hh) // 3
+        input_bias = bias_ih + bias_hh
+        input_bias[2 * n :] = bias_ih[2 * n :]
+        return input_bias, bias_hh[2 * n :]
 
     def term(
         self, inverse: str, displacement: Tensor, step: Step, clip: float

@@ -68,27 +68,19 @@ class Cell:
         """δ, the gradient in ``u``, and that in ``W h_{t-1}``, both [B, G N]; what reaches h_{t-1} past W, [B, N]."""
         raise NotImplementedError
 
-    def into(self, grad_u: Tensor, kept: Tensor) -> list[Tensor]:
+    def into(self, grad_u: Tensor, kept: Tensor | None, in_place: bool) -> list[Tensor]:
         """The gradients in ``W h_{t-1}`` of all steps, [T, B, · N], from those in ``u``; one after another [T, B, G N].
 
         Args:
             grad_u: [T, B, G N].
             kept: [T, B, K, N], of the forward pass.
+            in_place: whether the first may be written over.
         """
         return [grad_u]
 
     def biases(self, bias_ih: Tensor | None, bias_hh: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Of a layer's two, [G N] both or ``None``: what is added to the projected input, and the cell's own."""
         return (None, None) if bias_ih is None else (bias_ih + bias_hh, None)
-
-    def bias_gradient(self, summed: Tensor | None, into: list[Tensor]) -> Tensor:
-        """In a layer's ``bias_hh``, [G N], or, without an input projection, in the cell's own, [N] or [H, N].
-
-        Args:
-            summed: [G N], the sum of δ over steps and samples; ``None`` without an input projection.
-            into: the parts that ``into`` gave.
-        """
-        return summed.clone()
 
     def term(
         self, inverse: str, displacement: Tensor, step: Step, clip: float

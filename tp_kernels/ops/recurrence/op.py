@@ -83,9 +83,9 @@ class Layer(NamedTuple):
     cell: Cell
     chosen: Backend
     weight_ih: Tensor | None
-    input_bias: Tensor | None
+    bias_ih: Tensor | None
     weight_hh: Tensor
-    bias: Tensor | None
+    bias_hh: Tensor | None
 
     @classmethod
     def of(
@@ -101,43 +101,37 @@ class Layer(NamedTuple):
     ) -> "Layer":
         cell = CELLS[cell_name]
         chosen = backends(cell.op).resolve(backend, x, size=weight_hh.shape[-1], sweep=sweep)
-        input_bias, bias = (None, bias_hh) if weight_ih is None else cell.biases(bias_ih, bias_hh)
-        return cls(cell, chosen, weight_ih, input_bias, weight_hh, bias)
+        return cls(cell, chosen, weight_ih, bias_ih, weight_hh, bias_hh)
 
-    def states(self, x: Tensor, start: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+    def states(self, x: Tensor, start: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None]:
         """All states from this one on, and what the cell keeps of each step."""
-        cell, run, N = self.cell, self.chosen.forward, self.weight_hh.shape[-1]
+        cell, run, weight_hh = self.cell, self.chosen.forward, self.weight_hh
         if self.weight_ih is None:
-            return run(cell, x, self.weight_hh, self.bias, start, keep=keep)
-        if self.chosen.fuses_projection(cell, x, N):
-            return run(
-                cell,
-                x,
-                self.weight_hh,
-                self.bias,
-                start,
-                keep=keep,
-                projection=self.weight_ih,
-                input_bias=self.input_bias,
-            )
-        chunks = _chunks(x.device, x.shape[0], x.shape[1], cell.gates * N)
+            return run(cell, x, weight_hh, self.bias_hh, start, keep=keep)
+        input_bias, bias = cell.biases(self.bias_ih, self.bias_hh)
+        if self.chosen.fuses_projection(cell, x, weight_hh.shape[-1]):
+            projection = self.weight_ih
+            return run(cell, x, weight_hh, bias, start, keep=keep, projection=projection, input_bias=input_bias)
+        chunks = _chunks(x.device, x.shape[0], x.shape[1], weight_hh.shape[-2])
         if len(chunks) == 1:
-            return run(cell, self.projected(x), self.weight_hh, self.bias, start, keep=keep)
-        h, kept = forward_outputs(cell, x, self.weight_hh, keep)
+            return run(cell, functional.linear(x, self.weight_ih, input_bias), weight_hh, bias, start, keep=keep)
+        h, kept = forward_outputs(cell, x, weight_hh, keep)
         for steps in chunks:
-            out = h[steps], _cut(kept, steps)
-            run(cell, self.projected(x[steps]), self.weight_hh, self.bias, start, keep=keep, out=out)
+            u, out = functional.linear(x[steps], self.weight_ih, input_bias), (h[steps], _cut(kept, steps))
+            run(cell, u, weight_hh, bias, start, keep=keep, out=out)
             start = h[steps.stop - 1]
         return h, kept
 
     def projected(self, x: Tensor) -> Tensor:
         """u, the input's share."""
-        return x if self.weight_ih is None else functional.linear(x, self.weight_ih, self.input_bias)
+        if self.weight_ih is None:
+            return x
+        return functional.linear(x, self.weight_ih, self.cell.biases(self.bias_ih, self.bias_hh)[0])
 
 
 def _cut(tensor: Tensor | None, steps: slice) -> Tensor | None:
     """Those steps of it."""
-    return tensor if tensor is None or len(tensor) == steps.stop - steps.start else tensor[steps]
+    return tensor if tensor is None or steps == slice(0, tensor.shape[0]) else tensor[steps]
 
 
 def _forward(
@@ -275,16 +269,16 @@ def _backward(
                 gradients = gradients._replace(x=grad_u)
             elif needs_x:
                 gradients.x[here] = grad_u
-            summed = delta.sum(0) if needs_input or (projects and needs_bias) else None
             if needs_input:
                 _accumulate(gradients.weight_ih, delta.mT, x_here.flatten(0, 1), anew)
-                gradients = gradients._replace(bias_ih=_sum(gradients.bias_ih, summed))
+                gradients = gradients._replace(bias_ih=_sum(gradients.bias_ih, delta.sum(0)))
             if needs_weight or needs_bias:
-                into = cell.into(grad_u, of_steps)
+                into = cell.into(grad_u, of_steps, in_place=projects)
                 if needs_weight:
                     _weight_gradient(gradients.weight_hh, into, h, steps, before, anew)
-                if needs_bias:
-                    gradients = gradients._replace(bias_hh=_sum(gradients.bias_hh, cell.bias_gradient(summed, into)))
+                if needs_bias:  # without a projection the cell's own only, which is the last part's
+                    part = into[-1].sum((0, 1))
+                    gradients = gradients._replace(bias_hh=_sum(gradients.bias_hh, part))
             anew = False
     return *gradients, carried, through
 
@@ -335,13 +329,15 @@ def _weight_gradient(
     """``∂W = Σ_t into_tᵀ h_{t-1}`` over those steps, one large product for each part; the state before the first is
     zero where there is none.
     """
-    for rows, part in zip(total.split([part.shape[-1] for part in into], dim=-2), into, strict=True):
+    several = len(into) > 1
+    blocks = total.split([part.shape[-1] for part in into], dim=-2) if several else [total]
+    for rows, part in zip(blocks, into, strict=True):
         if steps.start:
             states = h[steps.start - 1 : steps.stop - 1]
             _accumulate(rows, *_by_head(part.flatten(0, 1), states.flatten(0, 1)), anew=anew)
             continue
         # Some of the rows of a matrix need not lie as a library's product would have them: it may round otherwise.
-        product = rows if anew and rows.shape == total.shape else torch.empty_like(rows)
+        product = torch.empty_like(rows) if several or not anew else rows
         _accumulate(product, *_by_head(part[1:].flatten(0, 1), h[: steps.stop - 1].flatten(0, 1)), anew=True)
         if start is not None:
             _accumulate(product, *_by_head(part[0], start), anew=False)
