@@ -1,5 +1,6 @@
 """A sequence in several calls: the state that one call hands on to the next, as it came or changed."""
 
+import copy
 import pickle
 import warnings
 
@@ -216,12 +217,47 @@ def test_nothing_to_warn_of(layer, rule, backend):
 
 
 @over_layers
-def test_a_detached_state_cuts_the_sequence(layer, backend):
+def test_back_propagation_before_targets(layer, backend):
+    """The state is as it came; of a rule without displacements it brings none along."""
+    first, then = (layer.make(rule=rule, backend=backend, dtype=torch.float64) for rule in (tp.BackProp(), None))
+    x, _ = inputs()
+    _, last = then(x[7:], first(x[:7])[1])
+    last.sum().backward()
+    assert first.weight_hh_l0.grad.any()
+
+
+@over_layers
+def test_a_hook_that_replaces_the_state_is_warned_of(layer, backend):
+    module = layer.make(backend=backend, dtype=torch.float64)
+    module.register_full_backward_hook(lambda *given: None)
+    x, _ = inputs()
+    with pytest.warns(UserWarning, match="by a hook or wrapper"):
+        module(x[7:], module(x[:7])[1])
+
+
+@over_layers
+def test_reentrant_checkpoints_are_warned_of(layer, backend):
+    """They cut the state off before the layer sees it."""
+    module = layer.make(backend=backend, dtype=torch.float64)
+    x, _ = inputs()
+    _, h = checkpoint(module, x[:7], use_reentrant=True)
+    _, last = checkpoint(module, x[7:], h, use_reentrant=True)
+    with pytest.warns(UserWarning, match="use_reentrant=True, which cuts it off"):
+        last.sum().backward()
+
+
+@pytest.mark.parametrize("leaf", [False, True], ids=["detached", "a leaf again"])
+@over_layers
+def test_a_detached_state_cuts_the_sequence(layer, leaf, backend):
     module = layer.make(backend=backend, dtype=torch.float64)
     x, h0 = inputs()
     _, h = module(x[:7], h0)
-    h.detach_()
+    h.detach_().requires_grad_(leaf)
+    assert_identical(copy.deepcopy(h).detach(), h.detach(), "a copy")
     _, last = module(x[7:], h)
+    if leaf:
+        (adjoint,) = torch.autograd.grad(last.sum(), h, retain_graph=True)
+        assert adjoint.any()
     (grad,) = torch.autograd.grad(last.sum(), x)
     assert not grad[:7].any()
     assert grad[7:].any()
@@ -247,14 +283,16 @@ def two_calls(module: Recurrent, x: Tensor) -> Tensor:
     return output.sum() + last.sum() + h.sum()
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("rule", ["weight-total", "bp"])
 @over_layers
-def test_compiled_together(layer):
+def test_compiled_together(layer, rule, dynamic):
     torch._dynamo.reset()
-    module = layer.make(dtype=torch.float64)
+    module = layer.make(rule=RULES[rule], dtype=torch.float64)
     x, _ = inputs()
     found, expected = (
         torch.autograd.grad(function(module, x), [x, *module.parameters()])
-        for function in (torch.compile(two_calls, fullgraph=True), two_calls)
+        for function in (torch.compile(two_calls, fullgraph=True, dynamic=dynamic), two_calls)
     )
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 

@@ -1075,3 +1075,30 @@ def test_only_what_is_trained_gets_a_gradient(layer, backend):
             assert (parameter.grad is not None) == parameter.requires_grad
             if parameter.requires_grad:
                 assert_near(parameter.grad, extended(expected[name]), name)
+
+
+@over_layers
+def test_no_gradient_at_all(layer, backend):
+    """From a function behind the layer that gives none."""
+
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, tensor: Tensor) -> Tensor:
+            return tensor.sum()
+
+        @staticmethod
+        def backward(ctx: object, grad: Tensor) -> None:
+            return None
+
+    ours = layer.make(backend=backend)
+    Nothing.apply(ours(data()[0])[1]).backward()
+    assert all(parameter.grad is None for parameter in ours.parameters())
+
+
+@over_layers
+def test_loading_forgets_the_inverse(layer, backend):
+    ours = layer.make(refresh=10, backend=backend)
+    weight_gradient(ours)
+    assert ours.refreshed.age == 1
+    ours.load_state_dict(ours.state_dict())
+    assert ours.refreshed.age == 0

@@ -81,7 +81,7 @@ ERRORS = {
     "jacobian": (
         {"inverse": "jacobian", "power": 0.5},
         ValueError,
-        "power must be 1.0, inverse='jacobian' knows no other, got 0.5",
+        "power must be 1.0, inverse='jacobian' supports no other, got 0.5",
     ),
     "difference": (
         {"mode": "difference"},
@@ -179,7 +179,7 @@ def test_a_sweep_in_words_and_back(rule):
 def test_words_that_are_no_sweep(words):
     with pytest.raises(ValueError, match="sweep must have the words") as caught:
         Sweep.parse(words)
-    expected = f"sweep must have the words inverse, update, step, clip, reg, rtol, got {words!r}"
+    expected = f"sweep must have the words inverse, update, step, clip, reg, rtol, power, got {words!r}"
     assert str(caught.value) == expected
 
 

@@ -3,7 +3,7 @@
 import functools
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 Inverse = Literal["weight", "layer", "identity", "jacobian"]
 Update = Literal["total", "local"]
@@ -46,7 +46,7 @@ class TargetProp:
             non-linear forms, with ``f⁻¹(v) = P(a⁻¹(clip v) - u_t)`` and relu's inverse taken as relu:
             ``"difference"``, ``v_{t-1} = h_{t-1} + f⁻¹(v_t) - f⁻¹(h_t)``, and ``"direct"``, ``v_{t-1} = f⁻¹(v_t)``.
         power: 1 or 1/2, the exponent α of ``P = (WᵀW + rI)^{-α} Wᵀ``. ``None``: 1/2 for ``inverse="weight"``
-            (targets keep their length), 1 for the others. ``inverse="jacobian"`` knows power 1 only.
+            (targets keep their length), 1 for the others. ``inverse="jacobian"`` supports power 1 only.
         step: γ > 0, the step from a state to its target along the negative gradient. A mere scale of all gradients
             where the mode is linearized; the other modes are not linear in it.
         clip: ε in (0, 1): ``inverse="layer"`` clips h, or v, to ±(1-ε) where the activation is tanh, and divides by
@@ -90,7 +90,7 @@ class TargetProp:
         if power not in (1.0, 0.5):  # no global floats: with dynamic=True torch.compile makes symbols of them
             raise ValueError(f"TargetProp: power must be one of 1.0, 0.5, got {power!r}")
         if self.inverse == "jacobian" and power != 1.0:
-            raise ValueError(f"TargetProp: power must be 1.0, inverse='jacobian' knows no other, got {power!r}")
+            raise ValueError(f"TargetProp: power must be 1.0, inverse='jacobian' supports no other, got {power!r}")
         reg = (1e-4 if power == 0.5 else 0.25) if self.reg is None else self.reg
         positive = "positive and finite"
         object.__setattr__(self, "power", float(power))
@@ -127,12 +127,8 @@ class BackProp:
         BackProp()
     """
 
-    @property
-    def words(self) -> str:
-        """Of its sweep."""
-        return Sweep().words
-
-    carries = False
+    words: ClassVar[str]  # of its sweep
+    carries: ClassVar[bool] = False
 
 
 Rule = TargetProp | BackProp
@@ -152,6 +148,7 @@ class Sweep(NamedTuple):
     clip: float = 1e-3
     reg: float = 0.25
     rtol: float = 1e-4
+    power: float = 1.0  # of P
 
     @property
     def uses_inverse(self) -> bool:
@@ -164,11 +161,11 @@ class Sweep(NamedTuple):
 
         Example:
             >>> Sweep("identity").words
-            'inverse=identity update=total step=1.0 clip=0.001 reg=0.25 rtol=0.0001'
+            'inverse=identity update=total step=1.0 clip=0.001 reg=0.25 rtol=0.0001 power=1.0'
         """
         return (
             f"inverse={self.inverse} update={self.update} "
-            f"step={self.step!r} clip={self.clip!r} reg={self.reg!r} rtol={self.rtol!r}"
+            f"step={self.step!r} clip={self.clip!r} reg={self.reg!r} rtol={self.rtol!r} power={self.power!r}"
         )
 
     @classmethod
@@ -182,10 +179,10 @@ class Sweep(NamedTuple):
         if isinstance(rule, BackProp):
             return cls()
         inverse = rule.inverse if rule.mode == "linearized" else rule.mode
-        return cls(inverse, rule.update, rule.step, rule.clip, rule.reg, rule.rtol)
+        return cls(inverse, rule.update, rule.step, rule.clip, rule.reg, rule.rtol, rule.power)
 
     @classmethod
-    @functools.cache
+    @functools.lru_cache(maxsize=256)
     def parse(cls, words: str) -> "Sweep":
         """The sweep of these words.
 
@@ -194,7 +191,7 @@ class Sweep(NamedTuple):
 
         Example:
             >>> Sweep.parse(Sweep("weight", "local").words)
-            Sweep(inverse='weight', update='local', step=1.0, clip=0.001, reg=0.25, rtol=0.0001)
+            Sweep(inverse='weight', update='local', step=1.0, clip=0.001, reg=0.25, rtol=0.0001, power=1.0)
         """
         fields = dict(word.partition("=")[::2] for word in words.split())
         if tuple(fields) != cls._fields:
@@ -213,6 +210,13 @@ class Sweep(NamedTuple):
 
 _WORDS = {"inverse": ("none", *_INVERSES, *_MODES[1:]), "update": _UPDATES}
 """Of a sweep; its other fields are numbers."""
+
+
+WITHOUT_INVERSE = {update: Sweep("none", update).words for update in _UPDATES}
+"""The words of sweeps with gradients, or what is put in their place, for displacements. Made once: where torch.compile
+traces, numbers may be symbols.
+"""
+BackProp.words = WITHOUT_INVERSE["total"]
 
 
 def resolve(op: str, rule: Rule | None) -> Rule:

@@ -257,7 +257,7 @@ def _record(
     g, carried, through = _sources(h, arrived, options)
     bp = _back_propagation(inputs, trained, g, through, options)
     if feedback is None and sweep.uses_inverse:
-        feedback = feedback_of(weight, cell, sweep, options.power, options.backend)
+        feedback = feedback_of(weight, cell, sweep, options.words, options.backend)
     u = iterations = None
     if sweep.inverse == "direct":
         input_bias, _ = cell.biases(inputs["bias_ih"], inputs["bias_hh"])

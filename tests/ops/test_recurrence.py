@@ -373,9 +373,9 @@ def test_opcheck_with_a_projection(case, cell, backend):
 @pytest.mark.parametrize("shape", [(5, 5), (3, 5, 5), (2, 3, 5, 5)], ids=str)
 def test_opcheck_of_the_feedback(shape, backend):
     weight, age = torch.randn(shape), torch.zeros((), dtype=torch.int64)
-    torch.library.opcheck(ops.recurrence_feedback, (weight, 0.25, 1.0, backend))
+    torch.library.opcheck(ops.recurrence_feedback, (weight, Sweep("weight").words, backend))
     kept = weight.clone(), weight.clone(), age
-    torch.library.opcheck(ops.recurrence_refreshed_feedback, (weight, *kept, 0.25, 1.0, 3, backend))
+    torch.library.opcheck(ops.recurrence_refreshed_feedback, (weight, *kept, Sweep("weight").words, 3, backend))
 
 
 def test_what_must_not_be_recorded():
@@ -735,12 +735,12 @@ def test_smallest_clip(name, dtype):
 
 
 BAD_WORDS = {
-    "none": ("", "the words inverse, update, step, clip, reg, rtol"),
+    "none": ("", "the words inverse, update, step, clip, reg, rtol, power"),
     "order": (
         "update=total inverse=none step=1 clip=0 reg=1 rtol=1",
-        "the words inverse, update, step, clip, reg, rtol",
+        "the words inverse, update, step, clip, reg, rtol, power",
     ),
-    "more": (f"{Sweep().words} nonlinearity=tanh", "the words inverse, update, step, clip, reg, rtol"),
+    "more": (f"{Sweep().words} nonlinearity=tanh", "the words inverse, update, step, clip, reg, rtol, power"),
     "number": (Sweep().words.replace("step=1.0", "step=x"), "a number as step"),
     "inverse": (
         Sweep().words.replace("inverse=none", "inverse=linearized"),

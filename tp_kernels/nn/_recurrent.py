@@ -1,6 +1,7 @@
 """What the drop-ins for ``torch.nn``'s recurrent layers share: all but the cell and what is peculiar to it."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +116,11 @@ class Recurrent(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
         if getattr(self, "refreshed", None) is not None:
+            self.refreshed.forget()
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*arguments, **options)
+        if self.refreshed is not None:  # its P is of the weight that was
             self.refreshed.forget()
 
     def flatten_parameters(self) -> None:

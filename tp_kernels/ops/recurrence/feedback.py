@@ -19,19 +19,21 @@ LARGEST_DRIFT = 0.1
 """``‖W - W_0‖_F / ‖W_0‖_F`` from which P of W_0 is not used for W any more. P is then off by a tenth to a fifth."""
 
 
-def _inverse(weight: Tensor, reg: float, power: float, backend: str) -> Tensor:
+def _inverse(weight: Tensor, words: str, backend: str) -> Tensor:
+    """P for the sweep of these words."""
+    sweep = Sweep.parse(words)
     if backend != "auto" and not regularized_inverse.BACKENDS.supports(backend, weight)[0]:
         backend = "auto"  # the name is that of the recurrence's back-end, which need not have an inverse
     # Within an op there is nothing left to dispatch.
-    r = torch.tensor(reg, dtype=torch.float64, device="cpu")
+    r = torch.tensor(sweep.reg, dtype=torch.float64, device="cpu")
     # On other devices nothing waits: the NaN of a weight that has no P is found in the gradients, later.
-    return regularized_inverse.compute(weight, r, power, weight.device.type == "cpu", backend)
+    return regularized_inverse.compute(weight, r, sweep.power, weight.device.type == "cpu", backend)
 
 
 _run = register(
-    "recurrence_feedback(Tensor weight, float reg, float power, str backend) -> Tensor",
+    "recurrence_feedback(Tensor weight, str words, str backend) -> Tensor",
     _inverse,
-    lambda weight, reg, power, backend: weight.new_empty(weight.shape),
+    lambda weight, words, backend: weight.new_empty(weight.shape),
 )
 
 
@@ -47,7 +49,7 @@ _kept: MutableMapping[Tensor, _Kept] = WeakTensorKeyDictionary()  # what is kept
 _one_at_a_time = threading.Lock()
 
 
-def feedback_of(weight: Tensor, cell: Cell, sweep: Sweep, power: float, backend: str) -> Tensor:
+def feedback_of(weight: Tensor, cell: Cell, sweep: Sweep, words: str, backend: str) -> Tensor:
     """P of the blocks of ``weight`` that the rule inverts. On the CPU each weight's last one is kept, for further
     backward passes with the very same numbers in it.
 
@@ -55,12 +57,12 @@ def feedback_of(weight: Tensor, cell: Cell, sweep: Sweep, power: float, backend:
     """
     inverted = cell.inverted(weight, sweep.inverse)
     if weight.device.type != "cpu" or not dispatches_to_nobody(weight):
-        return torch.ops.tp_kernels.recurrence_feedback(inverted, sweep.reg, power, backend)
-    options = inverted.dtype, sweep.reg, power, backend
+        return torch.ops.tp_kernels.recurrence_feedback(inverted, words, backend)
+    options = inverted.dtype, sweep.reg, sweep.power, backend
     with _one_at_a_time:
         last = _kept.get(weight)
     if last is None or last.options != options or not torch.equal(last.inverted, inverted):
-        last = _Kept(inverted.detach().clone(), options, _run(inverted, sweep.reg, power, backend))
+        last = _Kept(inverted.detach().clone(), options, _run(inverted, words, backend))
         with _one_at_a_time:
             _kept[weight] = last
     return last.inverse
@@ -82,10 +84,10 @@ def _is_near(weight: Tensor, origin: Tensor) -> bool:
 
 
 def _refreshed_feedback(
-    weight: Tensor, origin: Tensor, kept: Tensor, age: Tensor, reg: float, power: float, refresh: int, backend: str
+    weight: Tensor, origin: Tensor, kept: Tensor, age: Tensor, words: str, refresh: int, backend: str
 ) -> Tensor:
     if not (0 < int(age) < refresh and _is_near(weight, origin)):
-        kept.copy_(_inverse(weight, reg, power, backend))
+        kept.copy_(_inverse(weight, words, backend))
         origin.copy_(weight)
         age.zero_()
     age.add_(1)
@@ -93,8 +95,8 @@ def _refreshed_feedback(
 
 
 register(
-    "recurrence_refreshed_feedback(Tensor weight, Tensor(a!) origin, Tensor(b!) kept, Tensor(c!) age, float reg, "
-    "float power, int refresh, str backend) -> Tensor",
+    "recurrence_refreshed_feedback(Tensor weight, Tensor(a!) origin, Tensor(b!) kept, Tensor(c!) age, str words, "
+    "int refresh, str backend) -> Tensor",
     _refreshed_feedback,
     lambda weight, *rest: weight.new_empty(weight.shape),
     cudagraph_unsafe=True,  # it counts on the host: a recording would do for ever what it did when it was made
@@ -138,7 +140,7 @@ class RefreshedFeedback(nn.Module):
         if _runs_once_more():
             return self.kept  # of no use to that pass, which keeps nothing
         return torch.ops.tp_kernels.recurrence_refreshed_feedback(
-            weight.detach(), self.origin, self.kept, self.age, rule.reg, rule.power, self.refresh, backend
+            weight.detach(), self.origin, self.kept, self.age, rule.words, self.refresh, backend
         )
 
     def extra_repr(self) -> str:

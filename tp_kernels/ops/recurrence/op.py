@@ -21,7 +21,7 @@ from tp_kernels.ops.recurrence.cell import CELLS, Cell
 from tp_kernels.ops.recurrence.feedback import feedback_of
 from tp_kernels.ops.recurrence.launch import forward_outputs
 from tp_kernels.ops.recurrence.state import new_relay
-from tp_kernels.rules import Rule, Sweep, TargetProp
+from tp_kernels.rules import WITHOUT_INVERSE, Rule, Sweep
 
 # --- back-ends
 
@@ -78,7 +78,7 @@ def _chunks(device: torch.device, T: int, B: int, width: int) -> list[slice]:
 
 
 class Layer(NamedTuple):
-    """What the forward pass of one call computes with, on the back-end that was chosen for it."""
+    """The parameters of one call, forward or backward, and the back-end that was chosen for it."""
 
     cell: Cell
     chosen: Backend
@@ -417,7 +417,6 @@ class Options(NamedTuple):
     Attributes:
         cell: its name.
         sweep, words: the rule, and the same for an op.
-        power: of P; ``None`` for a rule without.
         batch_first: whether x and the states are [B, T, ·].
         checkpoint_every, return_sequence, displacements, backend: as in the public functions.
         needs_backward: whether gradients will be asked for.
@@ -426,7 +425,6 @@ class Options(NamedTuple):
     cell: str
     sweep: Sweep
     words: str
-    power: float | None
     batch_first: bool
     checkpoint_every: int | None
     return_sequence: bool
@@ -491,6 +489,8 @@ class RecurrenceFunction(torch.autograd.Function):
     def backward(
         ctx: Any, saved: tuple, grad_h: Tensor | None, grad_last: Tensor | None, grad_relay: Tensor | None
     ) -> tuple:
+        if grad_h is None and grad_last is None and grad_relay is None:
+            return (None,) * len(ctx.needs_input_grad)
         x, weight_ih, bias_ih, weight_hh, bias_hh, start, feedback, states, kept = saved
         options: Options = ctx.options
         cell, sweep, words, every = options.cell, options.sweep, options.words, options.checkpoint_every
@@ -498,7 +498,7 @@ class RecurrenceFunction(torch.autograd.Function):
         if grad_h is not None and options.batch_first:
             grad_h = grad_h.transpose(0, 1)
         if feedback is None and sweep.uses_inverse:
-            feedback = feedback_of(weight_hh, CELLS[cell], sweep, options.power, options.backend)
+            feedback = feedback_of(weight_hh, CELLS[cell], sweep, words, options.backend)
         carried, through = (None, None) if grad_relay is None else grad_relay.unbind()
         first_displacement = None
         if options.displacements == "parallel" or (
@@ -515,7 +515,7 @@ class RecurrenceFunction(torch.autograd.Function):
                 grad_h, grad_last, states, feedback, sweep.step
             )
             grad_last, sweep = None, Sweep("none", sweep.update)
-            words = sweep.words
+            words = WITHOUT_INVERSE[sweep.update]
         run = _run_backward
         if not dispatches_to_nobody(grad_h, grad_last, grad_relay):
             run = find_op("recurrence_bwd", waits=sweep.inverse == "jacobian")
@@ -587,7 +587,6 @@ def recurrent_layer(
         cell=cell,
         sweep=Sweep.of(rule),
         words=rule.words,
-        power=rule.power if isinstance(rule, TargetProp) else None,
         batch_first=batch_first,
         checkpoint_every=checkpoint_every,
         return_sequence=return_sequence,

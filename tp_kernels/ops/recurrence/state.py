@@ -9,13 +9,30 @@ apart.
 
 import sys
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _ATTRIBUTE = "_tp_kernels_relay"
 _FAR = 12
-"""Autograd nodes that are looked back for a layer of this library."""
+"""How many autograd nodes to search for a layer of this library."""
+
+
+class _Brought(NamedTuple):
+    """What a state brings along: its relay (``None`` from a rule that sends no displacements), and a mark of what is in
+    the state: its version, or a copy under torch.compile, which has no versions. It is of this graph, so copies and
+    files of a state go without.
+    """
+
+    relay: Tensor | None
+    mark: int | Tensor
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
 
 
 def new_relay(state: Tensor) -> Tensor:
@@ -24,17 +41,14 @@ def new_relay(state: Tensor) -> Tensor:
 
 
 def hand_on(state: Tensor, relay: Tensor | None) -> Tensor:
-    """The state, which brings its relay along, and what tells whether it has been changed in place: its version or,
-    where torch.compile traces, which knows none, a copy.
-    """
-    if relay is None:
-        return state
+    """Attaches the relay and the mark to a last state."""
     if torch.compiler.is_compiling():
+        if relay is None:
+            return state
         state = state.view_as(state)  # the attributes of what an autograd Function returns are not tracked
-        mark = state.detach().clone()
-    else:
-        mark = state._version
-    setattr(state, _ATTRIBUTE, (relay, mark))
+        setattr(state, _ATTRIBUTE, _Brought(relay, state.detach().clone()))
+    elif state.requires_grad:
+        setattr(state, _ATTRIBUTE, _Brought(relay, state._version))
     return state
 
 
@@ -46,7 +60,7 @@ def relay_of(state: Tensor | None, op: str, carries: bool) -> Tensor | None:
         carries: whether the rule sends displacements.
 
     Warns:
-        UserWarning: the state comes from a layer of this library, and has been changed since.
+        UserWarning: no displacement can go back through a state that comes from a layer of this library.
 
     Raises:
         RuntimeError: under torch.compile: the state comes from a call that was not compiled; or, when the compiled
@@ -54,37 +68,65 @@ def relay_of(state: Tensor | None, op: str, carries: bool) -> Tensor | None:
     """
     if state is None or not carries or not state.requires_grad or not torch.is_grad_enabled():
         return None
-    relay, mark = getattr(state, _ATTRIBUTE, (None, None))
-    if relay is None:
-        unchanged = False
-    elif not torch.compiler.is_compiling():
-        unchanged = torch.equal(state, mark) if isinstance(mark, Tensor) else state._version == mark
-    elif isinstance(mark, Tensor):
-        same = (state == mark) | (state != state)  # NaN is as it came
-        torch._assert_async(
-            same.all(), f"{op}: the state was changed in place after a layer had returned it: change a copy of it"
-        )
-        unchanged = True
-    else:
-        raise RuntimeError(
-            f"{op}: the state comes from a call that was not compiled: compile both calls, or detach() it"
-        )
-    if unchanged:
-        return relay
-    if not torch.compiler.is_compiling() and _comes_from_layer(state):
-        warnings.warn(
-            f"{op}: the state that this call begins with was changed after a layer of tp_kernels had returned it. No "
-            "displacement goes back through it: only the adjoint does, as a gradient, and step by step that is "
-            "back-propagation. Hand on the last state as the layer returned it (not output[-1], a mask or a copy); to "
-            "cut the sequence there, detach() the state",
-            UserWarning,
-            stacklevel=_stacklevel(),
+    brought = getattr(state, _ATTRIBUTE, None)
+    if torch.compiler.is_compiling():
+        return None if brought is None else _relay_in_graph(state, brought, op)
+    if brought is not None and state.is_leaf:  # detached in place: it is the beginning of another graph
+        delattr(state, _ATTRIBUTE)
+    elif brought is not None and _is_as_it_came(state, brought.mark):
+        return brought.relay
+    if state.is_leaf and _runs_again_reentrantly() and not isinstance(state, torch.nn.Parameter):
+        _warn(op, "came through torch.utils.checkpoint with use_reentrant=True, which cuts it off: take False")
+    elif _comes_from_layer(state):
+        _warn(
+            op,
+            "was changed after a layer of tp_kernels had returned it, by the code in between or by a hook or wrapper "
+            "of the layer. Hand on the last state as the layer returned it (not output[-1], a mask or a copy); to cut "
+            "the sequence there, detach() the state",
         )
     return None
 
 
+def _is_as_it_came(state: Tensor, mark: int | Tensor) -> bool:
+    return bool(_same(state, mark)) if isinstance(mark, Tensor) else state._version == mark
+
+
+def _same(state: Tensor, copy: Tensor) -> Tensor:
+    """NaN is as it came."""
+    return ((state == copy) | (state != state)).all()
+
+
+def _relay_in_graph(state: Tensor, brought: _Brought, op: str) -> Tensor | None:
+    """Under torch.compile, where nothing can be warned of: what changes the state in place is noticed when it runs."""
+    if not isinstance(brought.mark, Tensor):
+        raise RuntimeError(
+            f"{op}: the state comes from a call that was not compiled: compile both calls, or detach() it"
+        )
+    torch._assert_async(
+        _same(state, brought.mark),
+        f"{op}: the state was changed in place after a layer had returned it: change a copy of it",
+    )
+    return brought.relay
+
+
+def _runs_again_reentrantly() -> bool:
+    """Whether this is the second run of a function under ``torch.utils.checkpoint`` with ``use_reentrant=True``: in a
+    backward pass, and not by the hooks of the other way.
+    """
+    return torch._C._current_graph_task_id() != -1 and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+def _warn(op: str, what: str) -> None:
+    warnings.warn(
+        f"{op}: the state that this call begins with {what}. As it is, no displacement goes back through it: only the "
+        "adjoint does, as a gradient, and step by step that is back-propagation",
+        UserWarning,
+        stacklevel=_stacklevel(),
+    )
+
+
 def _stacklevel() -> int:
-    """Of the call that is no code of this library, nor of torch's around modules: the one to look at."""
+    """The stack level, for ``_warn``, of the user's call."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("tp_kernels.", "torch.")):
         frame, level = frame.f_back, level + 1
