@@ -45,9 +45,15 @@ class RNN(Recurrent):
         ``[1, N]``, zero where it is left out. Output: all states ``[T, B, N]``, ``[B, T, N]`` or ``[T, N]``, and the
         last one ``[1, B, N]`` or ``[1, N]``.
 
+    The last state, handed to the next call as it is, makes the gradients of both calls those of one. Changed in between, it
+    is a new tensor, through which no displacement goes back: a ``UserWarning`` says so.
+
     Under autocast the layer computes in the dtype of its parameters. Its output must not be changed in place: backward
     computes from it. There are no second derivatives, no forward mode, no transforms of ``torch.func`` but
     ``functional_call``, and no TorchScript: each raises.
+
+    Warns:
+        UserWarning: the rule sends displacements, and the first state was changed after a layer had returned it.
 
     Raises:
         TypeError, ValueError: an argument of another kind, shape or value than stated.
