@@ -45,8 +45,8 @@ class RNN(Recurrent):
         ``[1, N]``, zero where it is left out. Output: all states ``[T, B, N]``, ``[B, T, N]`` or ``[T, N]``, and the
         last one ``[1, B, N]`` or ``[1, N]``.
 
-    The last state, handed to the next call as it is, makes the gradients of both calls those of one. Changed in between, it
-    is a new tensor, through which no displacement goes back: a ``UserWarning`` says so.
+    The last state, handed to the next call as it is, makes the gradients of both calls those of one. Changed in
+    between, it is a new tensor, through which no displacement goes back: a ``UserWarning`` says so.
 
     Under autocast the layer computes in the dtype of its parameters. Its output must not be changed in place: backward
     computes from it. There are no second derivatives, no forward mode, no transforms of ``torch.func`` but
