@@ -318,7 +318,8 @@ def _sources(
         g += grad_h.transpose(0, 1) if options.batch_first else grad_h
     if grad_last is not None:
         g[-1] += grad_last[0]
-    return g, *((None, None) if grad_relay is None else grad_relay.unbind())
+    carried, through = (None, None) if grad_relay is None else grad_relay.unbind()
+    return g, carried, through
 
 
 def _back_propagation(

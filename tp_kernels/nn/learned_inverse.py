@@ -85,7 +85,14 @@ class LearnedInverse(RNN):
         backend: str = "auto",
     ) -> None:
         super().__init__(
-            *(input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional),
+            input_size,
+            hidden_size,
+            num_layers,
+            nonlinearity=nonlinearity,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            bidirectional=bidirectional,
             device=device,
             dtype=dtype,
             backend=backend,
@@ -289,7 +296,7 @@ def _reconstruction_gradients(
 ) -> list[Tensor | None]:
     """Gradients of the mean of ``‖G(f(h̃, x), x) - h̃‖²`` in the trained parameters of the inverse."""
     if not any(trained):
-        return [None] * len(inverse)
+        return [None for _ in inverse]
     activation = ACTIVATIONS[rule.nonlinearity]
     noisy = before + rule.noise * torch.randn_like(before) if rule.noise else before
     after = activation(u + noisy @ weight.mT)

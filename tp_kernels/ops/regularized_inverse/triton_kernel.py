@@ -190,8 +190,17 @@ def forward(weight: Tensor, reg: Tensor, power: float) -> tuple[Tensor, Tensor]:
     on_device = contextlib.nullcontext() if _triton.interpreted() else torch.cuda.device(weight.device)
     with on_device:
         polar_kernel[(count,)](
-            *(matrices, reference.on_device_of(scratch, reg), inverse, failed.view(torch.int8), scratch),
-            *(m, n, size, *matrices.stride(), TOLERANCE, LARGEST_COUNT),
+            matrices,
+            reference.on_device_of(scratch, reg),
+            inverse,
+            failed.view(torch.int8),
+            scratch,
+            m,
+            n,
+            size,
+            *matrices.stride(),
+            TOLERANCE,
+            LARGEST_COUNT,
             ROOT=power == 0.5,
             TILE=block.tile,
             PRECISION="tf32x3",
