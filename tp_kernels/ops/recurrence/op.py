@@ -77,7 +77,7 @@ def _chunks(device: torch.device, T: int, B: int, width: int) -> list[slice]:
     return [slice(first, min(first + steps, T)) for first in range(0, T, steps)]
 
 
-class Layer(NamedTuple):
+class Call(NamedTuple):
     """The parameters of one call, forward or backward, and the back-end that was chosen for it."""
 
     cell: Cell
@@ -98,7 +98,7 @@ class Layer(NamedTuple):
         bias_hh: Tensor | None,
         sweep: Sweep,
         backend: str,
-    ) -> "Layer":
+    ) -> "Call":
         cell = CELLS[cell_name]
         chosen = backends(cell.op).resolve(backend, x, size=weight_hh.shape[-1], sweep=sweep)
         return cls(cell, chosen, weight_ih, bias_ih, weight_hh, bias_hh)
@@ -130,7 +130,7 @@ class Layer(NamedTuple):
 
 
 def _cut(tensor: Tensor | None, steps: slice) -> Tensor | None:
-    """Those steps of it."""
+    """The tensor's part of those steps."""
     return tensor if tensor is None or steps == slice(0, tensor.shape[0]) else tensor[steps]
 
 
@@ -155,17 +155,17 @@ def _forward(
     also that of a call without gradients). So it fails here, at the user's call, where the back-end asked for could
     not do backward.
     """
-    layer = Layer.of(cell_name, x, weight_ih, bias_ih, weight_hh, bias_hh, Sweep(inverse), backend)
+    call = Call.of(cell_name, x, weight_ih, bias_ih, weight_hh, bias_hh, Sweep(inverse), backend)
     start = _state(start, x)
     if every is None:
-        h, kept = layer.states(x, start, keep)
+        h, kept = call.states(x, start, keep)
         return h, _last(h, weight_ih), None, kept
     T = x.shape[0]
     h = x.new_empty((*x.shape[:-1], weight_hh.shape[-1])) if sequence else None
     ends = []
     for first in range(0, T, every):
         steps = slice(first, min(first + every, T))
-        part, _ = layer.states(x[steps], start, False)
+        part, _ = call.states(x[steps], start, False)
         start = part[-1]
         ends.append(start)
         if sequence:
@@ -232,8 +232,8 @@ def _backward(
     sends on to those before it.
     """
     sweep = Sweep.parse(words)
-    layer = Layer.of(cell_name, states, weight_ih, bias_ih, weight_hh, bias_hh, sweep, backend)
-    cell, projects = layer.cell, weight_ih is not None
+    call = Call.of(cell_name, states, weight_ih, bias_ih, weight_hh, bias_hh, sweep, backend)
+    cell, projects = call.cell, weight_ih is not None
     T, B, N = (states if every is None else x).shape[0], states.shape[1], states.shape[-1]
     at_once = not projects and every is None  # then the gradient in x is what the sweep itself gives
     gradients = _gradients(cell, weight_ih, states, T, needs_x and not at_once, needs_input, needs_weight)
@@ -243,11 +243,11 @@ def _backward(
         h, before = states, start
         if every is not None:
             before = states[first // every - 1] if first else start
-            h, kept = layer.states(x[first : first + every], before, True)
+            h, kept = call.states(x[first : first + every], before, True)
         for steps in reversed(_chunks(h.device, len(h), B, cell.gates * N) if projects else [slice(0, len(h))]):
             here = slice(first + steps.start, first + steps.stop)
             x_here, of_steps = _cut(x, here), _cut(kept, steps)
-            grad_u, carried, through = layer.chosen.backward(
+            grad_u, carried, through = call.chosen.backward(
                 cell,
                 sweep,
                 grad_h=_cut(grad_h, here),
@@ -258,14 +258,14 @@ def _backward(
                 feedback=feedback,
                 carried=carried,
                 through=through,
-                u=layer.projected(x_here) if sweep.inverse == "direct" and x is not None else None,
+                u=call.projected(x_here) if sweep.inverse == "direct" and x is not None else None,
                 start=h[steps.start - 1] if steps.start else before,
                 first=here.start,
             )
             delta = grad_u.flatten(0, 1) if projects else grad_u
             if projects and needs_x:
                 torch.mm(delta, weight_ih, out=_cut(gradients.x, here).flatten(0, 1))
-            elif at_once:
+            elif needs_x and at_once:
                 gradients = gradients._replace(x=grad_u)
             elif needs_x:
                 gradients.x[here] = grad_u
