@@ -32,6 +32,8 @@ def floating_tensor(op: str, argument: str, value: object) -> None:
     if value.dtype not in _FLOATING:
         expected = ", ".join(map(dtype_name, _FLOATING))
         raise TypeError(f"{op}: {argument} must be of dtype {expected}, got {dtype_name(value.dtype)}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{op}: {argument} must be a dense tensor, got one of layout {value.layout}")
 
 
 def same_kind(op: str, argument: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:

@@ -525,6 +525,11 @@ def bad_input(name: str) -> dict[str, tuple[dict[str, object], type[Exception], 
             TypeError,
             f"{name}: u must be of dtype {KINDS}, got complex64",
         ),
+        "u-sparse": (
+            {"u": ONES(4, 3, wide).to_sparse()},
+            TypeError,
+            f"{name}: u must be a dense tensor, got one of layout torch.sparse_coo",
+        ),
         "u-dim": ({"u": ONES(4, 3)}, ValueError, f"{expected}, got (4, 3)"),
         "u-T": (
             {"u": ONES(0, 3, wide)},

@@ -226,6 +226,11 @@ ONES = torch.ones(2, 3)
 KINDS = "float16, bfloat16, float32, float64"
 NAME = "regularized_inverse"
 BAD_INPUT = {
+    "weight-sparse": (
+        {"weight": torch.eye(3).to_sparse()},
+        TypeError,
+        f"{NAME}: weight must be a dense tensor, got one of layout torch.sparse_coo",
+    ),
     "weight-list": ({"weight": [[1.0]]}, TypeError, f"{NAME}: weight must be a torch.Tensor, got list"),
     "weight-int": ({"weight": ONES.int()}, TypeError, f"{NAME}: weight must be of dtype {KINDS}, got int32"),
     "weight-vector": ({"weight": ONES[0]}, ValueError, f"{NAME}: weight must have shape [..., m, n], got (3,)"),
