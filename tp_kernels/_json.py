@@ -1,4 +1,4 @@
-"""What JSON has no word for."""
+"""What JSON cannot represent."""
 
 import math
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def finite(value: Any) -> Any:
-    """``value`` with every number that JSON has no word for (NaN, infinity) replaced by ``None``, at any depth."""
+    """``value`` with every number that JSON cannot represent (NaN, infinity) replaced by ``None``, at any depth."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -83,7 +83,7 @@ class Trace:
     records: list[Record] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers; what JSON has no word for (NaN, infinity) is ``None``."""
+        """Plain lists and numbers; what JSON cannot represent (NaN, infinity) is ``None``."""
         return {"records": [finite(asdict(record)) for record in self.records]}
 
     def save(self, path: str | Path) -> None:

@@ -215,7 +215,7 @@ void backward_tile(const RecurrenceBackward<T>& f, const Tile& tile, const Matri
     }
 }
 
-// Tries the inverses from the last one on; the bindings let none through that the cell has not.
+// Tries the inverses from the last one on; the bindings reject what the cell lacks.
 template <class Cell, class T, Inverse inverse = Inverse::direct>
 auto backward_tile_of(Inverse wanted) -> decltype(&backward_tile<Cell, Inverse::none, T>) {
     if constexpr (Cell::has(inverse))

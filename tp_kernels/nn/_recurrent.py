@@ -254,5 +254,5 @@ class Recurrent(nn.Module):
         return ", ".join(words)
 
     def _own_options(self) -> list[str]:
-        """Those of the subclass, for ``extra_repr``."""
+        """The options of the subclass, for ``extra_repr``."""
         return []

@@ -55,13 +55,13 @@ class Elman(Cell):
         return torch.where(h <= 0, 0, adjoint) if self.nonlinearity == "relu" else adjoint
 
     def _through_inverse(self, displacement: Tensor, h: Tensor, clip: float) -> Tensor:
-        """The linearized inverse of the activation, at h. relu counts as its own inverse."""
+        """The linearized inverse of the activation, at h. relu is used as its own inverse."""
         if self.nonlinearity != "tanh":
             return self._through_activation(displacement, h)
         return displacement / (1 - h.clamp(clip - 1, 1 - clip).square())
 
     def _inverse_activation(self, v: Tensor, clip: float) -> Tensor:
-        """``a⁻¹(clip v)``. relu counts as its own inverse."""
+        """``a⁻¹(clip v)``. relu is used as its own inverse."""
         if self.nonlinearity != "tanh":
             return ACTIVATIONS[self.nonlinearity](v)
         return v.clamp(clip - 1, 1 - clip).atanh()
