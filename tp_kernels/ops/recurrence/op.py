@@ -284,11 +284,13 @@ def _backward(
 
 
 class _Gradients(NamedTuple):
-    x: Tensor | None
-    weight_ih: Tensor | None
-    bias_ih: Tensor | None
-    weight_hh: Tensor | None
-    bias_hh: Tensor | None
+    """One for each, or the shape of each."""
+
+    x: Any
+    weight_ih: Any
+    bias_ih: Any
+    weight_hh: Any
+    bias_hh: Any
 
 
 def _gradients(
@@ -301,15 +303,27 @@ def _gradients(
     needs_weight: bool,
 ) -> _Gradients:
     """Memory for those that are summed up in place."""
+    shapes = _gradient_shapes(cell, weight_ih, states, T)
+    return _Gradients(
+        x=states.new_empty(shapes.x) if needs_x else None,
+        weight_ih=states.new_empty(shapes.weight_ih) if needs_input else None,
+        bias_ih=None,
+        weight_hh=states.new_empty(shapes.weight_hh) if needs_weight else None,
+        bias_hh=None,
+    )
+
+
+def _gradient_shapes(cell: Cell, weight_ih: Tensor | None, states: Tensor, T: int) -> _Gradients:
+    """The shape of each gradient. Without W_ih x is u, and the bias the cell's own."""
     B, *heads, N = states.shape[1:]
     rows = cell.gates * N
     width = rows if weight_ih is None else weight_ih.shape[1]
     return _Gradients(
-        x=states.new_empty((T, B, *heads, width)) if needs_x else None,
-        weight_ih=states.new_empty((rows, width)) if needs_input else None,
-        bias_ih=None,
-        weight_hh=states.new_empty((*heads, rows, N)) if needs_weight else None,
-        bias_hh=None,
+        x=(T, B, *heads, width),
+        weight_ih=(rows, width),
+        bias_ih=(rows,),
+        weight_hh=(*heads, rows, N),
+        bias_hh=(*heads, N) if weight_ih is None else (rows,),
     )
 
 
@@ -373,20 +387,11 @@ def _fake_backward(
     words: str,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    cell, sweep = CELLS[cell_name], Sweep.parse(words)
-    T, (B, *heads, N) = (states if every is None else x).shape[0], states.shape[1:]
-    rows = cell.gates * N
-    width = rows if weight_ih is None else weight_ih.shape[1]
-    own = (*heads, N) if weight_ih is None else (rows,)
-    shapes = (
-        ((T, B, *heads, width), needs_x),
-        ((rows, width), needs_input),
-        ((rows,), needs_input),
-        ((*heads, rows, N), needs_weight),
-        (own, needs_bias),
-        (states.shape[1:], sweep.inverse != "none"),
-        (states.shape[1:], sweep.update == "total"),
-    )
+    sweep, T = Sweep.parse(words), (states if every is None else x).shape[0]
+    gradients = _gradient_shapes(CELLS[cell_name], weight_ih, states, T)
+    needed = needs_x, needs_input, needs_input, needs_weight, needs_bias
+    sent = (states.shape[1:], sweep.inverse != "none"), (states.shape[1:], sweep.update == "total")
+    shapes = (*zip(gradients, needed, strict=True), *sent)
     return tuple(states.new_empty(shape if needed else (0,)) for shape, needed in shapes)
 
 
