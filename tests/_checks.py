@@ -55,7 +55,7 @@ def forward_arguments(
     backend: str,
 ) -> tuple:
     """Of the forward op, as it takes them. With ``weight_ih``, u is the input and the bias a layer's."""
-    return cell, u, weight_ih, bias_ih, weight, bias, h0, every, sequence, keep, inverse, backend
+    return cell, u, weight_ih, bias_ih, weight, bias, h0, None, None, False, every, sequence, keep, inverse, backend
 
 
 class States(NamedTuple):
@@ -126,7 +126,7 @@ class Back:
         layer = weight_ih, bias_ih, self.weight, bias_hh
         sent = self.feedback, self.carried, self.through
         needs = True, weight_ih is not None, sums, sums and (self.cell == "gru" or weight_ih is not None)
-        states = self.h0, self.h, kept
+        states = self.h0, None, None, False, self.h, kept
         arrived = self.cell, self.grad, self.last
         return *arrived, self.u, *layer, *states, *sent, every, *needs, sweep.words, backend
 

@@ -29,6 +29,7 @@ import tp_kernels as tp
 from tp_kernels import _native
 from tp_kernels.nn._recurrent import Recurrent
 from tp_kernels.ops.recurrence import feedback, op
+from tp_kernels.ops.recurrence.timeline import Timeline
 from tp_kernels.rules import Sweep
 
 over_layers = pytest.mark.parametrize("layer", LAYERS, ids=str)
@@ -736,8 +737,7 @@ def test_chunks_are_one_sequence(layer, rule, sources, dtype, backend, monkeypat
     """Projected and swept chunk by chunk, or all at once: the same states, δ and h_0 gradient, and the same sums."""
     results = []
     for steps in (T, 3):
-        chunks = [slice(first, min(first + steps, T)) for first in range(0, T, steps)]
-        monkeypatch.setattr(op, "_chunks", lambda *sizes, chunks=chunks: chunks)
+        monkeypatch.setattr(op, "_portion", lambda *sizes, steps=steps: steps)
         ours = layer.make(rule=RULES[rule], backend=backend, dtype=dtype)
         x, hx, grad, grad_last = data(dtype)
         leaves = [x.requires_grad_(), hx.requires_grad_(), *ours.parameters()]
@@ -751,12 +751,17 @@ def test_chunks_are_one_sequence(layer, rule, sources, dtype, backend, monkeypat
         assert found.abs().max() > 0
 
 
-def test_chunks_cover_the_sequence():
+@pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "reverse"])
+def test_portions_cover_the_sequence(reverse):
+    """In reading order; a GPU takes the whole of it."""
     for device in ("cpu", "cuda"):
         for sizes in ((1, 1, 1), (784, 16, 100), (3072, 512, 64), (5, 0, 7), (100, 4000, 2)):
-            chunks = op._chunks(torch.device(device), *sizes)
-            assert [t for steps in chunks for t in range(steps.start, steps.stop)] == list(range(sizes[0]))
-            assert len(chunks) == 1 or device == "cpu"
+            time = Timeline(sizes[0], reverse=reverse)
+            portions = time.portions(op._portion(torch.device(device), *sizes))
+            steps = [range(portion.start, portion.stop) for portion in portions]
+            read = [t for part in steps for t in (reversed(part) if reverse else part)]
+            assert read == list(time.order())
+            assert len(portions) == 1 or device == "cpu"
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])

@@ -299,6 +299,9 @@ def _states(inputs: dict[str, Tensor | None], options: Options) -> tuple[Tensor,
         inputs["weight_hh"],
         inputs["bias_hh"],
         inputs["h0"],
+        None,  # batch_sizes
+        None,  # reset
+        False,  # reverse
         None,  # every
         True,  # sequence
         True,  # keep
@@ -312,7 +315,7 @@ def _sources(
     h: Tensor, arrived: tuple[Tensor | None, Tensor | None, Tensor | None], options: Options
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradient g of every step, [T, B, N]; and the displacement and the adjoint that a later call sent."""
-    grad_h, grad_last, grad_relay = arrived
+    grad_h, grad_relay, grad_last = arrived
     g = torch.zeros_like(h)
     if grad_h is not None:
         g += grad_h.transpose(0, 1) if options.batch_first else grad_h
@@ -335,7 +338,7 @@ def _back_propagation(
         for name, tensor in inputs.items()
     }
     with torch.enable_grad():
-        h, last, _ = recurrent_layer(
+        h, (last,), _ = recurrent_layer(
             options.cell,
             leaves["input"],
             leaves["weight_hh"],

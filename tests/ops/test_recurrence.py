@@ -257,7 +257,7 @@ def test_gradcheck(case, checkpoint_every, backend):
 
     def function(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         given = dict(zip(leaves, inputs, strict=True))
-        h, last, _ = op.recurrent_layer(
+        h, (last,), _ = op.recurrent_layer(
             case.cell,
             given["u"],
             given["weight"],
@@ -1378,7 +1378,7 @@ def test_without_the_sequence(cell, rule, every, backend):
     for sequence in (True, False):
         inputs = case.tensors(FLOAT)
         leaves = leaves_of(inputs)
-        h, last, _ = op.recurrent_layer(
+        h, (last,), _ = op.recurrent_layer(
             cell,
             inputs.u,
             inputs.weight,

@@ -54,7 +54,7 @@ def test_gradients_are_those_of_the_sweep(case, update, sources, dtype, backend)
     for way in ("parallel", "sweep"):
         inputs = case.tensors(dtype)
         leaves = leaves_of(inputs)
-        h, last, _ = op.recurrent_layer(
+        h, (last,), _ = op.recurrent_layer(
             case.cell, inputs.u, inputs.weight, inputs.h0, rule=rule, displacements=way, backend=backend
         )
         grads = {"last": (None, case.gradient(dtype, 3)[0]), "states": (case.gradient(dtype), None)}
@@ -101,7 +101,7 @@ def test_where_it_is_chosen(monkeypatch):
     ):
         wide = 256 * (3 if cell == "gru" else 1)
         weight = torch.eye(256).repeat(wide // 256, 1).requires_grad_()
-        h, last, _ = op.recurrent_layer(cell, torch.zeros(T, B, wide), weight, None, rule=tp.TargetProp())
+        h, (last,), _ = op.recurrent_layer(cell, torch.zeros(T, B, wide), weight, None, rule=tp.TargetProp())
         (last if source == -1 else h).sum().backward()
     assert calls == [True, False, False, False]
 

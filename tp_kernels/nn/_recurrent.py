@@ -155,7 +155,7 @@ class Recurrent(nn.Module):
         """
         _validate.numbers_of_rule(self._NAME, self.rule, self._cell, x.dtype)
         weight = parameters["weight_hh_l0"]
-        return recurrent_layer(
+        h, (last,), relay = recurrent_layer(
             self._cell.name,
             x,
             weight,
@@ -172,6 +172,7 @@ class Recurrent(nn.Module):
             displacements=self.displacements,
             backend=self.backend,
         )
+        return h, last, relay
 
     def _feedback(self, weight: Tensor) -> Tensor | None:
         """The matrix to take in place of P; ``None``: P of the weight as it is."""

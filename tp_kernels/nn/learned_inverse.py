@@ -206,6 +206,9 @@ class LearnedInverseFunction(torch.autograd.Function):
             weight_hh,
             bias_hh,
             start,
+            None,  # batch_sizes
+            None,  # reset
+            False,  # reverse
             None,  # every
             True,  # sequence
             False,  # keep
@@ -241,6 +244,9 @@ class LearnedInverseFunction(torch.autograd.Function):
             weight_hh,
             bias_hh,
             start,
+            None,  # batch_sizes
+            None,  # reset
+            False,  # reverse
             h,
             h.new_empty(0),  # kept
             None,  # feedback

@@ -82,7 +82,7 @@ def gru(
     """
     rule = resolve("gru", rule)
     _validate.recurrence(CELL, u, weight, bias, h0, feedback, rule, checkpoint_every, backend)
-    h, last, relay = recurrent_layer(
+    h, (last,), relay = recurrent_layer(
         CELL.name,
         u,
         weight,

@@ -15,7 +15,14 @@ from tp_kernels.ops.recurrence.launch import (
     unit_stride,
 )
 from tp_kernels.ops.recurrence.reference import unsolved
+from tp_kernels.ops.recurrence.timeline import Timeline
 from tp_kernels.rules import Sweep
+
+
+def supports(tensor: Tensor, time: Timeline | None = None, **options: object) -> tuple[bool, str]:
+    if time is not None and not time.plain:
+        return False, "it has no kernel for that yet"
+    return _native.cpu_supports(tensor)
 
 
 def fuses_projection(cell: Cell, x: Tensor, N: int) -> bool:
@@ -34,10 +41,11 @@ def forward(
     start: Tensor | None,
     *,
     keep: bool,
+    time: Timeline | None = None,
     out: tuple[Tensor, Tensor | None] | None = None,
     projection: Tensor | None = None,
     input_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """``reference.forward``; with a projection, of ``x Uᵀ + b`` in place of u, which then is nowhere in memory."""
     _native.check_same_kind(cell.op, u, weight, bias, start, projection, input_bias)
     u, weight, bias, start = unit_stride(u), weight.contiguous(), contiguous(bias), contiguous(start)
@@ -59,7 +67,7 @@ def forward(
         sizes=sizes(h),
         threads=torch.get_num_threads(),
     )
-    return h, kept
+    return h, kept, h[-1].clone()
 
 
 def backward(
@@ -76,6 +84,7 @@ def backward(
     through: Tensor | None,
     u: Tensor | None,
     start: Tensor | None,
+    time: Timeline | None = None,
     first: int = 0,
     iterations: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -86,7 +95,7 @@ def backward(
     h, kept, weight = h.contiguous(), contiguous(kept), weight.contiguous()
     grad_last, feedback, start = contiguous(grad_last), contiguous(feedback), contiguous(start)
     carried, through = contiguous(carried), contiguous(through)
-    grad_u, carried_out, through_out = backward_outputs(cell, h, sweep)
+    grad_u, carried_out, through_out = backward_outputs(cell, h, h.shape[1:], sweep)
     missed = _native.cpu.recurrence_bwd(
         double=_native.is_double(h),
         cell=cell.name,

@@ -20,6 +20,7 @@ from tp_kernels.ops.recurrence.launch import (
     unit_stride,
 )
 from tp_kernels.ops.recurrence.reference import check_residuals
+from tp_kernels.ops.recurrence.timeline import Timeline
 from tp_kernels.rules import Sweep
 
 INVERSES = ("none", "identity", "weight", "layer", "jacobian")
@@ -63,11 +64,15 @@ def _path(tensor: Tensor, size: int) -> Path | None:
     return cuda_path(size, tensor.dtype, _native.cuda.recurrence_cluster_largest(place["device"]))
 
 
-def supports(tensor: Tensor, *, size: int, sweep: Sweep | None = None, **options: object) -> Support:
-    """``size``: N; ``sweep``: of a backward pass."""
+def supports(
+    tensor: Tensor, *, size: int, sweep: Sweep | None = None, time: Timeline | None = None, **options: object
+) -> Support:
+    """``size``: N; ``sweep``: of a backward pass; ``time``: how the sequences lie."""
     ok, reason = _native.cuda_supports(tensor, tuple(LARGEST_ON_ONE))
     if not ok:
         return ok, reason
+    if time is not None and not time.plain:
+        return False, "it takes sequences of one length, read forwards and without a reset"
     dtype, largest = dtype_name(tensor.dtype), LARGEST_ON_ONE[tensor.dtype]
     if _path(tensor, size) is None:
         return False, f"it keeps the weight of up to {largest} units in {dtype}, and there are {size}"
@@ -94,15 +99,16 @@ def forward(
     start: Tensor | None,
     *,
     keep: bool,
+    time: Timeline | None = None,
     out: tuple[Tensor, Tensor | None] | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """``reference.forward``."""
     _native.check_same_kind(cell.op, u, weight, start)
     u, weight, start = unit_stride(u), weight.contiguous(), contiguous(start)
     h, kept = forward_outputs(cell, u, weight, keep) if out is None else out
     if _path(h, h.shape[-1]).name == library_chain.NAME:
         library_chain.call(library_chain.forward, (h,), cell.name, (u, weight, start))
-        return h, kept
+        return h, kept, h[-1].clone()
     _native.cuda.recurrence_fwd(
         cell=cell.name,
         input=_native.pointer(u),
@@ -114,7 +120,7 @@ def forward(
         **_precision(h),
         **_native.device_and_stream(h),
     )
-    return h, kept
+    return h, kept, h[-1].clone()
 
 
 def backward(
@@ -131,6 +137,7 @@ def backward(
     through: Tensor | None,
     u: Tensor | None,
     start: Tensor | None,
+    time: Timeline | None = None,
     first: int = 0,
     iterations: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -139,7 +146,7 @@ def backward(
     check_given(cell, sweep, feedback, u)
     grad_h, h, weight, feedback = unit_stride(grad_h), h.contiguous(), weight.contiguous(), contiguous(feedback)
     grad_last, carried, through = contiguous(grad_last), contiguous(carried), contiguous(through)
-    grad_u, carried_out, through_out = backward_outputs(cell, h, sweep)
+    grad_u, carried_out, through_out = backward_outputs(cell, h, h.shape[1:], sweep)
     if _path(h, h.shape[-1]).name == library_chain.NAME:
         tensors = grad_h, grad_last, h, weight, feedback, carried, through
         library_chain.call(library_chain.backward, (grad_u, carried_out, through_out), (cell.name, sweep), tensors)

@@ -42,14 +42,16 @@ def forward_outputs(cell: Cell, u: Tensor, weight: Tensor, keep: bool) -> tuple[
     return u.new_empty(shape), kept
 
 
-def backward_outputs(cell: Cell, h: Tensor, sweep: Sweep) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def backward_outputs(
+    cell: Cell, h: Tensor, state: tuple[int, ...], sweep: Sweep
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Memory for δ, and for what is sent on to an earlier call, term(λ_1) and ``Jᵀ_1 μ_1``: ``None`` where the rule
-    sends nothing.
+    sends nothing. ``state``: the shape of the first one.
     """
     return (
         h.new_empty((*h.shape[:-1], cell.gates * h.shape[-1])),
-        None if sweep.inverse == "none" else h.new_empty(h.shape[1:]),
-        None if sweep.update == "local" else h.new_empty(h.shape[1:]),
+        None if sweep.inverse == "none" else h.new_empty(state),
+        None if sweep.update == "local" else h.new_empty(state),
     )
 
 

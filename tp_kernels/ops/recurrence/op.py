@@ -21,12 +21,13 @@ from tp_kernels.ops.recurrence.cell import CELLS, Cell
 from tp_kernels.ops.recurrence.feedback import feedback_of
 from tp_kernels.ops.recurrence.launch import forward_outputs
 from tp_kernels.ops.recurrence.state import new_relay
+from tp_kernels.ops.recurrence.timeline import Timeline
 from tp_kernels.rules import WITHOUT_INVERSE, Rule, Sweep
 
 # --- back-ends
 
 
-def _triton_forward(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+def _triton_forward(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None, Tensor]:
     from tp_kernels.ops.recurrence import triton_kernel  # imports triton, which need not be there
 
     return triton_kernel.forward(*arguments, **options)
@@ -44,21 +45,21 @@ _BACKENDS = {
         cpu.forward,
         cpu.backward,
         _native.cpu_available,
-        _native.cpu_supports,
+        cpu.supports,
         fuses_projection=cpu.fuses_projection,
     ),
     "triton": Backend(_triton_forward, _triton_backward, _triton.available, triton_blocks.supports),
     # Opt-in, until it has run on a GPU.
     "cuda": Backend(cuda.forward, cuda.backward, _native.cuda_available, cuda.supports),
 }
-_ONLY = {"triton": ("rnn",), "cuda": ("rnn",)}
+_ONLY = {"triton": ("rnn",), "cuda": ("rnn",), "cpu": ("rnn", "gru")}
 """The ops that a back-end has kernels for; one that is not named has all."""
 
 
 @functools.cache
 def backends(op: str) -> BackendTable:
-    """Of "rnn" or "gru". ``resolve`` is told what support depends on: ``size``, N, and ``sweep``, of the backward
-    pass.
+    """Of "rnn", "gru" or "lstm". ``resolve`` is told what support depends on: ``size``, N, ``sweep``, of the backward
+    pass, and ``time``, how the sequences lie.
     """
     there = {name: backend for name, backend in _BACKENDS.items() if op in _ONLY.get(name, (op,))}
     on_cuda = tuple(name for name in ("triton", "reference") if name in there)
@@ -68,13 +69,12 @@ def backends(op: str) -> BackendTable:
 # --- ops
 
 
-def _chunks(device: torch.device, T: int, B: int, width: int) -> list[slice]:
-    """Steps that are projected, swept and summed up together: their arrays stay in the second-level cache (a megabyte
-    in float32), but for rows enough that packing the weights anew for each chunk does not show. A GPU takes the whole
-    sequence: each launch reads the matrices anew, and waits for the one before.
+def _portion(device: torch.device, T: int, B: int, width: int) -> int:
+    """How many steps are projected, swept and summed up together: their arrays stay in the second-level cache (a
+    megabyte in float32), but for rows enough that packing the weights anew for each portion does not show. A GPU takes
+    the whole sequence: each launch reads the matrices anew, and waits for the one before.
     """
-    steps = max(1, max(2048, 2**18 // width) // max(1, B)) if device.type == "cpu" else T
-    return [slice(first, min(first + steps, T)) for first in range(0, T, steps)]
+    return max(1, max(2048, 2**18 // width) // max(1, B)) if device.type == "cpu" else T
 
 
 class Call(NamedTuple):
@@ -86,6 +86,7 @@ class Call(NamedTuple):
     bias_ih: Tensor | None
     weight_hh: Tensor
     bias_hh: Tensor | None
+    time: Timeline
 
     @classmethod
     def of(
@@ -96,42 +97,56 @@ class Call(NamedTuple):
         bias_ih: Tensor | None,
         weight_hh: Tensor,
         bias_hh: Tensor | None,
+        time: Timeline,
         sweep: Sweep,
         backend: str,
     ) -> "Call":
         cell = CELLS[cell_name]
-        chosen = backends(cell.op).resolve(backend, x, size=weight_hh.shape[-1], sweep=sweep)
-        return cls(cell, chosen, weight_ih, bias_ih, weight_hh, bias_hh)
+        chosen = backends(cell.op).resolve(backend, x, size=weight_hh.shape[-1], sweep=sweep, time=time)
+        return cls(cell, chosen, weight_ih, bias_ih, weight_hh, bias_hh, time)
 
-    def states(self, x: Tensor, start: Tensor | None, keep: bool) -> tuple[Tensor, Tensor | None]:
-        """All states from this one on, and what the cell keeps of each step."""
+    def states(
+        self, x: Tensor, start: Tensor | None, time: Timeline, keep: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """h at all of these steps from the state ``start`` on, what the cell keeps of each, and the last states."""
         cell, run, weight_hh = self.cell, self.chosen.forward, self.weight_hh
         if self.weight_ih is None:
-            return run(cell, x, weight_hh, self.bias_hh, start, keep=keep)
+            return run(cell, x, weight_hh, self.bias_hh, start, keep=keep, time=time)
         input_bias, bias = cell.biases(self.bias_ih, self.bias_hh)
         if self.chosen.fuses_projection(cell, x, weight_hh.shape[-1]):
             projection = self.weight_ih
-            return run(cell, x, weight_hh, bias, start, keep=keep, projection=projection, input_bias=input_bias)
-        chunks = _chunks(x.device, x.shape[0], x.shape[1], weight_hh.shape[-2])
-        if len(chunks) == 1:
-            return run(cell, functional.linear(x, self.weight_ih, input_bias), weight_hh, bias, start, keep=keep)
+            return run(
+                cell, x, weight_hh, bias, start, keep=keep, time=time, projection=projection, input_bias=input_bias
+            )
+        length = _portion(x.device, time.T, x.shape[1] if start is None else start.shape[0], weight_hh.shape[-2])
+        if length >= time.T:
+            u = functional.linear(x, self.weight_ih, input_bias)
+            return run(cell, u, weight_hh, bias, start, keep=keep, time=time)
         h, kept = forward_outputs(cell, x, weight_hh, keep)
-        for steps in chunks:
-            u, out = functional.linear(x[steps], self.weight_ih, input_bias), (h[steps], _cut(kept, steps))
-            run(cell, u, weight_hh, bias, start, keep=keep, out=out)
-            start = h[steps.stop - 1]
-        return h, kept
+        for steps in time.portions(length):
+            u = functional.linear(time.cut(x, steps), self.weight_ih, input_bias)
+            out = time.cut(h, steps), time.cut(kept, steps)
+            _, _, start = run(cell, u, weight_hh, bias, start, keep=keep, time=time.part(steps), out=out)
+        return h, kept, start
+
+    def state_before(
+        self, h: Tensor, kept: Tensor | None, start: Tensor | None, time: Timeline, steps: slice
+    ) -> Tensor | None:
+        """The states that a portion of these steps began from."""
+        before = steps.stop if time.reverse else steps.start - 1
+        if not 0 <= before < time.T:
+            return start
+        before = slice(before, before + 1)
+        state = self.cell.state(time.cut(h, before), time.cut(kept, before))
+        if time.batch_sizes is None:
+            return state[0]
+        return state if len(state) == len(start) else torch.cat((state, start[len(state) :]))
 
     def projected(self, x: Tensor) -> Tensor:
         """u, the input's share."""
         if self.weight_ih is None:
             return x
         return functional.linear(x, self.weight_ih, self.cell.biases(self.bias_ih, self.bias_hh)[0])
-
-
-def _cut(tensor: Tensor | None, steps: slice) -> Tensor | None:
-    """The tensor's part of those steps."""
-    return tensor if tensor is None or steps == slice(0, tensor.shape[0]) else tensor[steps]
 
 
 def _forward(
@@ -142,46 +157,52 @@ def _forward(
     weight_hh: Tensor,
     bias_hh: Tensor | None,
     start: Tensor | None,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
     every: int | None,
     sequence: bool,
     keep: bool,
     inverse: str,
     backend: str,
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """The states, ``None`` without ``sequence``; the last of them; with ``every=k`` every k-th of them, and the last;
-    and without it what the cell keeps for backward.
+    """h at all steps, ``None`` without ``sequence``; the last states; with ``every=k`` the states after every k-th step
+    that is read, and the last; and without it what the cell keeps for backward.
 
     The back-end is the one that a backward pass with this inverse resolves to ("none", which every back-end has, is
     also that of a call without gradients). So it fails here, at the user's call, where the back-end asked for could
     not do backward.
     """
-    call = Call.of(cell_name, x, weight_ih, bias_ih, weight_hh, bias_hh, Sweep(inverse), backend)
-    start = _state(start, x)
+    time = Timeline.of(x, batch_sizes, reset, reverse)
+    call = Call.of(cell_name, x, weight_ih, bias_ih, weight_hh, bias_hh, time, Sweep(inverse), backend)
+    start = _state(start, weight_ih)
     if every is None:
-        h, kept = call.states(x, start, keep)
-        return h, _last(h, weight_ih), None, kept
-    T = x.shape[0]
+        h, kept, last = call.states(x, start, time, keep)
+        return h, _of_layer(last, weight_ih), None, kept
     h = x.new_empty((*x.shape[:-1], weight_hh.shape[-1])) if sequence else None
     ends = []
-    for first in range(0, T, every):
-        steps = slice(first, min(first + every, T))
-        part, _ = call.states(x[steps], start, False)
-        start = part[-1]
+    for steps in time.portions(every):
+        part, _, start = call.states(time.cut(x, steps), start, time.part(steps), False)
         ends.append(start)
         if sequence:
-            h[steps] = part
-    ends = torch.stack(ends)
-    return h, _last(ends, weight_ih), ends, None
+            time.cut(h, steps).copy_(part)
+    last = start.clone()
+    return h, _of_layer(last, weight_ih), torch.stack(ends), None
 
 
-def _state(start: Tensor | None, x: Tensor) -> Tensor | None:
-    """[B, N] or [B, H, N] of a first state, which layers have as [1, B, N]."""
-    return start[0] if start is not None and start.dim() == x.dim() else start
+def _state(state: Tensor | None, weight_ih: Tensor | None) -> Tensor | None:
+    """[B, S N] or [B, H, S N] of a first or last state, which layers have as [1, B, S N]."""
+    return state if state is None or weight_ih is None else state[0]
 
 
-def _last(h: Tensor, weight_ih: Tensor | None) -> Tensor:
-    """The last state, of its own memory, [B, N] or [B, H, N]; of a layer [1, B, N]."""
-    return h[-1].clone() if weight_ih is None else h[-1:].clone()
+def _of_layer(last: Tensor, weight_ih: Tensor | None) -> Tensor:
+    """The reverse, in place: no view."""
+    return last if weight_ih is None else last.unsqueeze_(0)
+
+
+def _state_shape(cell: Cell, h: tuple[int, ...], start: Tensor | None, weight_ih: Tensor | None) -> tuple[int, ...]:
+    """The shape of a state for h of that shape: that of the first one, where it is there."""
+    return (*h[1:-1], cell.states * h[-1]) if start is None else _state(start, weight_ih).shape
 
 
 def _fake_forward(
@@ -192,16 +213,21 @@ def _fake_forward(
     weight_hh: Tensor,
     bias_hh: Tensor | None,
     start: Tensor | None,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
     every: int | None,
     sequence: bool,
     keep: bool,
     *rest: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    h, kept = forward_outputs(CELLS[cell_name], x, weight_hh, keep and every is None)
-    last = h.new_empty(h.shape[1:] if weight_ih is None else (1, *h.shape[1:]))
+    cell, T = CELLS[cell_name], (x if batch_sizes is None else batch_sizes).shape[0]
+    h, kept = forward_outputs(cell, x, weight_hh, keep and every is None)
+    state = _state_shape(cell, h.shape, start, weight_ih)
+    last = h.new_empty(state if weight_ih is None else (1, *state))
     if every is None:
         return h, last, h.new_empty(0), h.new_empty(0) if kept is None else kept
-    ends = h.new_empty(((x.shape[0] + every - 1) // every, *h.shape[1:]))
+    ends = h.new_empty(((T + every - 1) // every, *state))
     return h if sequence else h.new_empty(0), last, ends, h.new_empty(0)
 
 
@@ -215,6 +241,9 @@ def _backward(
     weight_hh: Tensor,
     bias_hh: Tensor | None,
     start: Tensor | None,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
     states: Tensor,
     kept: Tensor | None,
     feedback: Tensor | None,
@@ -231,54 +260,61 @@ def _backward(
     """Gradients in x, W_ih and its bias, W_hh and its bias, ``None`` where they are not needed; and what the first step
     sends on to those before it.
     """
-    sweep = Sweep.parse(words)
-    call = Call.of(cell_name, states, weight_ih, bias_ih, weight_hh, bias_hh, sweep, backend)
+    sweep, steps_of = Sweep.parse(words), states if every is None else x
+    time = Timeline.of(steps_of, batch_sizes, reset, reverse)
+    call = Call.of(cell_name, states, weight_ih, bias_ih, weight_hh, bias_hh, time, sweep, backend)
     cell, projects = call.cell, weight_ih is not None
-    T, B, N = (states if every is None else x).shape[0], states.shape[1], states.shape[-1]
+    start, grad_last, kept = _state(start, weight_ih), _state(grad_last, weight_ih), kept if cell.kept else None
+    B = states.shape[1] if start is None else start.shape[0]
     at_once = not projects and every is None  # then the gradient in x is what the sweep itself gives
-    gradients = _gradients(cell, weight_ih, states, T, needs_x and not at_once, needs_input, needs_weight)
-    start, grad_last = _state(start, states), _state(grad_last, states)
+    gradients = _gradients(cell, weight_ih, weight_hh, steps_of, needs_x and not at_once, needs_input, needs_weight)
     anew = True  # nothing has been summed up yet
-    for first in reversed(range(0, T, T if every is None else every)):
-        h, before = states, start
+    portions = time.portions(every or time.T)
+    for index in reversed(range(len(portions))):
+        portion, h, before = portions[index], states, start
+        part = time.part(portion)
         if every is not None:
-            before = states[first // every - 1] if first else start
-            h, kept = call.states(x[first : first + every], before, True)
-        for steps in reversed(_chunks(h.device, len(h), B, cell.gates * N) if projects else [slice(0, len(h))]):
-            here = slice(first + steps.start, first + steps.stop)
-            x_here, of_steps = _cut(x, here), _cut(kept, steps)
+            before = states[index - 1] if index else start
+            h, kept, _ = call.states(time.cut(x, portion), before, part, True)
+        length = _portion(h.device, part.T, B, cell.gates * weight_hh.shape[-1]) if projects else part.T
+        for steps in reversed(part.portions(length)):
+            here = slice(portion.start + steps.start, portion.start + steps.stop)
+            x_here, of_steps, h_here = time.cut(x, here), part.cut(kept, steps), part.cut(h, steps)
+            time_here, start_here = part.part(steps), call.state_before(h, kept, before, part, steps)
+            is_last = anew or batch_sizes is not None
             grad_u, carried, through = call.chosen.backward(
                 cell,
                 sweep,
-                grad_h=_cut(grad_h, here),
-                grad_last=grad_last if here.stop == T else None,
-                h=_cut(h, steps),
+                grad_h=time.cut(grad_h, here),
+                grad_last=grad_last if is_last else None,
+                h=h_here,
                 kept=of_steps,
                 weight=weight_hh,
                 feedback=feedback,
                 carried=carried,
                 through=through,
                 u=call.projected(x_here) if sweep.inverse == "direct" and x is not None else None,
-                start=h[steps.start - 1] if steps.start else before,
+                start=start_here,
+                time=time_here,
                 first=here.start,
             )
-            delta = grad_u.flatten(0, 1) if projects else grad_u
+            flat = _flat(grad_u, time)
             if projects and needs_x:
-                torch.mm(delta, weight_ih, out=_cut(gradients.x, here).flatten(0, 1))
+                torch.mm(flat, weight_ih, out=_flat(time.cut(gradients.x, here), time))
             elif needs_x and at_once:
                 gradients = gradients._replace(x=grad_u)
             elif needs_x:
-                gradients.x[here] = grad_u
+                time.cut(gradients.x, here).copy_(grad_u)
             if needs_input:
-                _accumulate(gradients.weight_ih, delta.mT, x_here.flatten(0, 1), anew)
-                gradients = gradients._replace(bias_ih=_sum(gradients.bias_ih, delta.sum(0)))
+                _accumulate(gradients.weight_ih, flat.mT, _flat(x_here, time), anew)
+                gradients = gradients._replace(bias_ih=_sum(gradients.bias_ih, flat.sum(0)))
             if needs_weight or needs_bias:
                 into = cell.into(grad_u, of_steps, in_place=projects)
                 if needs_weight:
-                    _weight_gradient(gradients.weight_hh, into, h, steps, before, anew)
+                    _weight_gradient(gradients.weight_hh, into, h_here, start_here, time_here, anew)
                 if needs_bias:  # without a projection the cell's own only, which is the last part's
-                    part = into[-1].sum((0, 1))
-                    gradients = gradients._replace(bias_hh=_sum(gradients.bias_hh, part))
+                    sum_of = into[-1].sum(0 if batch_sizes is not None else (0, 1))
+                    gradients = gradients._replace(bias_hh=_sum(gradients.bias_hh, sum_of))
             anew = False
     return *gradients, carried, through
 
@@ -296,30 +332,29 @@ class _Gradients(NamedTuple):
 def _gradients(
     cell: Cell,
     weight_ih: Tensor | None,
-    states: Tensor,
-    T: int,
+    weight_hh: Tensor,
+    steps: Tensor,
     needs_x: bool,
     needs_input: bool,
     needs_weight: bool,
 ) -> _Gradients:
     """Memory for those that are summed up in place."""
-    shapes = _gradient_shapes(cell, weight_ih, states, T)
+    shapes = _gradient_shapes(cell, weight_ih, weight_hh, steps)
     return _Gradients(
-        x=states.new_empty(shapes.x) if needs_x else None,
-        weight_ih=states.new_empty(shapes.weight_ih) if needs_input else None,
+        x=steps.new_empty(shapes.x) if needs_x else None,
+        weight_ih=steps.new_empty(shapes.weight_ih) if needs_input else None,
         bias_ih=None,
-        weight_hh=states.new_empty(shapes.weight_hh) if needs_weight else None,
+        weight_hh=steps.new_empty(shapes.weight_hh) if needs_weight else None,
         bias_hh=None,
     )
 
 
-def _gradient_shapes(cell: Cell, weight_ih: Tensor | None, states: Tensor, T: int) -> _Gradients:
-    """The shape of each gradient. Without W_ih x is u, and the bias the cell's own."""
-    B, *heads, N = states.shape[1:]
-    rows = cell.gates * N
+def _gradient_shapes(cell: Cell, weight_ih: Tensor | None, weight_hh: Tensor, steps: Tensor) -> _Gradients:
+    """The shape of each gradient. Without W_ih x is u, and the bias the cell's own. ``steps``: any array over time."""
+    *heads, rows, N = weight_hh.shape
     width = rows if weight_ih is None else weight_ih.shape[1]
     return _Gradients(
-        x=(T, B, *heads, width),
+        x=(*steps.shape[:-1], width),
         weight_ih=(rows, width),
         bias_ih=(rows,),
         weight_hh=(*heads, rows, N),
@@ -338,25 +373,33 @@ def _sum(total: Tensor | None, part: Tensor) -> Tensor:
 
 
 def _weight_gradient(
-    total: Tensor, into: list[Tensor], h: Tensor, steps: slice, start: Tensor | None, anew: bool
+    total: Tensor, into: list[Tensor], h: Tensor, start: Tensor | None, time: Timeline, anew: bool
 ) -> None:
-    """``∂W = Σ_t into_tᵀ h_{t-1}`` over those steps, one large product for each part; the state before the first is
+    """``∂W = Σ_t into_tᵀ h_{t-1}`` over these steps, one large product for each part; the state before the first is
     zero where there is none.
     """
     several = len(into) > 1
     blocks = total.split([part.shape[-1] for part in into], dim=-2) if several else [total]
+    start = None if start is None else start[..., : h.shape[-1]]
+    before = None
+    if not time.plain:
+        before = time.before(h, h.new_zeros(h.shape[1:]) if start is None else start)
     for rows, part in zip(blocks, into, strict=True):
-        if steps.start:
-            states = h[steps.start - 1 : steps.stop - 1]
-            _accumulate(rows, *_by_head(part.flatten(0, 1), states.flatten(0, 1)), anew=anew)
-            continue
         # Some of the rows of a matrix need not lie as a library's product would have them: it may round otherwise.
         product = torch.empty_like(rows) if several or not anew else rows
-        _accumulate(product, *_by_head(part[1:].flatten(0, 1), h[: steps.stop - 1].flatten(0, 1)), anew=True)
-        if start is not None:
-            _accumulate(product, *_by_head(part[0], start), anew=False)
+        if before is not None:
+            _accumulate(product, *_by_head(_flat(part, time), _flat(before, time)), anew=True)
+        else:
+            _accumulate(product, *_by_head(part[1:].flatten(0, 1), h[:-1].flatten(0, 1)), anew=True)
+            if start is not None:
+                _accumulate(product, *_by_head(part[0], start), anew=False)
         if product is not rows:
             rows.copy_(product) if anew else rows.add_(product)
+
+
+def _flat(array: Tensor, time: Timeline) -> Tensor:
+    """All steps' rows, one after another."""
+    return array if time.batch_sizes is not None else array.flatten(0, 1)
 
 
 def _by_head(into: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -374,6 +417,9 @@ def _fake_backward(
     weight_hh: Tensor,
     bias_hh: Tensor | None,
     start: Tensor | None,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
     states: Tensor,
     kept: Tensor | None,
     feedback: Tensor | None,
@@ -387,26 +433,28 @@ def _fake_backward(
     words: str,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    sweep, T = Sweep.parse(words), (states if every is None else x).shape[0]
-    gradients = _gradient_shapes(CELLS[cell_name], weight_ih, states, T)
+    sweep, cell, steps = Sweep.parse(words), CELLS[cell_name], states if every is None else x
+    gradients = _gradient_shapes(cell, weight_ih, weight_hh, steps)
     needed = needs_x, needs_input, needs_input, needs_weight, needs_bias
-    sent = (states.shape[1:], sweep.inverse != "none"), (states.shape[1:], sweep.update == "total")
+    state = states.shape[1:] if every is not None else _state_shape(cell, states.shape, start, weight_ih)
+    sent = (state, sweep.inverse != "none"), (state, sweep.update == "total")
     shapes = (*zip(gradients, needed, strict=True), *sent)
     return tuple(states.new_empty(shape if needed else (0,)) for shape, needed in shapes)
 
 
 _run_forward = register(
     "recurrence_fwd(str cell, Tensor x, Tensor? weight_ih, Tensor? bias_ih, Tensor weight_hh, Tensor? bias_hh, "
-    "Tensor? start, SymInt? every, bool sequence, bool keep, str inverse, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? start, Tensor? batch_sizes, Tensor? reset, bool reverse, SymInt? every, bool sequence, bool keep, "
+    "str inverse, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake_forward,
 )
 _run_backward = register(
     "recurrence_bwd(str cell, Tensor? grad_h, Tensor? grad_last, Tensor? x, Tensor? weight_ih, Tensor? bias_ih, "
-    "Tensor weight_hh, Tensor? bias_hh, Tensor? start, Tensor states, Tensor? kept, Tensor? feedback, Tensor? carried, "
-    "Tensor? through, SymInt? every, bool needs_x, bool needs_input, bool needs_weight, bool needs_bias, str words, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor weight_hh, Tensor? bias_hh, Tensor? start, Tensor? batch_sizes, Tensor? reset, bool reverse, "
+    "Tensor states, Tensor? kept, Tensor? feedback, Tensor? carried, Tensor? through, SymInt? every, bool needs_x, "
+    "bool needs_input, bool needs_weight, bool needs_bias, str words, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
     twin=True,  # "jacobian" reads its residuals
@@ -422,7 +470,7 @@ class Options(NamedTuple):
     Attributes:
         cell: its name.
         sweep, words: the rule, and the same for an op.
-        batch_first: whether x and the states are [B, T, ·].
+        batch_first, reverse: whether x and h are [B, T, ·], and whether they are read from the last step.
         checkpoint_every, return_sequence, displacements, backend: as in the public functions.
         needs_backward: whether gradients will be asked for.
     """
@@ -431,6 +479,7 @@ class Options(NamedTuple):
     sweep: Sweep
     words: str
     batch_first: bool
+    reverse: bool
     checkpoint_every: int | None
     return_sequence: bool
     displacements: str
@@ -454,14 +503,18 @@ class RecurrenceFunction(torch.autograd.Function):
         weight_hh: Tensor,
         bias_hh: Tensor | None,
         start: Tensor | None,
+        second: Tensor | None,
         feedback: Tensor | None,
         relay: Tensor | None,
+        batch_sizes: Tensor | None,
+        reset: Tensor | None,
         options: Options,
-    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, ...]:
         every, needs_backward = options.checkpoint_every, options.needs_backward
         # Without gradients any back-end will do that has the forward pass.
         inverse = options.sweep.inverse if needs_backward else "none"
         x = x.transpose(0, 1) if options.batch_first else x
+        start = start if second is None else torch.cat((start, second), dim=-1)
         run = _run_forward if dispatches_to_nobody(x) else torch.ops.tp_kernels.recurrence_fwd
         h, last, ends, kept = run(
             options.cell,
@@ -471,6 +524,9 @@ class RecurrenceFunction(torch.autograd.Function):
             weight_hh,
             bias_hh,
             start,
+            batch_sizes,
+            reset,
+            options.reverse,
             every,
             options.return_sequence,
             needs_backward,
@@ -483,20 +539,25 @@ class RecurrenceFunction(torch.autograd.Function):
             h = h.detach().transpose_(0, 1)
         if needs_backward:
             x, kept = x if needs_x else None, kept if every is None else None
-            ctx.save_for_backward(x, weight_ih, bias_ih, weight_hh, bias_hh, start, feedback, states, kept)
+            ctx.save_for_backward(
+                x, weight_ih, bias_ih, weight_hh, bias_hh, start, feedback, states, kept, batch_sizes, reset
+            )
             ctx.set_materialize_grads(False)
             ctx.options = options
         carries = needs_backward and options.sweep.inverse != "none"
-        return h if options.return_sequence else None, last, new_relay(_state(last, states)) if carries else None
+        lasts = (last,) if CELLS[options.cell].states == 1 else tuple(part.clone() for part in last.chunk(2, dim=-1))
+        relay = new_relay(_state(last, weight_ih)) if carries else None
+        return h if options.return_sequence else None, relay, *lasts
 
     @staticmethod
     @first_derivatives_only
     def backward(
-        ctx: Any, saved: tuple, grad_h: Tensor | None, grad_last: Tensor | None, grad_relay: Tensor | None
+        ctx: Any, saved: tuple, grad_h: Tensor | None, grad_relay: Tensor | None, *grad_lasts: Tensor | None
     ) -> tuple:
+        grad_last = _side_by_side(grad_lasts)
         if grad_h is None and grad_last is None and grad_relay is None:
             return (None,) * len(ctx.needs_input_grad)
-        x, weight_ih, bias_ih, weight_hh, bias_hh, start, feedback, states, kept = saved
+        x, weight_ih, bias_ih, weight_hh, bias_hh, start, feedback, states, kept, batch_sizes, reset = saved
         options: Options = ctx.options
         cell, sweep, words, every = options.cell, options.sweep, options.words, options.checkpoint_every
         needs_x, needs_weight_ih, needs_bias_ih, needs_weight, needs_bias = ctx.needs_input_grad[:5]
@@ -511,9 +572,10 @@ class RecurrenceFunction(torch.autograd.Function):
             and sweep.inverse == "weight"
             and "weight" in CELLS[cell].without_states
             and every is None
+            and Timeline.of(states, batch_sizes, reset, options.reverse).plain
             and parallel.worth_it(grad_h, states)
         ):
-            grad_last = None if grad_last is None else _state(grad_last, states)
+            grad_last = None if grad_last is None else _state(grad_last, weight_ih)
             if carried is not None:  # a source like any other, but for γ
                 grad_last = carried / sweep.step if grad_last is None else grad_last + carried / sweep.step
             grad_h, first_displacement = torch.ops.tp_kernels.recurrence_displacements(
@@ -534,6 +596,9 @@ class RecurrenceFunction(torch.autograd.Function):
             weight_hh,
             bias_hh,
             start,
+            batch_sizes,
+            reset,
+            options.reverse,
             states,
             kept,
             feedback,
@@ -552,15 +617,24 @@ class RecurrenceFunction(torch.autograd.Function):
         carried = first_displacement if sweep.inverse == "none" else carried
         through = None if sweep.update == "local" else through
         sent = carried if through is None else through
-        needs_start, needs_relay = ctx.needs_input_grad[5], ctx.needs_input_grad[7]
-        gradients.append(sent if start is None else sent.view(start.shape))
-        needed = (*ctx.needs_input_grad[:5], needs_start and not needs_relay)
-        found = [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]
+        needs_start, needs_second, _, needs_relay = ctx.needs_input_grad[5:9]
+        gradient = sent if start is None else sent.view(start.shape)
+        of_states = (gradient, None) if CELLS[cell].states == 1 else gradient.chunk(2, dim=-1)
+        needed = (*ctx.needs_input_grad[:5], needs_start and not needs_relay, needs_second and not needs_relay)
+        found = [grad if need else None for grad, need in zip((*gradients, *of_states), needed, strict=True)]
         relayed = None
         if needs_relay:  # the call before gets both, and the state itself no gradient
             nothing = torch.zeros_like(sent)
             relayed = torch.stack([nothing if part is None else part for part in (carried, through)])
-        return *found, None, relayed, None  # none in feedback and options
+        return *found, None, relayed, None, None, None
+
+
+def _side_by_side(parts: tuple[Tensor | None, ...]) -> Tensor | None:
+    """The gradient of a state of those parts."""
+    there = [part for part in parts if part is not None]
+    if len(parts) == 1 or not there:
+        return parts[0]
+    return torch.cat([torch.zeros_like(there[0]) if part is None else part for part in parts], dim=-1)
 
 
 def recurrent_layer(
@@ -568,31 +642,46 @@ def recurrent_layer(
     x: Tensor,
     weight_hh: Tensor,
     start: Tensor | None,
+    second: Tensor | None = None,
     *,
     weight_ih: Tensor | None = None,
     bias_ih: Tensor | None = None,
     bias_hh: Tensor | None = None,
     feedback: Tensor | None = None,
     relay: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+    reset: Tensor | None = None,
     rule: Rule,
     batch_first: bool = False,
+    reverse: bool = False,
     checkpoint_every: int | None = None,
     return_sequence: bool = True,
     displacements: str = "auto",
     backend: str = "auto",
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """All states (``None`` without ``return_sequence``), the last one and its relay (``state.py``), from arguments that
-    have been checked.
+) -> tuple[Tensor | None, tuple[Tensor, ...], Tensor | None]:
+    """h at all steps (``None`` without ``return_sequence``), the last state, in its parts, and its relay
+    (``state.py``), from arguments that have been checked.
 
     The last state is an output of its own, so that its gradient needs no zero-filled [T, B, N]. With ``weight_ih``
     first and last states are [1, B, N], as layers have them, and ``bias_hh`` is [G N]; without, it is the cell's own.
+
+    Args:
+        start, second: the first state's parts: a cell of two has both or none. Packed, they must be there.
+        batch_sizes: [T], int64, on the CPU, as of a ``PackedSequence``: x is packed, [P, M], and so is h.
+        reset: [T, B] or [P], bool: where a state starts anew, from zero, before the step is read.
+        reverse: read from the last step of each sequence to its first. Each h is that after reading the x in its place.
     """
-    trained = (x, weight_hh, start, weight_ih, bias_ih, bias_hh)
+    if displacements == "parallel" and (batch_sizes is not None or reset is not None or reverse):
+        raise ValueError(
+            f"{CELLS[cell].op}: displacements must be 'auto' or 'sweep' with lengths, reset or reverse, got 'parallel'"
+        )
+    trained = (x, weight_hh, start, second, weight_ih, bias_ih, bias_hh)
     options = Options(
         cell=cell,
         sweep=Sweep.of(rule),
         words=rule.words,
         batch_first=batch_first,
+        reverse=reverse,
         checkpoint_every=checkpoint_every,
         return_sequence=return_sequence,
         displacements=displacements,
@@ -600,7 +689,10 @@ def recurrent_layer(
         needs_backward=torch.is_grad_enabled()
         and any(tensor is not None and tensor.requires_grad for tensor in trained),
     )
-    return RecurrenceFunction.apply(x, weight_ih, bias_ih, weight_hh, bias_hh, start, feedback, relay, options)
+    h, relay, *last = RecurrenceFunction.apply(
+        x, weight_ih, bias_ih, weight_hh, bias_hh, start, second, feedback, relay, batch_sizes, reset, options
+    )
+    return h, tuple(last), relay
 
 
 def solver_iterations(

@@ -12,6 +12,7 @@ from torch import Tensor
 from tp_kernels._backends import dtype_name
 from tp_kernels.ops.recurrence.cell import Cell, Step, apply
 from tp_kernels.ops.recurrence.launch import backward_outputs, forward_outputs
+from tp_kernels.ops.recurrence.timeline import Timeline
 from tp_kernels.rules import Sweep
 
 
@@ -23,30 +24,49 @@ def forward(
     start: Tensor | None,
     *,
     keep: bool,
+    time: Timeline | None = None,
     out: tuple[Tensor, Tensor | None] | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """The states, from ``h_t, kept_t = cell.forward(u_t, W h_{t-1}, bias, h_{t-1})``.
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The states, from ``state_t, kept_t = cell.forward(u_t, W h_{t-1}, bias, state_{t-1})``.
 
     Args:
         cell: which.
-        u: [T, B, G N] or [T, B, H, G N], any floating dtype, any strides.
+        u: [T, B, G N] or [T, B, H, G N], any floating dtype, any strides. Here and below, arrays over time may be
+            packed.
         weight: [G N, N] or [H, G N, N].
         bias: [N] or [H, N], the cell's own; ``None`` is zero.
-        start: [B, N] or [B, H, N], the state before the first; ``None`` is zero.
+        start: [B, S N] or [B, H, S N], the state before the first; ``None`` is zero. Packed, it must be there.
         keep: whether backward will need what the cell keeps.
-        out: both results, contiguous, to write to; ``None`` takes new memory.
+        time: how the sequences lie in it; ``None``: plainly.
+        out: the first two results, contiguous, to write to; ``None`` takes new memory.
 
     Returns:
-        h: [T, B, N] or [T, B, H, N], and what is kept: [T, B, K, N] or [T, B, H, K, N], or ``None``. Both contiguous.
+        h: [T, B, N] or [T, B, H, N]; what is kept: [T, B, K, N] or [T, B, H, K, N], or ``None``; and the last state of
+            each sequence, like ``start``. All contiguous.
     """
     h, kept = forward_outputs(cell, u, weight, keep) if out is None else out
-    state = torch.zeros_like(h[0]) if start is None else start
-    for t in range(h.shape[0]):
-        state, of_step = cell.forward(u[t], apply(weight, state), bias, state)
-        h[t] = state
+    time = time or Timeline(h.shape[0])
+    N = weight.shape[-1]
+    state = first_state(cell, h, start)
+    us, hs, all_kept, resets = (time.split(array) for array in (u, h, kept, time.reset))
+    for t in time.order():
+        before = _anew(state[: len(hs[t])], resets[t])
+        new, of_step = cell.forward(us[t], apply(weight, before[..., :N]), bias, before)
+        hs[t].copy_(new[..., :N])
         if kept is not None:
-            kept[t] = torch.stack(of_step, dim=-2)
-    return h, kept
+            all_kept[t].copy_(torch.stack(of_step, dim=-2))
+        state = torch.cat((new, state[len(new) :])) if len(new) < len(state) else new
+    return h, kept, state.clone()
+
+
+def first_state(cell: Cell, h: Tensor, start: Tensor | None) -> Tensor:
+    """That, or zero for plain states h."""
+    return h.new_zeros((*h.shape[1:-1], cell.states * h.shape[-1])) if start is None else start
+
+
+def _anew(states: Tensor, reset: Tensor | None) -> Tensor:
+    """Zero for the sequences that start anew, [B]."""
+    return states if reset is None else states.masked_fill(reset[(...,) + (None,) * (states.dim() - 1)], 0)
 
 
 def backward(
@@ -63,40 +83,44 @@ def backward(
     through: Tensor | None,
     u: Tensor | None,
     start: Tensor | None,
+    time: Timeline | None = None,
     first: int = 0,
     iterations: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Displacements λ, adjoints μ and gradients δ in ``u``, from the last step to the first.
+    """Displacements λ, adjoints μ and gradients δ in ``u``, from the last step read to the first.
 
     ``λ_{t-1} = step g_{t-1} + term(λ_t)``; the term is 0 ("none"), λ_t ("identity"), ``(JᵀJ + rI)⁻¹ Jᵀ λ_t`` with
-    ``J = ∂h_t/∂h_{t-1}`` ("jacobian"), or of the form that ``Cell.term`` has: each op's README says which.
+    ``J = ∂state_t/∂state_{t-1}`` ("jacobian"), or of the form that ``Cell.term`` has: each op's README says which.
     ``μ_t = λ_t`` (``update="local"``) or ``μ_t = λ_t + Jᵀ_{t+1} μ_{t+1}`` ("total"). Back-propagation is "none" with
-    "total".
+    "total". Nothing goes back past a step before which a state starts anew.
 
     Args:
         cell, sweep: which, and the rule.
         grad_h: like ``h``, ∂loss/∂h; ``None`` is zero.
-        grad_last: [B, N] or [B, H, N], added to the gradient of the last state; ``None`` is zero.
+        grad_last: [B, S N] or [B, H, S N], added to the gradient of each sequence's last state; ``None`` is zero.
         h, kept: of ``forward``.
         weight: [G N, N] or [H, G N, N], W.
         feedback: P of each block that the rule inverts: [(H,) N, N], or [(H,) K, N, N] for several; needed where
             ``sweep.uses_inverse``.
-        carried, through: like ``h[0]``: term(λ) and ``Jᵀ μ`` of the step after the last one; ``None`` is zero.
+        carried, through: like ``start``: term(λ) and ``Jᵀ μ`` of the step after the last one read; ``None`` is zero.
         u, start: what the states were computed from; u is needed by "direct" (start: ``None`` is zero).
+        time: as of ``forward``.
         first: the number of the first step, for an error to name.
         iterations: [T, B] or [T, B, H], int32: filled with how many iterations each solve of "jacobian" took; here,
             where it is direct, none. ``None`` counts nothing.
 
     Returns:
-        ``grad_u``, like ``u``: δ; ``carried``, like ``h[0]``: term(λ_1), ``None`` for "none"; and ``through``, like
-        ``h[0]``: ``Jᵀ_1 μ_1``, ``None`` for "local". All contiguous. The gradient of the first state is ``through`` for
-        "total" and ``carried`` for "local".
+        ``grad_u``, like ``u``: δ; and, like ``start``, ``carried``, term(λ_1), ``None`` for "none", and ``through``,
+        ``Jᵀ_1 μ_1``, ``None`` for "local". All contiguous. The gradient of the first state is ``through`` for "total"
+        and ``carried`` for "local".
 
     Raises:
         torch.linalg.LinAlgError: after the sweep, a solve of "jacobian" has a relative residual above rtol.
     """
-    grad_u, carried_out, through_out = backward_outputs(cell, h, sweep)
-    back = None
+    time = time or Timeline(h.shape[0])
+    start = first_state(cell, h, start)
+    grad_u, carried_out, through_out = backward_outputs(cell, h, start.shape, sweep)
+    deltas, back = time.split(grad_u), None
     for back in steps_back(
         cell,
         sweep,
@@ -110,9 +134,10 @@ def backward(
         through=through,
         u=u,
         start=start,
+        time=time,
         first=first,
     ):
-        grad_u[back.t] = back.delta
+        deltas[back.t].copy_(back.delta)
     if iterations is not None:
         iterations.zero_()
     if sweep.inverse != "none":
@@ -123,7 +148,9 @@ def backward(
 
 
 class StepBack(NamedTuple):
-    """One step of the sweep back: t, counted from 0, λ_t, μ_t, δ_t, term(λ_t) and ``Jᵀ_t μ_t``."""
+    """One step of the sweep back: t, counted from 0; of the sequences there are at t, λ_t, μ_t and δ_t; of all, what is
+    under way to the step before: term(λ_t) and ``Jᵀ_t μ_t``.
+    """
 
     t: int
     displacement: Tensor
@@ -147,45 +174,63 @@ def steps_back(
     through: Tensor | None,
     u: Tensor | None,
     start: Tensor | None,
+    time: Timeline | None = None,
     first: int = 0,
 ) -> Iterator[StepBack]:
-    """The recursion of ``backward``, with its arguments, from the last step to the first."""
-    zero = torch.zeros_like(h[0])
-    carried = zero if carried is None or sweep.inverse == "none" else carried
-    through = zero if through is None or sweep.update == "local" else through
+    """The recursion of ``backward``, with its arguments, from the last step read to the first."""
+    time = time or Timeline(h.shape[0])
+    N = h.shape[-1]
+    start = first_state(cell, h, start)
+    carried = torch.zeros_like(start) if carried is None or sweep.inverse == "none" else carried
+    through = torch.zeros_like(start) if through is None or sweep.update == "local" else through
     several = feedback is not None and feedback.dim() > weight.dim()
     inverses = [] if feedback is None else feedback.unbind(-3) if several else [feedback]
-    residuals = []
-    for t in range(h.shape[0] - 1, -1, -1):
+    kept = kept if cell.kept else None
+    hs, gradients, all_kept, us, resets = (time.split(array) for array in (h, grad_h, kept, u, time.reset))
+    order, residuals, later = time.order(), [], time.later
+    for index in range(time.T - 1, -1, -1):
+        t = order[index]
+        n = len(hs[t])  # sequences; of those from `later` on it is the last step
+        before = start[:n]
+        if index > 0:
+            known = cell.state(hs[order[index - 1]], all_kept[order[index - 1]])[:n]
+            before = torch.cat((known, start[len(known) : n])) if len(known) < n else known
         step = Step(
-            h=h[t],
-            kept=kept[t].unbind(-2) if cell.kept else (),
-            before=h[t - 1] if t else zero if start is None else start,
-            u=None if u is None else u[t],
+            state=cell.state(hs[t], all_kept[t]),
+            kept=all_kept[t].unbind(-2) if cell.kept else (),
+            before=_anew(before, resets[t]),
+            u=us[t],
         )
-        displacement = carried
+        displacement = carried[:n]
         if grad_h is not None:
-            displacement = displacement + sweep.step * grad_h[t]
-        if grad_last is not None and t == h.shape[0] - 1:
-            displacement = displacement + sweep.step * grad_last
-        adjoint = displacement + through
+            source = sweep.step * gradients[t]
+            displacement = torch.cat((displacement[..., :N] + source, displacement[..., N:]), dim=-1)
+        if grad_last is not None and later < n:
+            last = displacement[later:] + sweep.step * grad_last[later:n]
+            displacement = torch.cat((displacement[:later], last))
+        adjoint = displacement + through[:n]
         delta, into, past = cell.back(adjoint, step)
-        if sweep.inverse == "identity":
-            carried = displacement
+        if sweep.inverse == "none":
+            sent_on = torch.zeros_like(displacement)
+        elif sweep.inverse == "identity":
+            sent_on = displacement
         elif sweep.inverse == "jacobian":
-            carried, residual = _jacobian_term(cell, displacement, step, weight, sweep.reg)
-            residuals.append(residual)
-        elif sweep.inverse != "none":
+            sent_on, residual = _jacobian_term(cell, displacement, step, weight, sweep.reg)
+            residuals.append((t, residual))
+        else:
             sent, scale, by = cell.term(sweep.inverse, displacement, step, sweep.clip)
-            carried = sum(apply(inverse, part) for inverse, part in zip(inverses, sent, strict=True))
-            carried = carried if scale is None else scale * carried
-            carried = carried if by is None else by + carried
+            product = sum(apply(inverse, part) for inverse, part in zip(inverses, sent, strict=True))
+            sent_on = cell.plus(product if scale is None else scale * product, by)
+        carried = torch.cat((_anew(sent_on, resets[t]), carried[n:]))
         if sweep.update == "total":
-            through = apply(weight.mT, into)
-            through = through if past is None else past + through
+            through = torch.cat((_anew(cell.plus(apply(weight.mT, into), past), resets[t]), through[n:]))
+        later = n
         yield StepBack(t, displacement, adjoint, delta, carried, through)
     if residuals:
-        check_residuals(cell, torch.stack(residuals[::-1]), sweep, h.dtype, first)
+        all_residuals = residuals[0][1].new_zeros((time.T, *start.shape[:-1]))
+        for t, residual in residuals:
+            all_residuals[t, : len(residual)] = residual
+        check_residuals(cell, all_residuals, sweep, h.dtype, first)
 
 
 def _jacobian_term(cell: Cell, displacement: Tensor, step: Step, weight: Tensor, reg: float) -> tuple[Tensor, Tensor]:
@@ -193,12 +238,7 @@ def _jacobian_term(cell: Cell, displacement: Tensor, step: Step, weight: Tensor,
     that is not finite. Half precision is factored in single.
     """
     dtype = torch.promote_types(displacement.dtype, torch.float32)
-    diagonal, slopes = cell.linear(step)
-    blocks = weight.to(dtype).unflatten(-2, (len(slopes), weight.shape[-1])).unbind(-3)
-    jacobian = None if diagonal is None else torch.diag_embed(diagonal.to(dtype))
-    for slope, block in zip(slopes, blocks, strict=True):
-        part = slope.to(dtype)[..., None] * block
-        jacobian = part if jacobian is None else jacobian + part
+    jacobian = cell.jacobian(step, weight, dtype)
     right = displacement.to(dtype)[..., None]
     finite = (jacobian.isfinite() & right.isfinite()).all(dim=(-2, -1))[..., None, None]
     jacobian, right = torch.where(finite, jacobian, 0), torch.where(finite, right, 0)

@@ -13,6 +13,7 @@ import torch
 
 from tp_kernels import _triton
 from tp_kernels._backends import Support, dtype_name
+from tp_kernels.ops.recurrence.timeline import Timeline
 from tp_kernels.rules import Sweep
 
 TABLE = Path(__file__).with_suffix(".json")
@@ -105,11 +106,19 @@ def jacobian_fits(device: torch.device, size: int) -> bool:
     return jacobian_shared_memory(size) <= _limit(device)
 
 
-def supports(tensor: torch.Tensor, size: int = 1, sweep: Sweep | None = None, **options: object) -> Support:
-    """``size``: N; ``sweep``: of a backward pass."""
+def supports(
+    tensor: torch.Tensor,
+    size: int = 1,
+    sweep: Sweep | None = None,
+    time: Timeline | None = None,
+    **options: object,
+) -> Support:
+    """``size``: N; ``sweep``: of a backward pass; ``time``: how the sequences lie."""
     ok, reason = _triton.supports(tensor)
     if not ok:
         return ok, reason
+    if time is not None and not time.plain:
+        return False, "it takes sequences of one length, read forwards and without a reset"
     largest = max(n for n in SIZES[tensor.dtype] if fits(tensor, 1, n))
     if size > largest:
         dtype = dtype_name(tensor.dtype)

@@ -30,6 +30,7 @@ from tp_kernels.ops.recurrence.launch import (
     unit_stride,
 )
 from tp_kernels.ops.recurrence.reference import check_residuals
+from tp_kernels.ops.recurrence.timeline import Timeline
 from tp_kernels.rules import Sweep
 
 # --- device code
@@ -670,8 +671,9 @@ def forward(
     start: Tensor | None,
     *,
     keep: bool,
+    time: Timeline | None = None,
     out: tuple[Tensor, Tensor | None] | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """``reference.forward``."""
     _native.check_same_kind(cell.op, u, weight, start)
     u, weight, start = unit_stride(u), weight.contiguous(), contiguous(start)
@@ -691,7 +693,7 @@ def forward(
         NONLINEARITY=cell.nonlinearity,
         ALIGNED=aligned(N, u),
     )
-    return h, kept
+    return h, kept, h[-1].clone()
 
 
 def backward(
@@ -708,6 +710,7 @@ def backward(
     through: Tensor | None,
     u: Tensor | None,
     start: Tensor | None,
+    time: Timeline | None = None,
     first: int = 0,
     iterations: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -723,7 +726,7 @@ def backward(
     grad_last, feedback, start = contiguous(grad_last), contiguous(feedback), contiguous(start)
     carried = contiguous(carried) if sweep.inverse != "none" else None
     through = contiguous(through) if sweep.update == "total" else None
-    grad_u, carried_out, through_out = backward_outputs(cell, h, sweep)
+    grad_u, carried_out, through_out = backward_outputs(cell, h, h.shape[1:], sweep)
     call = _SweepBack(
         cell=cell,
         sweep=sweep,

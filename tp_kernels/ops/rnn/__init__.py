@@ -79,7 +79,7 @@ def rnn(
     cell = CELLS[f"rnn_{nonlinearity}"]
     _validate.recurrence(cell, u, weight, None, h0, feedback, rule, checkpoint_every, backend)
     _validate.displacements("rnn", displacements, rule, checkpoint_every)
-    h, last, relay = recurrent_layer(
+    h, (last,), relay = recurrent_layer(
         cell.name,
         u,
         weight,

@@ -25,7 +25,7 @@ class Elman(Cell):
         return ACTIVATIONS[self.nonlinearity](u + product), []
 
     def back(self, adjoint: Tensor, step: Step) -> tuple[Tensor, Tensor, None]:
-        delta = self._through_activation(adjoint, step.h)
+        delta = self._through_activation(adjoint, step.state)
         return delta, delta, None
 
     def term(
@@ -34,14 +34,14 @@ class Elman(Cell):
         if inverse == "weight":
             return [displacement], None, None
         if inverse == "layer":
-            return [self._through_inverse(displacement, step.h, clip)], None, None
+            return [self._through_inverse(displacement, step.state, clip)], None, None
         if inverse == "difference":
-            return [self._inverse_difference(displacement, step.h, clip)], None, None
-        target = self._inverse_activation(step.h - displacement, clip)
+            return [self._inverse_difference(displacement, step.state, clip)], None, None
+        target = self._inverse_activation(step.state - displacement, clip)
         return [step.u - target], None, step.before
 
     def linear(self, step: Step) -> tuple[None, list[Tensor]]:
-        return None, [self._through_activation(torch.ones_like(step.h), step.h)]
+        return None, [self._through_activation(torch.ones_like(step.state), step.state)]
 
     def saturated(self, h: Tensor, kept: Tensor, clip: float) -> Tensor:
         if self.nonlinearity == "identity":
