@@ -41,6 +41,9 @@ using Residuals = std::uintptr_t;
 using Strides = const Array3&;
 using Size = std::ptrdiff_t;
 using Count = int;
+using Flag = bool;
+using Flags = std::uintptr_t;
+using Offsets = std::uintptr_t;
 using Number = double;
 using CellName = const std::string&;
 using Inverse = const std::string&;
@@ -74,7 +77,8 @@ inline void fill(CellName& field, const std::string& value, const char* function
               {{"rnn_tanh", CellName::rnn_tanh},
                {"rnn_relu", CellName::rnn_relu},
                {"rnn_identity", CellName::rnn_identity},
-               {"gru", CellName::gru}});
+               {"gru", CellName::gru},
+               {"lstm", CellName::lstm}});
 }
 
 inline void fill(Inverse& field, const std::string& value, const char* function, const char* argument) {

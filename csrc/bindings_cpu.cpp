@@ -49,11 +49,12 @@ void recurrence_fwd(bool is_double, const Array4& sizes TPK_FORWARD_FIELDS(TPK_P
         using T = decltype(zero);
         auto f = call_of<RecurrenceForwardCpu<T>>(sizes);
         TPK_FORWARD_FIELDS(TPK_FILL)
-        const bool gru = f.cell == CellName::gru;
+        const bool gru = f.cell == CellName::gru, gated = gru || f.cell == CellName::lstm;
         check(!(f.projection && gru), function, "projection must be 0 with cell 'gru'");
         check(!(f.projection && f.H != 1), function, "projection must be 0 with more heads than one");
         check(gru || !f.bias, function, "bias must be 0 with cell '" + cell + "'");
-        check(gru || !f.kept, function, "kept must be 0 with cell '" + cell + "'");
+        check(gated || !f.kept, function, "kept must be 0 with cell '" + cell + "'");
+        check(f.last, function, "last is missing");
         launch(launchers<T>().recurrence_forward, f);
     });
 }
@@ -68,7 +69,9 @@ py::object recurrence_bwd(bool is_double, const Array4& sizes TPK_BACKWARD_FIELD
         TPK_BACKWARD_FIELDS(TPK_FILL)
         f.unsolved = &unsolved;
         const bool of_elman = f.inverse == Inverse::difference || f.inverse == Inverse::direct;
-        check(!(f.cell == CellName::gru && of_elman), function, "there is no inverse '" + inverse + "' of cell 'gru'");
+        const bool not_of_lstm = of_elman || f.inverse == Inverse::layer || f.inverse == Inverse::jacobian;
+        check(!(f.cell == CellName::gru && of_elman || f.cell == CellName::lstm && not_of_lstm), function,
+              "there is no inverse '" + inverse + "' of cell '" + cell + "'");
         launch(launchers<T>().recurrence_backward, f);
     });
     if (unsolved.residual == 0) return py::none();

@@ -1,14 +1,18 @@
 // What a cell is: what happens between two products with the recurrent weight. Everything else exists once, in
 // ../recurrence.
 //
-//   forward:  h_t, kept_t       = forward(u_t, W h_{t-1}, bias, h_{t-1})
+//   forward:  state_t, kept_t   = forward(u_t, W h_{t-1}, bias, state_{t-1})
 //   adjoint:  δ_t, into_t, past = back(μ_t, step t)                Wᵀ of all gates' `into`, and past, go back
 //   inverse:  sent, by, scale   = term<inverse>(λ_t, step t)       by + scale Σ_k P_k sent_k goes back
 //   Jacobian: ∂h_t/∂h_{t-1}     = diag(d) + Σ_k diag(slopes_k) W_k with d, slopes = linear(step t)
 //
+// A state has parts, of which the first is h; so have displacements, adjoints and `by`. The products are of the first
+// part; `past` goes to the last.
+//
 // A cell is a struct of these four functions of vectors, of any width, and of
 //
 //   gates         how many matrices W is made of
+//   states        how many parts a state has: one, or two, of which the second is also the last array that is kept
 //   kept          how many arrays of a step forward keeps for backward
 //   passes_by     whether anything goes back past the products: else past and d are zero
 //   into_is_delta whether W multiplies what the input's share is added to, so that `into` is δ
@@ -35,14 +39,15 @@ inline Several<V, 1 + sizeof...(Others)> several(V first, Others... others) {
 
 template <class Cell, class V>
 struct Forward {
-    V state;
+    Several<V, Cell::states> state;
     Several<V, Cell::kept> kept;
 };
 
 // What backward knows of a step.
 template <class Cell, class V>
 struct Step {
-    V before, after;  // h_{t-1} and h_t
+    Several<V, Cell::states> before;
+    V after;  // h_t
     Several<V, Cell::kept> kept;
     Several<V, Cell::gates> u;  // for the inverse "direct" only
 };
@@ -57,7 +62,8 @@ struct Adjoint {
 template <class Cell, class V>
 struct Term {
     Several<V, Cell::gates> sent;
-    V by, scale;
+    Several<V, Cell::states> by;
+    V scale;
 };
 
 template <class Cell, class V>
@@ -66,8 +72,8 @@ struct Linear {
     Several<V, Cell::gates> slopes;
 };
 
-// What a term is made of. Without a scale the products are added to `by`, one after another; with one they are summed
-// up first.
+// What a term's first part is made of. Without a scale the products are added to `by`, one after another; with one they
+// are summed up first. A second part is `by` alone.
 struct Form {
     int products;
     bool by, scale;

@@ -10,32 +10,32 @@ namespace tpk::TPK_ISA {
 
 template <Nonlinearity a>
 struct Elman {
-    static constexpr int gates = 1, kept = 0;
+    static constexpr int gates = 1, states = 1, kept = 0;
     static constexpr bool passes_by = false, into_is_delta = true;
     static constexpr bool has(Inverse) { return true; }
     static constexpr Form form(Inverse inverse) { return {1, inverse == Inverse::direct, inverse == Inverse::direct}; }
 
     template <class T, class V>
-    static Forward<Elman, V> forward(const Several<V, 1>& u, const Several<V, 1>& product, V, V) {
-        return {activation<T>(u[0] + product[0]), {}};
+    static Forward<Elman, V> forward(const Several<V, 1>& u, const Several<V, 1>& product, V, const Several<V, 1>&) {
+        return {several(activation<T>(u[0] + product[0])), {}};
     }
 
-    template <class V>
-    static Adjoint<Elman, V> back(V mu, const Step<Elman, V>& step) {
-        const V delta = through_activation(mu, step.after);
+    template <class T, class V>
+    static Adjoint<Elman, V> back(const Several<V, 1>& mu, const Step<Elman, V>& step) {
+        const V delta = through_activation(mu[0], step.after);
         return {several(delta), several(delta), V{}};
     }
 
     template <Inverse inverse, class T, class V>
-    static Term<Elman, V> term(V lambda, const Step<Elman, V>& step, T clip) {
+    static Term<Elman, V> term(const Several<V, 1>& displacement, const Step<Elman, V>& step, T clip) {
         const T low = clip - 1, high = 1 - clip;
-        const V h = step.after;
-        if constexpr (inverse == Inverse::layer) return {several(through_inverse(lambda, h, low, high)), V{}, V{}};
+        const V lambda = displacement[0], h = step.after;
+        if constexpr (inverse == Inverse::layer) return {several(through_inverse(lambda, h, low, high)), {}, V{}};
         if constexpr (inverse == Inverse::difference)
-            return {several(inverse_difference<T>(lambda, h, low, high)), V{}, V{}};
+            return {several(inverse_difference<T>(lambda, h, low, high)), {}, V{}};
         if constexpr (inverse == Inverse::direct)
             return {several(step.u[0] - inverse_activation<T>(h - lambda, low, high)), step.before, broadcast<V>(T(1))};
-        return {several(lambda), V{}, V{}};
+        return {several(lambda), {}, V{}};
     }
 
     template <class T, class V>

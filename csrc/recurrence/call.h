@@ -2,8 +2,10 @@
 // tp_kernels/ops/rnn/README.md: T steps, B sequences, H heads, N units; G gates and K kept arrays as the cell has them.
 //
 // Arrays are [T][B][H][…], contiguous unless strides (in elements, over time, batch, heads) are given; absent ones
-// null. Fields are listed once, as FIELD(kind, name), for struct and bindings: those of both modules, of the CPU's
-// alone, of the CUDA module's alone, and the four that arrive as `sizes`.
+// null. On the CPU they may be packed: `offsets`, [T + 1], says how many rows there are before each step, in place of
+// B a step. States have S parts, side by side in what is not over time. Fields are listed once, as FIELD(kind, name),
+// for struct and bindings: those of both modules, of the CPU's alone, of the CUDA module's alone, and the four that
+// arrive as `sizes`.
 #pragma once
 
 #include <stddef.h>
@@ -15,10 +17,13 @@
 namespace tpk {
 
 enum class Nonlinearity { tanh, relu, identity };
-enum class CellName { rnn_tanh, rnn_relu, rnn_identity, gru };  // the first ones in the order of Nonlinearity
+enum class CellName { rnn_tanh, rnn_relu, rnn_identity, gru, lstm };  // the first ones in the order of Nonlinearity
 
 using Size = ptrdiff_t;
 using Count = int;
+using Flag = bool;
+using Flags = const bool*;
+using Offsets = const int64_t*;
 
 struct Strides {
     ptrdiff_t time, batch, head;
@@ -35,7 +40,7 @@ struct Strides {
     CPU(Input, input_bias) /* [G N], or null: zero; only with a projection */ \
     CPU(Size, projected)   /* M; 0 without a projection */                    \
     BOTH(Input, weight)    /* [H][G N][N] */                                  \
-    BOTH(Input, start)     /* h_0, [B][H][N], or null: zero */                \
+    BOTH(Input, start)     /* [B][H][S N], or null: zero */                   \
     BOTH(Output, h)        /* [T][B][H][N] */                                 \
     SIZE(Size, T_)                                                            \
     SIZE(Size, B)                                                             \
@@ -44,7 +49,11 @@ struct Strides {
     BOTH(CellName, cell)                                                      \
     CPU(Count, threads)                                                       \
     CPU(Input, bias)  /* [H][N], the cell's own, or null: zero */             \
-    CPU(Output, kept) /* [T][B][H][K][N], for backward, or null */
+    CPU(Output, kept) /* [T][B][H][K][N], for backward, or null */            \
+    CPU(Output, last) /* [B][H][S N]: the last state of each sequence */      \
+    CPU(Offsets, offsets)                                                     \
+    CPU(Flags, reset)  /* [T][B]: the state before is zero; or null */        \
+    CPU(Flag, reverse) /* the last step is the first */
 
 // What a CUDA kernel takes: nvcc gives kernels with an argument of more than 128 bytes other registers.
 template <class T>
@@ -61,39 +70,43 @@ struct RecurrenceForwardCpu : RecurrenceForward<T> {
     TPK_RECURRENCE_FORWARD(TPK_NO_FIELD, TPK_FIELD, TPK_NO_FIELD)
 };
 
-// `carried` and `through`, [B][H][N] each, are what the step after the last one sends back (null: nothing), and what
+// `carried` and `through`, [B][H][S N] each, are what the step after the last one sends back (null: nothing), and what
 // the first one sends on (or null): the inverse's term, of no use to the inverse "none", and what the adjoint μ
 // becomes, of no use to the update "local".
-#define TPK_RECURRENCE_BACKWARD(BOTH, CPU, CUDA, SIZE)                                       \
-    BOTH(Input, grad_h) /* [T][B][H][N], or null: zero */                                    \
-    BOTH(Strides, grad_h_strides)                                                            \
-    BOTH(Input, grad_last) /* [B][H][N], added to the last step's gradient, or null: zero */ \
-    BOTH(Input, h)                                                                           \
-    BOTH(Input, weight)                                                                      \
-    BOTH(Input, feedback) /* [H][F][N][N]: the P of the F products of the inverse */         \
-    BOTH(Input, carried_in)                                                                  \
-    BOTH(Input, through_in)                                                                  \
-    BOTH(Output, carried_out)                                                                \
-    BOTH(Output, through_out)                                                                \
-    CPU(Input, u) /* [T][B][H][G N], for the inverse "direct" */                             \
-    CPU(Strides, u_strides)                                                                  \
-    CPU(Input, start)         /* as of forward */                                            \
-    BOTH(Output, grad_u)      /* [T][B][H][G N] */                                           \
-    BOTH(Counter, iterations) /* [T][B][H], of the solve of "jacobian", or null */           \
-    CPU(Input, kept)                                                                         \
-    SIZE(Size, T_)                                                                           \
-    SIZE(Size, B)                                                                            \
-    SIZE(Size, H)                                                                            \
-    SIZE(Size, N)                                                                            \
-    BOTH(CellName, cell)                                                                     \
-    BOTH(Inverse, inverse)                                                                   \
-    BOTH(Update, update)                                                                     \
-    BOTH(Number, step)                                                                       \
-    BOTH(Number, clip)                                                                       \
-    BOTH(Number, reg)                                                                        \
-    BOTH(Number, rtol)                                                                       \
-    CPU(Size, first) /* the number of the first step, for `unsolved` */                      \
-    CPU(Count, threads)                                                                      \
+#define TPK_RECURRENCE_BACKWARD(BOTH, CPU, CUDA, SIZE)                                         \
+    BOTH(Input, grad_h) /* [T][B][H][N], or null: zero */                                      \
+    BOTH(Strides, grad_h_strides)                                                              \
+    BOTH(Input, grad_last) /* [B][H][S N], added to the last step's gradient, or null: zero */ \
+    BOTH(Input, h)                                                                             \
+    BOTH(Input, weight)                                                                        \
+    BOTH(Input, feedback) /* [H][F][N][N]: the P of the F products of the inverse */           \
+    BOTH(Input, carried_in)                                                                    \
+    BOTH(Input, through_in)                                                                    \
+    BOTH(Output, carried_out)                                                                  \
+    BOTH(Output, through_out)                                                                  \
+    CPU(Input, u) /* [T][B][H][G N], for the inverse "direct" */                               \
+    CPU(Strides, u_strides)                                                                    \
+    CPU(Input, start)         /* as of forward */                                              \
+    BOTH(Output, grad_u)      /* [T][B][H][G N] */                                             \
+    BOTH(Counter, iterations) /* [T][B][H], of the solve of "jacobian", or null */             \
+    CPU(Input, kept)                                                                           \
+    SIZE(Size, T_)                                                                             \
+    SIZE(Size, B)                                                                              \
+    SIZE(Size, H)                                                                              \
+    SIZE(Size, N)                                                                              \
+    BOTH(CellName, cell)                                                                       \
+    BOTH(Inverse, inverse)                                                                     \
+    BOTH(Update, update)                                                                       \
+    BOTH(Number, step)                                                                         \
+    BOTH(Number, clip)                                                                         \
+    BOTH(Number, reg)                                                                          \
+    BOTH(Number, rtol)                                                                         \
+    CPU(Size, first) /* the number of the first step, for `unsolved` */                        \
+    CPU(Size, later) /* how many sequences go on after the last step: no grad_last for them */ \
+    CPU(Offsets, offsets)                                                                      \
+    CPU(Flags, reset)                                                                          \
+    CPU(Flag, reverse)                                                                         \
+    CPU(Count, threads)                                                                        \
     CUDA(Residuals, missed) /* [T][B][H]: where the solve gave up its relative residual, else 0 */
 
 // Number_: of the rule's numbers.

@@ -4,6 +4,7 @@
 
 #include "../cells/elman.h"
 #include "../cells/gru.h"
+#include "../cells/lstm.h"
 #include "../common/denormals.h"
 #include "../common/gemm.h"
 #include "../common/memory.h"
@@ -19,7 +20,8 @@ bool with_cell(CellName name, const Run& run) {
     if (name == CellName::rnn_tanh) return run(Elman<Nonlinearity::tanh>{});
     if (name == CellName::rnn_relu) return run(Elman<Nonlinearity::relu>{});
     if (name == CellName::rnn_identity) return run(Elman<Nonlinearity::identity>{});
-    return run(Gru{});
+    if (name == CellName::gru) return run(Gru{});
+    return run(Lstm{});
 }
 
 // run(tile, scratch) for every tile, with scratch memory for `size` numbers a row. False: there is no such memory.
@@ -39,43 +41,76 @@ bool for_tiles(const Call& f, ptrdiff_t size, const Run& run) {
     return true;
 }
 
+// Numbers of scratch memory that a row takes.
+template <class Cell, class T>
+ptrdiff_t forward_size(const RecurrenceForwardCpu<T>& f) {
+    return padded<T>(Cell::gates * f.N) + (f.projection ? padded<T>(f.N + f.projected) : 0) +
+           3 * Cell::states * padded<T>(f.N);
+}
+
 // With a projection, `both` [rows][N + M] holds h_{t-1} and x_t side by side, and one product gives the whole
-// pre-activation but for the bias. Without, h_{t-1} is read where it was written.
+// pre-activation but for the bias. Without, h_{t-1} is read where it was written. A second part of the state is written
+// to `next` and read from there in the next step.
 template <class Cell, bool project, class T>
 void forward_tile(const RecurrenceForwardCpu<T>& f, const Tile& tile, const T* packed, const T* zeros, T* scratch) {
-    constexpr int G = Cell::gates, K = Cell::kept;
-    const Strides states = contiguous(f, 1), arrays = contiguous(f, K);
-    const ptrdiff_t N = f.N, width = N + f.projected, columns = padded<T>(G * N), rows = tile.rows;
+    constexpr int G = Cell::gates, K = Cell::kept, S = Cell::states;
+    const Course<RecurrenceForwardCpu<T>> course(f, tile);
+    const Strides states = contiguous(f, 1), arrays = contiguous(f, K), outside = outside_time(f, S);
+    const ptrdiff_t N = f.N, width = N + f.projected, columns = padded<T>(G * N), state_columns = padded<T>(N);
     const ptrdiff_t row = states.batch, kept_row = arrays.batch, input_row = f.input_strides.batch;
-    T *product = scratch, *both = scratch + rows * columns;
+    const auto take = [&](ptrdiff_t count) { return (scratch += tile.rows * count) - tile.rows * count; };
+    T *product = take(columns), *both = take(project ? padded<T>(width) : 0), *mixed = take(S * state_columns);
+    T *second = take((S - 1) * state_columns), *next = take((S - 1) * state_columns);
     const T* bias = f.bias ? f.bias + tile.head * N : zeros;
     const T* input_bias = f.input_bias ? f.input_bias : zeros;
-    const T* before = f.start ? f.start + tile.in(states) : zeros;
-    ptrdiff_t before_row = f.start ? row : 0;
-    if (project) copy_rows(before, before_row, rows, N, both, width);
-    for (ptrdiff_t t = 0; t < f.T_; ++t) {
-        const T* input = f.input + tile.in(f.input_strides, t);
-        T* h = f.h + tile.in(states, t);
-        T* kept = f.kept ? f.kept + tile.in(arrays, t) : nullptr;
-        if (project) copy_rows(input, input_row, rows, f.projected, both + N, width);
-        multiply_packed(project ? both : before, project ? width : before_row, rows, packed, width, G * N, product,
-                        columns);
+    T* last = f.last + tile.in(outside);
+    if (f.offsets) {  // some may have no step here
+        const T* start = f.start ? f.start + tile.in(outside) : zeros;
+        copy_rows(start, f.start ? outside.batch : 0, tile.rows, S * N, last, outside.batch);
+    }
+    RowsOf<T> there = {nullptr, row};  // h of the step before
+    for (ptrdiff_t k = 0; k < f.T_; ++k) {
+        const ptrdiff_t t = course.step(k), rows = course.rows(k);
+        if (rows == 0) continue;
+        const T* input = f.input + course.at(f.input_strides, t);
+        T* h = f.h + course.at(states, t);
+        T* kept = f.kept ? f.kept + course.at(arrays, t) : nullptr;
+        RowsOf<T> before = part_before<T>(f, course, tile, k, 0, S, there, zeros, mixed);
+        RowsOf<T> second_before = before;
+        if (S > 1)
+            second_before = part_before<T>(f, course, tile, k, 1, S, RowsOf<T>{second, state_columns}, zeros,
+                                           mixed + tile.rows * state_columns);
+        if (project) {
+            if (before.data != both) copy_rows(before.data, before.row, rows, N, both, width);
+            copy_rows(input, input_row, rows, f.projected, both + N, width);
+            before = {both, width};
+        }
+        multiply_packed(before.data, before.row, rows, packed, width, G * N, product, columns);
         const T* u = project ? input_bias : input;
         const ptrdiff_t u_row = project ? 0 : input_row;
         for_elements<T>(rows, N, [=](auto zero, ptrdiff_t i, ptrdiff_t j) {
             using V = decltype(zero);
-            const auto next = Cell::template forward<T>(load_all<V, G>(u + i * u_row + j, N),
-                                                        load_all<V, G>(product + i * columns + j, N), load<V>(bias + j),
-                                                        load<V>(before + i * before_row + j));
+            Several<V, S> state;
+            state[0] = load<V>(before.data + i * before.row + j);
+            if constexpr (S > 1) state[1] = load<V>(second_before.data + i * second_before.row + j);
+            const auto result =
+                Cell::template forward<T>(load_all<V, G>(u + i * u_row + j, N),
+                                          load_all<V, G>(product + i * columns + j, N), load<V>(bias + j), state);
             // What the next step reads and writes, on its way before it is due. Beyond the last one no harm is done.
-            for (int k = 0; !project && k < G; ++k)
-                __builtin_prefetch(u + f.input_strides.time + i * u_row + k * N + j);
+            for (int gate = 0; !project && gate < G; ++gate)
+                __builtin_prefetch(u + f.input_strides.time + i * u_row + gate * N + j);
             __builtin_prefetch(h + states.time + i * row + j, 1);
-            store(h + i * row + j, next.state);
-            if (project) store(both + i * width + j, next.state);
-            if (kept) store_all(kept + i * kept_row + j, N, next.kept);
+            store(h + i * row + j, result.state[0]);
+            if (project) store(both + i * width + j, result.state[0]);
+            if constexpr (S > 1) store(next + i * state_columns + j, result.state[1]);
+            if (kept) store_all(kept + i * kept_row + j, N, result.kept);
         });
-        before = h, before_row = row;
+        there = project ? RowsOf<T>{both, width} : RowsOf<T>{h, row};
+        exchange(second, next);
+        const ptrdiff_t go_on = course.rows(k + 1);
+        T* ended = last + go_on * outside.batch;
+        copy_rows(h + go_on * row, row, rows - go_on, N, ended, outside.batch);
+        if (S > 1) copy_rows(second + go_on * state_columns, state_columns, rows - go_on, N, ended + N, outside.batch);
     }
 }
 
@@ -95,7 +130,7 @@ bool recurrence_forward(const RecurrenceForwardCpu<T>& f) {
         if (project) pack(f.projection, 1, M, M, all, packed.get() + N * lanes<T>, N + M);
         clear(zeros.get(), all);
         const auto run = project ? forward_tile<Cell, projects, T> : forward_tile<Cell, false, T>;
-        return for_tiles<T>(f, columns + (project ? padded<T>(N + M) : 0), [&](const Tile& tile, T* scratch) {
+        return for_tiles<T>(f, forward_size<Cell>(f), [&](const Tile& tile, T* scratch) {
             run(f, tile, packed.get() + tile.head * N * columns, zeros.get(), scratch);
         });
     });
@@ -118,20 +153,44 @@ constexpr Form form_of(Inverse inverse) {
 
 // Of "identity" λ as it is, of "jacobian" what the solver takes.
 template <Inverse inverse, class Cell, class T, class V>
-inline Term<Cell, V> term_of(V lambda, const Step<Cell, V>& step, T clip) {
+inline Term<Cell, V> term_of(const Several<V, Cell::states>& lambda, const Step<Cell, V>& step, T clip) {
     if constexpr (inverse == Inverse::identity || inverse == Inverse::jacobian) {
         Term<Cell, V> term;
-        term.sent[0] = term.by = lambda;
+        term.sent[0] = lambda[0], term.by = lambda;
         return term;
     } else {
         return Cell::template term<inverse>(lambda, step, clip);
     }
 }
 
+// What a step of a tile sends back of one kind, in memory: the products' sum, in its place `by` where there is no
+// product; with a scale, the scale and `by` of their own; and the second part of the state.
+template <class Cell, class T>
+struct Sent {
+    static constexpr bool two = Cell::states > 1;
+    static constexpr ptrdiff_t arrays(Form form) { return 1 + form.scale + (form.scale && form.by) + two; }
+
+    T *sum, *scale, *by, *second;
+
+    Sent(T* memory, ptrdiff_t size, Form form)
+        : sum(memory),
+          scale(memory + size),
+          by(form.scale ? scale + size : memory),
+          second(memory + size * (arrays(form) - 1)) {}
+
+    template <class V>
+    V first(ptrdiff_t at, Form form) const {
+        V value = load<V>(sum + at);
+        if (form.scale) value = form.by ? load<V>(by + at) + load<V>(scale + at) * value : load<V>(scale + at) * value;
+        return value;
+    }
+};
+
 // Numbers of scratch memory that a row takes, or more.
 template <class Cell, class T>
 ptrdiff_t backward_size(Inverse inverse, ptrdiff_t N) {
-    return 8 * padded<T>(N) + padded<T>(form_of<Cell>(inverse).products * N) + padded<T>(Cell::gates * N) +
+    return (12 + Cell::states) * padded<T>(N) + padded<T>(form_of<Cell>(inverse).products * N) +
+           padded<T>(Cell::gates * N) +
            (inverse == Inverse::jacobian ? ConjugateGradients<T, Operator<Cell, T>>::size(N) : 0);
 }
 
@@ -139,79 +198,121 @@ ptrdiff_t backward_size(Inverse inverse, ptrdiff_t N) {
 template <class Cell, Inverse inverse, class T>
 void backward_tile(const RecurrenceBackward<T>& f, const Tile& tile, const Matrices<Cell, T>& matrices, const T* zeros,
                    T* scratch) {
-    constexpr int G = Cell::gates;
+    constexpr int G = Cell::gates, S = Cell::states;
     static constexpr Form form = form_of<Cell>(inverse);
-    constexpr bool carries = inverse != Inverse::none, jacobian = inverse == Inverse::jacobian;
-    const Strides states = contiguous(f, 1), gates = contiguous(f, G);
-    const ptrdiff_t N = f.N, rows = tile.rows, columns = padded<T>(N), size = rows * columns;
-    const ptrdiff_t row = states.batch, u_row = gates.batch, g_row = f.grad_h_strides.batch;
+    constexpr bool carries = inverse != Inverse::none, jacobian = inverse == Inverse::jacobian, two = S > 1;
+    constexpr bool adds_past = Cell::passes_by && !two;  // to the product with W
+    static constexpr Form of_adjoint = {1, false, false};
+    using Sent = Sent<Cell, T>;
+    const Course<RecurrenceBackward<T>> course(f, tile);
+    const Strides gates = contiguous(f, G), outside = outside_time(f, S);
+    const ptrdiff_t N = f.N, columns = padded<T>(N), size = tile.rows * columns;
+    const ptrdiff_t row = outside.batch, u_row = gates.batch, g_row = f.grad_h_strides.batch;
     const ptrdiff_t sent_row = padded<T>(form.products * N), into_row = Cell::into_is_delta ? u_row : padded<T>(G * N);
     const bool total = f.update == Update::total;
-    if (jacobian) clear(scratch, rows * backward_size<Cell, T>(inverse, N));  // columns beyond N stay zero
+    if (jacobian) clear(scratch, tile.rows * backward_size<Cell, T>(inverse, N));  // columns beyond N stay zero
     const auto take = [&](ptrdiff_t count) { return (scratch += count) - count; };
-    // Of the step after: the inverse's term or, with a scale, the products' sum, `by` and the scale; and what the
-    // adjoint became. Two of each where a pass reads one while it writes the next: overlapping vectors are computed
-    // twice.
-    const ptrdiff_t carried_size = form.scale ? 3 * size : size;
-    T* carried = take(carried_size);
-    T* next_carried = form.by ? take(carried_size) : carried;
-    T* through = take(size);
-    T* next_through = Cell::passes_by ? take(size) : through;
-    T* sent = take(rows * sent_row);                                  // what the inverse's products take
-    T* into = Cell::into_is_delta ? nullptr : take(rows * into_row);  // what W takes, where that is not δ
+    // Of the step after: the inverse's term, and what the adjoint became. Two of each where a pass reads one while it
+    // writes the next: overlapping vectors are computed twice.
+    const auto take_sent = [&](Form of) { return Sent(take(Sent::arrays(of) * size), size, of); };
+    Sent carried = take_sent(form), next_carried = form.by || two ? take_sent(form) : carried;
+    Sent through = take_sent(of_adjoint), next_through = Cell::passes_by ? take_sent(of_adjoint) : through;
+    T* sent = take(tile.rows * sent_row);                                  // what the inverse's products take
+    T* into = Cell::into_is_delta ? nullptr : take(tile.rows * into_row);  // what W takes, where that is not δ
+    T* mixed = take(S * size);
     ConjugateGradients<T, Operator<Cell, T>> solver(f, tile, matrices.weight, matrices.solved, scratch);
     const T step_size = f.step, clip = f.clip;
-    if (f.carried_in) copy_rows(f.carried_in + tile.in(states), row, rows, N, carried, columns);
-    if (f.through_in) copy_rows(f.through_in + tile.in(states), row, rows, N, through, columns);
-    for (ptrdiff_t t = f.T_ - 1; t >= 0; --t) {
-        const bool inner = t < f.T_ - 1;  // a step of this call follows
-        const bool carried_here = carries && (inner || f.carried_in), through_here = total && (inner || f.through_in);
-        const T* g = f.grad_h ? f.grad_h + tile.in(f.grad_h_strides, t) : nullptr;
-        const T* last = !inner && f.grad_last ? f.grad_last + tile.in(states) : nullptr;
-        T* grad_u = f.grad_u + tile.in(gates, t);
-        const StepOfTile<Cell, T> step_of_tile(f, tile, t, zeros);
+
+    // What the step after the last one sent, for some rows of both memories of it; what the first one sends on.
+    const auto receive = [&](const T* from, const Sent& sent, Form of) {
+        const RowsOf<T> given = {from ? from + tile.in(outside) : zeros, from ? row : 0};
+        copy_rows(given.data, given.row, tile.rows, N, sent.sum, columns);
+        if (two) copy_rows(given.data + given.row / S, given.row, tile.rows, N, sent.second, columns);
+        for (ptrdiff_t j = 0; of.scale && j < size; ++j) sent.scale[j] = T(1);
+        if (of.scale && of.by) clear(sent.by, size);
+    };
+    const auto send = [&](const Sent& sent, Form of, T* to, ptrdiff_t first, ptrdiff_t end) {
+        if (!to || first >= end) return;
+        to += tile.in(outside) + first * row;
+        for_elements<T>(end - first, N, [=](auto zero, ptrdiff_t i, ptrdiff_t j) {
+            using V = decltype(zero);
+            const ptrdiff_t at = (first + i) * columns + j;
+            store(to + i * row + j, sent.template first<V>(at, of));
+            if (two) store(to + i * row + N + j, load<V>(sent.second + at));
+        });
+    };
+    const auto forget = [&](const Sent& sent, Form of, ptrdiff_t i) {
+        const ptrdiff_t at = i * columns;
+        clear(sent.sum + at, N);
+        if (of.scale) clear(sent.scale + at, N);
+        if (of.scale && of.by) clear(sent.by + at, N);
+        if (two) clear(sent.second + at, N);
+    };
+    const bool several_lengths = f.offsets != nullptr;
+    const bool received_carried = carries && (f.carried_in || several_lengths);
+    const bool received_through = total && (f.through_in || several_lengths);
+    if (received_carried) receive(f.carried_in, carried, form), receive(f.carried_in, next_carried, form);
+    if (received_through) receive(f.through_in, through, of_adjoint), receive(f.through_in, next_through, of_adjoint);
+    if (several_lengths) {  // some may have no step here
+        if (carries) send(carried, form, f.carried_out, 0, tile.rows);
+        if (total) send(through, of_adjoint, f.through_out, 0, tile.rows);
+    }
+    for (ptrdiff_t k = f.T_ - 1; k >= 0; --k) {
+        const ptrdiff_t t = course.step(k), rows = course.rows(k);
+        if (rows == 0) continue;
+        const bool inner = k < f.T_ - 1;  // a step of this call follows
+        const bool carried_here = carries && (inner || received_carried);
+        const bool through_here = total && (inner || received_through);
+        const T* g = f.grad_h ? f.grad_h + course.at(f.grad_h_strides, t) : nullptr;
+        const ptrdiff_t ending =
+            inner ? course.rows(k + 1) : course.within(f.later);  // the first of those that end here
+        const T* last = ending < rows && f.grad_last ? f.grad_last + tile.in(outside) : nullptr;
+        T* grad_u = f.grad_u + course.at(gates, t);
+        const StepOfTile<Cell, T> step_of_tile(f, course, tile, k, zeros, mixed);
         for_elements<T>(rows, N, [=](auto zero, ptrdiff_t i, ptrdiff_t j) {
             using V = decltype(zero);
             const ptrdiff_t at = i * columns + j;
             const auto step = step_of_tile.template at<V, inverse>(i, j);
-            V lambda = carried_here ? load<V>(carried + at) : zero;
-            if (form.scale && inner) lambda = load<V>(carried + size + at) + load<V>(carried + 2 * size + at) * lambda;
-            if (g) lambda += step_size * load<V>(g + i * g_row + j);
-            if (last) lambda += step_size * load<V>(last + i * row + j);
-            const V mu = through_here ? lambda + load<V>(through + at) : lambda;
-            const auto adjoint = Cell::back(mu, step);
+            Several<V, S> lambda = {};
+            if (carried_here) lambda[0] = carried.template first<V>(at, form);
+            if (two && carried_here) lambda[S - 1] = load<V>(carried.second + at);
+            if (g) lambda[0] += step_size * load<V>(g + i * g_row + j);
+            if (last && i >= ending)
+                for (int part = 0; part < S; ++part) lambda[part] += step_size * load<V>(last + i * row + part * N + j);
+            Several<V, S> mu = lambda;
+            if (through_here) mu[0] += load<V>(through.sum + at);
+            if (two && through_here) mu[S - 1] += load<V>(through.second + at);
+            const auto adjoint = Cell::template back<T>(mu, step);
             store_all(grad_u + i * u_row + j, N, adjoint.delta);
             if (total && !Cell::into_is_delta) store_all(into + i * into_row + j, N, adjoint.into);
-            if (total && Cell::passes_by) store(next_through + at, adjoint.past);
+            if (total && Cell::passes_by) store((two ? next_through.second : next_through.sum) + at, adjoint.past);
             if constexpr (carries) {
                 const auto term = term_of<inverse>(lambda, step, clip);
-                for (int k = 0; k < form.products; ++k) store(sent + i * sent_row + k * N + j, term.sent[k]);
-                if (form.by) store(next_carried + (form.scale ? size : 0) + at, term.by);
-                if (form.scale) store(next_carried + 2 * size + at, term.scale);
+                for (int n = 0; n < form.products; ++n) store(sent + i * sent_row + n * N + j, term.sent[n]);
+                if (form.by) store(next_carried.by + at, term.by[0]);
+                if (form.scale) store(next_carried.scale + at, term.scale);
+                if (two) store(next_carried.second + at, term.by[S - 1]);
             }
         });
-        if (t > 0 || f.carried_out) {
-            if constexpr (jacobian) solver.solve(t, step_of_tile, form.by ? next_carried : sent);
+        if (k > 0 || f.carried_out) {
+            if constexpr (jacobian) solver.solve(t, rows, step_of_tile, form.by ? next_carried.sum : sent);
             if constexpr (form.products > 0)
                 multiply_packed<form.by && !form.scale ? Into::add : Into::store>(
                     sent, sent_row, rows, jacobian ? matrices.weight : matrices.feedback, form.products * N, N,
-                    next_carried, columns);
+                    next_carried.sum, columns);
         }
-        if (total && (t > 0 || f.through_out))
-            multiply_packed<Cell::passes_by ? Into::add : Into::store>(
-                Cell::into_is_delta ? grad_u : into, into_row, rows, matrices.weight, G * N, N, next_through, columns);
+        if (total && (k > 0 || f.through_out))
+            multiply_packed<adds_past ? Into::add : Into::store>(Cell::into_is_delta ? grad_u : into, into_row, rows,
+                                                                 matrices.weight, G * N, N, next_through.sum, columns);
+        course.for_resets(t, rows, [&](ptrdiff_t i) {
+            forget(next_carried, form, i);
+            forget(next_through, of_adjoint, i);
+        });
         exchange(carried, next_carried);
         exchange(through, next_through);
-    }
-    if (f.through_out && total) copy_rows(through, columns, rows, N, f.through_out + tile.in(states), row);
-    if (f.carried_out && carries) {
-        if (form.scale)
-            for_elements<T>(rows, N, [=](auto zero, ptrdiff_t i, ptrdiff_t j) {
-                using V = decltype(zero);
-                T* term = carried + i * columns + j;
-                store(next_carried + i * columns + j, load<V>(term + size) + load<V>(term + 2 * size) * load<V>(term));
-            });
-        copy_rows(form.scale ? next_carried : carried, columns, rows, N, f.carried_out + tile.in(states), row);
+        const ptrdiff_t go_on = course.rows(k - 1);  // the others have no earlier step
+        if (carries) send(carried, form, f.carried_out, go_on, rows);
+        if (total) send(through, of_adjoint, f.through_out, go_on, rows);
     }
 }
 

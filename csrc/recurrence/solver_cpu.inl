@@ -53,10 +53,10 @@ public:
     }
 
     template <class Cell>
-    void linearize(const StepOfTile<Cell, T>& step) {
+    void linearize(const StepOfTile<Cell, T>& step, ptrdiff_t rows) {
         T *slope = slope_, *inverted = inverted_;
         for_elements<T>(
-            rows_, N_,
+            rows, N_,
             [=, reg = reg_, columns = columns_, diagonal = matrices_.diagonal](auto zero, ptrdiff_t i, ptrdiff_t j) {
                 using W = decltype(zero);
                 const W d = Cell::template linear<T>(step.template at<W, Inverse::jacobian>(i, j)).slopes[0];
@@ -140,9 +140,9 @@ public:
     }
 
     template <class Cell>
-    void linearize(const StepOfTile<Cell, T>& step) {
+    void linearize(const StepOfTile<Cell, T>& step, ptrdiff_t rows) {
         T *d = d_, *slopes = slopes_[0];
-        for_elements<T>(rows_, N_,
+        for_elements<T>(rows, N_,
                         [=, columns = columns_, array = rows_ * columns_](auto zero, ptrdiff_t i, ptrdiff_t j) {
                             using W = decltype(zero);
                             const auto linear = Cell::template linear<T>(step.template at<W, Inverse::jacobian>(i, j));
@@ -224,7 +224,7 @@ struct SolvedRow {
 
 // Solves for a tile of rows, step by step back in time. An operator:
 //
-//   linearize(step)            J, at that step, for all rows
+//   linearize(step, rows)      J, at that step, for so many rows
 //   send(i, k, element)        what the products take of row i, element(at), as the k-th of the active rows
 //   multiply(count)            the products, of that many active rows
 //   image(x, k, …)             then, an element of (J Jᵀ + rI) x; product(k) is memory for it, read for the last time
@@ -249,8 +249,9 @@ public:
 
     // Replaces λ_t by the operator's result. lambda: [rows][columns], zero beyond N.
     template <class Step>
-    void solve(ptrdiff_t t, const Step& step, T* lambda) {
-        operator_.linearize(step);
+    void solve(ptrdiff_t t, ptrdiff_t rows, const Step& step, T* lambda) {
+        rows_ = rows;
+        operator_.linearize(step, rows);
         solve(t, lambda);
     }
 
@@ -260,10 +261,10 @@ private:
 
     void solve(ptrdiff_t t, T* lambda) {
         active_ = 0;
-        for (ptrdiff_t i = 0; i < tile_.rows; ++i) start(i, lambda + i * columns_);
+        for (ptrdiff_t i = 0; i < rows_; ++i) start(i, lambda + i * columns_);
         iterate();
         while (operator_.rechecks() && check(lambda)) iterate();
-        for (ptrdiff_t i = 0; i < tile_.rows; ++i) finish(i, t, lambda + i * columns_);
+        for (ptrdiff_t i = 0; i < rows_; ++i) finish(i, t, lambda + i * columns_);
     }
 
     // f(column, element of row i) for every vector of that row.
@@ -388,7 +389,7 @@ private:
     // active rows.
     bool check(T* lambda) {
         ptrdiff_t count = 0;
-        for (ptrdiff_t i = 0; i < tile_.rows; ++i) {
+        for (ptrdiff_t i = 0; i < rows_; ++i) {
             if (states_[i].state != Row::unchecked) continue;
             operator_.send(i, count, [&](ptrdiff_t at) { return load<V>(solution_ + at); });
             order_[count++] = i;
@@ -440,6 +441,7 @@ private:
     const RecurrenceBackward<T>& f_;
     const Tile tile_;
     const ptrdiff_t columns_;
+    ptrdiff_t rows_ = 0;  // of the step
     T *solution_, *residual_, *direction_;
     O operator_;
     Row states_[largest_tile];

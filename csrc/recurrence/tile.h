@@ -13,14 +13,85 @@ inline Strides contiguous(const Call& f, ptrdiff_t arrays) {
     return {f.B * f.H * arrays * f.N, f.H * arrays * f.N, arrays * f.N};
 }
 
+// Of states outside of time, [B][H][parts][N].
+template <class Call>
+inline Strides outside_time(const Call& f, ptrdiff_t parts) {
+    return {0, f.H * parts * f.N, parts * f.N};
+}
+
 // Rows of the batch, of one head.
 struct Tile {
     ptrdiff_t head, first, rows;
 
-    ptrdiff_t in(const Strides& strides, ptrdiff_t t = 0) const {
-        return t * strides.time + first * strides.batch + head * strides.head;
-    }
+    ptrdiff_t in(const Strides& strides) const { return first * strides.batch + head * strides.head; }
 };
+
+// A tile's sequences in time. Steps are numbered in the order of time, and read in that order or in reverse.
+template <class Call>
+class Course {
+public:
+    Course(const Call& f, const Tile& tile) : f_(f), tile_(tile) {}
+
+    // The k-th that is read.
+    ptrdiff_t step(ptrdiff_t k) const { return f_.reverse ? f_.T_ - 1 - k : k; }
+
+    // How many of the tile's sequences, the first ones, have a k-th step; none outside of time.
+    ptrdiff_t rows(ptrdiff_t k) const {
+        if (k < 0 || k >= f_.T_) return 0;
+        if (!f_.offsets) return tile_.rows;
+        const ptrdiff_t t = step(k);
+        return within(f_.offsets[t + 1] - f_.offsets[t]);
+    }
+
+    // Of so many sequences of the batch, the tile's.
+    ptrdiff_t within(ptrdiff_t sequences) const {
+        const ptrdiff_t rows = sequences - tile_.first;
+        return rows < 0 ? 0 : rows < tile_.rows ? rows : tile_.rows;
+    }
+
+    // Where the tile's numbers of step t begin.
+    ptrdiff_t at(const Strides& strides, ptrdiff_t t) const {
+        return (f_.offsets ? f_.offsets[t] * strides.batch : t * strides.time) + tile_.in(strides);
+    }
+
+    // run(row) for each of the rows that start anew before step t. False: there is none.
+    template <class Run>
+    bool for_resets(ptrdiff_t t, ptrdiff_t rows, const Run& run) const {
+        if (!f_.reset) return false;
+        const bool* reset = f_.reset + (f_.offsets ? f_.offsets[t] : t * f_.B) + tile_.first;
+        bool any = false;
+        for (ptrdiff_t i = 0; i < rows; ++i)
+            if (reset[i]) run(i), any = true;
+        return any;
+    }
+
+private:
+    const Call& f_;
+    const Tile& tile_;
+};
+
+// Rows of numbers, `row` apart.
+template <class T>
+struct RowsOf {
+    const T* data;
+    ptrdiff_t row;
+};
+
+// A part of the state that a tile starts its k-th step from. It is `there` for the sequences that had a step before, of
+// the first state, or zero, for the others, and zero for those that start anew. A mixture is put together in `mixed`.
+template <class T, class Call>
+RowsOf<T> part_before(const Call& f, const Course<Call>& course, const Tile& tile, ptrdiff_t k, ptrdiff_t part,
+                      ptrdiff_t parts, RowsOf<T> there, const T* zeros, T* mixed) {
+    const Strides strides = outside_time(f, parts);
+    const RowsOf<T> start = {f.start ? f.start + tile.in(strides) + part * f.N : zeros, f.start ? strides.batch : 0};
+    const ptrdiff_t t = course.step(k), rows = course.rows(k), columns = padded<T>(f.N);
+    const ptrdiff_t earlier = course.rows(k - 1), known = earlier < rows ? earlier : rows;
+    if ((known == 0 || known == rows) && !course.for_resets(t, rows, [](ptrdiff_t) {})) return known ? there : start;
+    copy_rows(there.data, there.row, known, f.N, mixed, columns);
+    copy_rows(start.data + known * start.row, start.row, rows - known, f.N, mixed + known * columns, columns);
+    course.for_resets(t, rows, [&](ptrdiff_t i) { clear(mixed + i * columns, f.N); });
+    return {mixed, columns};
+}
 
 // Vectors `stride` apart.
 template <class V, int count, class T>
@@ -36,34 +107,42 @@ inline void store_all(T* to, ptrdiff_t stride, const Several<V, count>& all) {
 }
 
 template <class T>
-inline void exchange(T*& one, T*& other) {
-    T* first = one;
+inline void exchange(T& one, T& other) {
+    const T first = one;
     one = other, other = first;
 }
 
 // What backward reads of a step.
 template <class Cell, class T>
 struct StepOfTile {
-    const T *before, *after, *kept, *u;
-    ptrdiff_t before_row, row, kept_row, u_row, N;
+    RowsOf<T> before[Cell::states], after, kept, u;
+    ptrdiff_t N;
 
-    StepOfTile(const RecurrenceBackward<T>& f, const Tile& tile, ptrdiff_t t, const T* zeros) : N(f.N) {
-        const Strides states = contiguous(f, 1), arrays = contiguous(f, Cell::kept);
-        row = states.batch, kept_row = arrays.batch, u_row = f.u_strides.batch;
-        before_row = t || f.start ? row : 0;
-        before = t ? f.h + tile.in(states, t - 1) : f.start ? f.start + tile.in(states) : zeros;
-        after = f.h + tile.in(states, t);
-        kept = Cell::kept ? f.kept + tile.in(arrays, t) : nullptr;
-        u = f.u ? f.u + tile.in(f.u_strides, t) : nullptr;
+    // The k-th that is read. mixed: memory for all parts of the tile.
+    StepOfTile(const RecurrenceBackward<T>& f, const Course<RecurrenceBackward<T>>& course, const Tile& tile,
+               ptrdiff_t k, const T* zeros, T* mixed)
+        : N(f.N) {
+        constexpr ptrdiff_t S = Cell::states, K = Cell::kept;
+        const Strides states = contiguous(f, 1), arrays = contiguous(f, K);
+        const ptrdiff_t t = course.step(k), earlier = k ? course.step(k - 1) : t;
+        after = {f.h + course.at(states, t), states.batch};
+        kept = {K ? f.kept + course.at(arrays, t) : nullptr, arrays.batch};
+        u = {f.u ? f.u + course.at(f.u_strides, t) : nullptr, f.u_strides.batch};
+        before[0] = {f.h + course.at(states, earlier), states.batch};
+        if (S > 1) before[S - 1] = {f.kept + course.at(arrays, earlier) + (K - 1) * N, arrays.batch};
+        for (ptrdiff_t part = 0; part < S; ++part)
+            before[part] = part_before<T>(f, course, tile, k, part, S, before[part], zeros,
+                                          mixed + part * tile.rows * padded<T>(N));
     }
 
     template <class V, Inverse inverse>
     Step<Cell, V> at(ptrdiff_t i, ptrdiff_t j) const {
         Step<Cell, V> step;
-        step.before = load<V>(before + i * before_row + j);
-        step.after = load<V>(after + i * row + j);
-        step.kept = load_all<V, Cell::kept>(kept + i * kept_row + j, N);
-        if constexpr (inverse == Inverse::direct) step.u = load_all<V, Cell::gates>(u + i * u_row + j, N);
+        for (int part = 0; part < Cell::states; ++part)
+            step.before[part] = load<V>(before[part].data + i * before[part].row + j);
+        step.after = load<V>(after.data + i * after.row + j);
+        step.kept = load_all<V, Cell::kept>(kept.data + i * kept.row + j, N);
+        if constexpr (inverse == Inverse::direct) step.u = load_all<V, Cell::gates>(u.data + i * u.row + j, N);
         return step;
     }
 };

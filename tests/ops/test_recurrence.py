@@ -1050,7 +1050,7 @@ def test_the_time_step_that_is_named_counts_from_the_start(cell, portions, backe
     inputs = case.tensors(torch.float32)
     wide = case.gates * case.N
     scale = 10 if cell == "gru" else 1
-    monkeypatch.setattr(op, "_chunks", lambda *sizes: [slice(t, min(t + 2, 9)) for t in range(0, 9, 2)])
+    monkeypatch.setattr(op, "_portion", lambda *sizes: 2)
     h, *_ = op.recurrent_layer(
         cell,
         inputs.u,
@@ -1403,8 +1403,7 @@ def test_the_layer_is_the_op_chunk_by_chunk(cell, rule, backend, monkeypatch):
     expected = gradients(case, RULES[rule], FLOAT, backend)
     delta = extended(expected["grad_u"]).reshape(-1, wide)
     for size in (1, 3, 7):
-        chunks = [slice(t, min(t + size, 7)) for t in range(0, 7, size)]
-        monkeypatch.setattr(op, "_chunks", lambda *sizes, chunks=chunks: chunks)
+        monkeypatch.setattr(op, "_portion", lambda *sizes, size=size: size)
         inputs = case.tensors(FLOAT)
         weight_ih, bias_ih = torch.eye(wide, dtype=FLOAT), torch.zeros(wide, dtype=FLOAT)
         bias_hh = None if inputs.bias is None else torch.cat((torch.zeros(wide - case.N, dtype=FLOAT), inputs.bias))

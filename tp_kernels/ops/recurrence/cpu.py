@@ -11,6 +11,7 @@ from tp_kernels.ops.recurrence.launch import (
     contiguous,
     forward_outputs,
     sizes,
+    state_shape,
     strides,
     unit_stride,
 )
@@ -19,18 +20,21 @@ from tp_kernels.ops.recurrence.timeline import Timeline
 from tp_kernels.rules import Sweep
 
 
-def supports(tensor: Tensor, time: Timeline | None = None, **options: object) -> tuple[bool, str]:
-    if time is not None and not time.plain:
-        return False, "it has no kernel for that yet"
+def supports(
+    tensor: Tensor, *, cell: Cell | None = None, sweep: Sweep | None = None, **options: object
+) -> tuple[bool, str]:
+    """``sweep``: of a backward pass."""
+    if cell is not None and sweep is not None and sweep.inverse == "jacobian" and cell.states > 1:
+        return False, f"it does not solve inverse='jacobian' for a state of {cell.states} parts"
     return _native.cpu_supports(tensor)
 
 
-def fuses_projection(cell: Cell, x: Tensor, N: int) -> bool:
+def fuses_projection(cell: Cell, x: Tensor, B: int, N: int) -> bool:
     """Whether ``forward`` should be given the input projection, to do it in the sweep.
 
     There the projection of few sequences would be products of a few rows; as one product it has T·B of them.
     """
-    return cell.gates == 1 and (x.shape[1] >= 4 or 4 * x.shape[2] <= N)
+    return cell.gates == 1 and (B >= 4 or 4 * x.shape[-1] <= N)
 
 
 def forward(
@@ -51,11 +55,14 @@ def forward(
     u, weight, bias, start = unit_stride(u), weight.contiguous(), contiguous(bias), contiguous(start)
     projection, input_bias = contiguous(projection), contiguous(input_bias)
     h, kept = forward_outputs(cell, u, weight, keep) if out is None else out
+    time = time or Timeline(h.shape[0])
+    last = h.new_empty(state_shape(cell, h, start))
+    offsets, reset = time.offsets(), contiguous(time.reset)
     _native.cpu.recurrence_fwd(
         double=_native.is_double(u),
         cell=cell.name,
         input=_native.pointer(u),
-        input_strides=strides(u),
+        input_strides=strides(u, time),
         projection=_native.pointer(projection),
         projected=0 if projection is None else projection.shape[1],
         input_bias=_native.pointer(input_bias),
@@ -64,10 +71,14 @@ def forward(
         start=_native.pointer(start),
         h=_native.pointer(h),
         kept=_native.pointer(kept),
-        sizes=sizes(h),
+        last=_native.pointer(last),
+        offsets=_native.pointer(offsets),
+        reset=_native.pointer(reset),
+        reverse=time.reverse,
+        sizes=sizes(h, time, last.shape[0]),
         threads=torch.get_num_threads(),
     )
-    return h, kept, h[-1].clone()
+    return h, kept, last
 
 
 def backward(
@@ -95,12 +106,15 @@ def backward(
     h, kept, weight = h.contiguous(), contiguous(kept), weight.contiguous()
     grad_last, feedback, start = contiguous(grad_last), contiguous(feedback), contiguous(start)
     carried, through = contiguous(carried), contiguous(through)
-    grad_u, carried_out, through_out = backward_outputs(cell, h, h.shape[1:], sweep)
+    time = time or Timeline(h.shape[0])
+    state = state_shape(cell, h, start)
+    grad_u, carried_out, through_out = backward_outputs(cell, h, state, sweep)
+    offsets, reset = time.offsets(), contiguous(time.reset)
     missed = _native.cpu.recurrence_bwd(
         double=_native.is_double(h),
         cell=cell.name,
         grad_h=_native.pointer(grad_h),
-        grad_h_strides=strides(grad_h),
+        grad_h_strides=strides(grad_h, time),
         grad_last=_native.pointer(grad_last),
         h=_native.pointer(h),
         kept=_native.pointer(kept if cell.kept else None),
@@ -111,11 +125,11 @@ def backward(
         carried_out=_native.pointer(carried_out),
         through_out=_native.pointer(through_out),
         u=_native.pointer(u),
-        u_strides=strides(u),
+        u_strides=strides(u, time),
         start=_native.pointer(start),
         grad_u=_native.pointer(grad_u),
         iterations=_native.pointer(iterations),
-        sizes=sizes(h),
+        sizes=sizes(h, time, state[0]),
         inverse=sweep.inverse,
         update=sweep.update,
         step=sweep.step,
@@ -123,9 +137,13 @@ def backward(
         reg=sweep.reg,
         rtol=sweep.rtol,
         first=first,
+        later=time.later,
+        offsets=_native.pointer(offsets),
+        reset=_native.pointer(reset),
+        reverse=time.reverse,
         threads=torch.get_num_threads(),
     )
     if missed is not None:
         t, b, head, residual = missed
-        raise unsolved(cell, (t, b, head if h.dim() == 4 else None), residual, sweep, h.dtype)
+        raise unsolved(cell, (t, b, head if len(state) == 3 else None), residual, sweep, h.dtype)
     return grad_u, carried_out, through_out

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from tp_kernels.ops.recurrence.cell import Cell
+from tp_kernels.ops.recurrence.timeline import Timeline
 from tp_kernels.rules import Sweep
 
 
@@ -16,15 +17,19 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def strides(tensor: Tensor | None) -> tuple[int, int, int]:
+def strides(tensor: Tensor | None, time: Timeline | None = None) -> tuple[int, int, int]:
     """Strides over time, batch and heads."""
     if tensor is None:
         return 0, 0, 0
+    if time is not None and time.batch_sizes is not None:
+        return 0, tensor.stride(0), tensor.stride(1) if tensor.dim() == 3 else 0
     return tensor.stride(0), tensor.stride(1), tensor.stride(2) if tensor.dim() == 4 else 0
 
 
-def sizes(h: Tensor) -> tuple[int, int, int, int]:
-    """T, B, H and N."""
+def sizes(h: Tensor, time: Timeline | None = None, B: int = 0) -> tuple[int, int, int, int]:
+    """T, B, H and N. Packed, B is to be told."""
+    if time is not None and time.batch_sizes is not None:
+        return time.T, B, h.shape[1] if h.dim() == 3 else 1, h.shape[-1]
     return h.shape[0], h.shape[1], h.shape[2] if h.dim() == 4 else 1, h.shape[-1]
 
 
@@ -40,6 +45,11 @@ def forward_outputs(cell: Cell, u: Tensor, weight: Tensor, keep: bool) -> tuple[
     shape = (*u.shape[:-1], weight.shape[-1])
     kept = u.new_empty((*shape[:-1], len(cell.kept), shape[-1])) if keep and cell.kept else None
     return u.new_empty(shape), kept
+
+
+def state_shape(cell: Cell, h: Tensor, start: Tensor | None) -> tuple[int, ...]:
+    """Of the state of all sequences, outside of time, for h and the first one."""
+    return (*h.shape[1:-1], cell.states * h.shape[-1]) if start is None else tuple(start.shape)
 
 
 def backward_outputs(

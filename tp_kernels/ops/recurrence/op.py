@@ -19,7 +19,7 @@ from tp_kernels._library import dispatches_to_nobody, find_op, register
 from tp_kernels.ops.recurrence import cpu, cuda, parallel, reference, triton_blocks
 from tp_kernels.ops.recurrence.cell import CELLS, Cell
 from tp_kernels.ops.recurrence.feedback import feedback_of
-from tp_kernels.ops.recurrence.launch import forward_outputs
+from tp_kernels.ops.recurrence.launch import forward_outputs, state_shape
 from tp_kernels.ops.recurrence.state import new_relay
 from tp_kernels.ops.recurrence.timeline import Timeline
 from tp_kernels.rules import WITHOUT_INVERSE, Rule, Sweep
@@ -52,14 +52,14 @@ _BACKENDS = {
     # Opt-in, until it has run on a GPU.
     "cuda": Backend(cuda.forward, cuda.backward, _native.cuda_available, cuda.supports),
 }
-_ONLY = {"triton": ("rnn",), "cuda": ("rnn",), "cpu": ("rnn", "gru")}
+_ONLY = {"triton": ("rnn",), "cuda": ("rnn",)}
 """The ops that a back-end has kernels for; one that is not named has all."""
 
 
 @functools.cache
 def backends(op: str) -> BackendTable:
     """Of "rnn", "gru" or "lstm". ``resolve`` is told what support depends on: ``size``, N, ``sweep``, of the backward
-    pass, and ``time``, how the sequences lie.
+    pass, ``time``, how the sequences lie, and ``cell``.
     """
     there = {name: backend for name, backend in _BACKENDS.items() if op in _ONLY.get(name, (op,))}
     on_cuda = tuple(name for name in ("triton", "reference") if name in there)
@@ -102,7 +102,7 @@ class Call(NamedTuple):
         backend: str,
     ) -> "Call":
         cell = CELLS[cell_name]
-        chosen = backends(cell.op).resolve(backend, x, size=weight_hh.shape[-1], sweep=sweep, time=time)
+        chosen = backends(cell.op).resolve(backend, x, size=weight_hh.shape[-1], sweep=sweep, time=time, cell=cell)
         return cls(cell, chosen, weight_ih, bias_ih, weight_hh, bias_hh, time)
 
     def states(
@@ -113,12 +113,13 @@ class Call(NamedTuple):
         if self.weight_ih is None:
             return run(cell, x, weight_hh, self.bias_hh, start, keep=keep, time=time)
         input_bias, bias = cell.biases(self.bias_ih, self.bias_hh)
-        if self.chosen.fuses_projection(cell, x, weight_hh.shape[-1]):
+        B = x.shape[1] if start is None else start.shape[0]
+        if self.chosen.fuses_projection(cell, x, B, weight_hh.shape[-1]):
             projection = self.weight_ih
             return run(
                 cell, x, weight_hh, bias, start, keep=keep, time=time, projection=projection, input_bias=input_bias
             )
-        length = _portion(x.device, time.T, x.shape[1] if start is None else start.shape[0], weight_hh.shape[-2])
+        length = _portion(x.device, time.T, B, weight_hh.shape[-2])
         if length >= time.T:
             u = functional.linear(x, self.weight_ih, input_bias)
             return run(cell, u, weight_hh, bias, start, keep=keep, time=time)
@@ -200,11 +201,6 @@ def _of_layer(last: Tensor, weight_ih: Tensor | None) -> Tensor:
     return last if weight_ih is None else last.unsqueeze_(0)
 
 
-def _state_shape(cell: Cell, h: tuple[int, ...], start: Tensor | None, weight_ih: Tensor | None) -> tuple[int, ...]:
-    """The shape of a state for h of that shape: that of the first one, where it is there."""
-    return (*h[1:-1], cell.states * h[-1]) if start is None else _state(start, weight_ih).shape
-
-
 def _fake_forward(
     cell_name: str,
     x: Tensor,
@@ -223,7 +219,7 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     cell, T = CELLS[cell_name], (x if batch_sizes is None else batch_sizes).shape[0]
     h, kept = forward_outputs(cell, x, weight_hh, keep and every is None)
-    state = _state_shape(cell, h.shape, start, weight_ih)
+    state = state_shape(cell, h, _state(start, weight_ih))
     last = h.new_empty(state if weight_ih is None else (1, *state))
     if every is None:
         return h, last, h.new_empty(0), h.new_empty(0) if kept is None else kept
@@ -436,7 +432,7 @@ def _fake_backward(
     sweep, cell, steps = Sweep.parse(words), CELLS[cell_name], states if every is None else x
     gradients = _gradient_shapes(cell, weight_ih, weight_hh, steps)
     needed = needs_x, needs_input, needs_input, needs_weight, needs_bias
-    state = states.shape[1:] if every is not None else _state_shape(cell, states.shape, start, weight_ih)
+    state = states.shape[1:] if every is not None else state_shape(cell, states, _state(start, weight_ih))
     sent = (state, sweep.inverse != "none"), (state, sweep.update == "total")
     shapes = (*zip(gradients, needed, strict=True), *sent)
     return tuple(states.new_empty(shape if needed else (0,)) for shape, needed in shapes)
@@ -700,6 +696,6 @@ def solver_iterations(
 ) -> Tensor:
     """How many iterations each solve of "jacobian" took in the sweep of ``reference.backward``: [T, B(, H)], int32."""
     iterations = h.new_zeros(h.shape[:-1], dtype=torch.int32)
-    chosen = backends(cell.op).resolve(backend, h, size=h.shape[-1], sweep=sweep)
+    chosen = backends(cell.op).resolve(backend, h, size=h.shape[-1], sweep=sweep, cell=cell)
     chosen.backward(cell, sweep, grad_h=grad_h, h=h, iterations=iterations, **tensors)
     return iterations

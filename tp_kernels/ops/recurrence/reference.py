@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tp_kernels._backends import dtype_name
 from tp_kernels.ops.recurrence.cell import Cell, Step, apply
-from tp_kernels.ops.recurrence.launch import backward_outputs, forward_outputs
+from tp_kernels.ops.recurrence.launch import backward_outputs, forward_outputs, state_shape
 from tp_kernels.ops.recurrence.timeline import Timeline
 from tp_kernels.rules import Sweep
 
@@ -60,8 +60,8 @@ def forward(
 
 
 def first_state(cell: Cell, h: Tensor, start: Tensor | None) -> Tensor:
-    """That, or zero for plain states h."""
-    return h.new_zeros((*h.shape[1:-1], cell.states * h.shape[-1])) if start is None else start
+    """That, or zero."""
+    return h.new_zeros(state_shape(cell, h, start)) if start is None else start
 
 
 def _anew(states: Tensor, reset: Tensor | None) -> Tensor:

@@ -40,6 +40,12 @@ class Timeline(NamedTuple):
         """Whether all sequences are of one length, read as they come, and never start anew."""
         return self.batch_sizes is None and self.reset is None and not self.reverse
 
+    def offsets(self) -> Tensor | None:
+        """[T + 1]: how many rows of packed arrays come before each step."""
+        if self.batch_sizes is None:
+            return None
+        return torch.cat((self.batch_sizes.new_zeros(1), self.batch_sizes.cumsum(0)))
+
     def order(self) -> range:
         """The steps in reading order."""
         return range(self.T - 1, -1, -1) if self.reverse else range(self.T)
