@@ -1,12 +1,18 @@
 """User-facing checks. Every message names the op, the argument, what was expected and what came."""
 
 import math
+import numbers
 
 import torch
 
 from tp_kernels._backends import NAMES, dtype_name
 from tp_kernels.ops.recurrence.cell import Cell
 from tp_kernels.rules import Rule, TargetProp, uses_inverse
+
+
+class ShapeError(ValueError, RuntimeError):
+    """A shape other than stated, where ``torch.nn`` raises a ``RuntimeError``: code that expects one goes on."""
+
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -86,7 +92,7 @@ def regularized_inverse(
 
 
 def count(op: str, argument: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{op}: {argument} must be an int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{op}: {argument} must be at least 1, got {value}")

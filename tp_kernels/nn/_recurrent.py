@@ -1,6 +1,6 @@
 """What the drop-ins for ``torch.nn``'s recurrent layers share: all but the cell and what is peculiar to it."""
 
-import math
+import numbers
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from tp_kernels.ops.recurrence.state import hand_on, relay_of
 from tp_kernels.rules import Rule, resolve, uses_inverse
 
 
-class Recurrent(nn.Module):
+class Recurrent(nn.RNNBase):
     """One layer, one direction, with the parameters, names and initialization of its ``torch.nn`` counterpart, and the
-    options of this library. What is its own: ``_NAME`` and ``_cell``.
+    options of this library. What is its own: ``_NAME``, ``_MODE`` and ``_cell``.
     """
 
     _NAME = ""  # in errors
+    _MODE = ""  # what torch.nn calls the cell
     _cell: Cell
     displacements = "auto"
 
@@ -44,35 +45,39 @@ class Recurrent(nn.Module):
         refresh: int,
         backend: str,
     ) -> None:
-        super().__init__()
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
             _validate.count(self._NAME, name, size)
-        for name, value in (("bias", bias), ("batch_first", batch_first), ("bidirectional", bidirectional)):
+        for name, value in (("bias", bias), ("batch_first", batch_first)):
             if not isinstance(value, bool):
                 raise TypeError(f"{self._NAME}: {name} must be a bool, got {type(value).__name__}")
+        if bidirectional not in (False, True):
+            raise TypeError(f"{self._NAME}: bidirectional must be a bool, got {type(bidirectional).__name__}")
         if num_layers > 1:
             raise self._not_implemented(f"num_layers={num_layers}")
         if bidirectional:
             raise self._not_implemented("bidirectional=True")
-        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+        if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real) or not 0 <= dropout <= 1:
             raise ValueError(f"{self._NAME}: dropout must be a number in [0, 1], got {dropout!r}")
         _validate.checkpoint_every(self._NAME, checkpoint_every)
         if not isinstance(return_sequence, bool):
             raise TypeError(f"{self._NAME}: return_sequence must be a bool, got {type(return_sequence).__name__}")
         _validate.backend(self._NAME, backend)
-        self.input_size = input_size
-        self.hidden_size = hidden_size
-        self.num_layers = num_layers
-        self.bias = bias
-        self.batch_first = batch_first
-        self.dropout = float(dropout)
-        self.bidirectional = bidirectional
+        super().__init__(
+            self._MODE,
+            int(input_size),
+            int(hidden_size),
+            int(num_layers),
+            bias=bias,
+            batch_first=batch_first,
+            dropout=float(dropout),
+            bidirectional=bool(bidirectional),
+            device=device,
+            dtype=dtype,
+        )
         self.rule = rule
         self.checkpoint_every = checkpoint_every
         self.return_sequence = return_sequence
         self.backend = backend
-        for name, shape in Recurrent._shapes(self).items():  # what a subclass adds comes after these
-            setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         if feedback is not None:  # register_buffer has an error of its own
             _validate.floating_tensor(self._NAME, "feedback", feedback)
         self.register_buffer("feedback", feedback, persistent=False)
@@ -112,9 +117,7 @@ class Recurrent(nn.Module):
 
     def reset_parameters(self) -> None:
         """Uniform on ±1/√N, as in ``torch.nn``."""
-        bound = 1 / math.sqrt(self.hidden_size)
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
+        super().reset_parameters()
         if getattr(self, "refreshed", None) is not None:
             self.refreshed.forget()
 
@@ -123,12 +126,15 @@ class Recurrent(nn.Module):
         if self.refreshed is not None:  # its P is of the weight that was
             self.refreshed.forget()
 
+    def _init_flat_weights(self) -> None:
+        super()._init_flat_weights()
+        # Of a parametrized weight the value: a part of a graph could not be copied.
+        self._flat_weights = [
+            weight if weight is None or weight.is_leaf else weight.detach() for weight in self._flat_weights
+        ]
+
     def flatten_parameters(self) -> None:
         """Nothing to do: the kernels take the parameters as they are. Here for code written for ``torch.nn``."""
-
-    @property
-    def all_weights(self) -> list[list[nn.Parameter]]:
-        return [list(self.parameters())]
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
         if isinstance(input, PackedSequence):
@@ -215,11 +221,13 @@ class Recurrent(nn.Module):
             raise ValueError(f"{self._NAME}: input must have shape {letters} or [T, M], got {tuple(input.shape)}")
         if input.shape[-1] != self.input_size:
             letters = letters if input.dim() == 3 else "[T, M]"
-            raise ValueError(
+            raise _validate.ShapeError(
                 f"{self._NAME}: input must have shape {letters} with M = {self.input_size}, got {tuple(input.shape)}"
             )
         if input.shape[1 if self.batch_first and input.dim() == 3 else 0] == 0:
-            raise ValueError(f"{self._NAME}: input must have at least one time step (T >= 1), got {tuple(input.shape)}")
+            raise _validate.ShapeError(
+                f"{self._NAME}: input must have at least one time step (T >= 1), got {tuple(input.shape)}"
+            )
         _validate.same_kind(self._NAME, "input", input, "weight_ih_l0", weight)
         if hx is None:
             return
@@ -229,7 +237,9 @@ class Recurrent(nn.Module):
         else:
             letters, expected = "[1, B, N]", [1, input.shape[0 if self.batch_first else 1], self.hidden_size]
         if list(hx.shape) != expected:
-            raise ValueError(f"{self._NAME}: hx must have shape {letters} = {expected}, got {tuple(hx.shape)}")
+            raise _validate.ShapeError(
+                f"{self._NAME}: hx must have shape {letters} = {expected}, got {tuple(hx.shape)}"
+            )
         _validate.same_kind(self._NAME, "hx", hx, "input", input)
 
     def extra_repr(self) -> str:

@@ -59,6 +59,7 @@ class GRU(Recurrent):
     """
 
     _NAME = "nn.GRU"
+    _MODE = "GRU"
     _cell = CELL
 
     def __init__(
@@ -97,4 +98,3 @@ class GRU(Recurrent):
             refresh=refresh,
             backend=backend,
         )
-        self.reset_parameters()

@@ -68,6 +68,7 @@ class RNN(Recurrent):
     """
 
     _NAME = "nn.RNN"
+    _MODE = "RNN_TANH"
     nonlinearity = "tanh"
 
     def __init__(
@@ -110,9 +111,9 @@ class RNN(Recurrent):
             backend=backend,
         )
         self.nonlinearity = nonlinearity
+        self.mode = f"RNN_{nonlinearity.upper()}"
         self.displacements = displacements
         self._check_displacements()
-        self.reset_parameters()
 
     @property
     def _cell(self) -> Cell:
