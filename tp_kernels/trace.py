@@ -3,7 +3,8 @@
 import json
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,11 +37,12 @@ _PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 class Record:
     """One backward pass through one layer.
 
-    Lists hold a number for each time step t = 1 … T. Norms are Euclidean, of one sequence at one time step; their mean
-    and their largest over the batch are kept.
+    Lists hold a number for each time step t = 1 … T, in the order in which the layer reads them. Norms are Euclidean,
+    of one sequence at one time step; their mean and their largest over the batch are kept.
 
     Attributes:
-        layer: the module's qualified name in the traced model; "" is the model itself.
+        layer: the module's qualified name in the traced model; "" is the model itself. Where it has several layers or
+            two directions, with the part behind it, as in "encoder.l0" and "encoder.l1_reverse".
         pass_index: how many backward passes went through the layer before, since the trace began.
         displacement_mean, displacement_max: ``‖λ_t‖``.
         adjoint_mean, adjoint_max: ``‖μ_t‖``.
@@ -189,11 +191,11 @@ def _tracing(layers: dict[str, Recurrent], every: int) -> Iterator[Trace]:
 
 
 class _Recorder:
-    """The hooks of one layer: one on its forward, and one on the autograd node of each call of it."""
+    """The hooks of one module: one on its forward, and one on the autograd node of each layer and direction, a call."""
 
     def __init__(self, name: str, layer: Recurrent, every: int, records: list[Record]) -> None:
         self.name, self.every, self.records = name, every, records
-        self.passes = 0
+        self.passes: Counter[str] = Counter()
         # First in the row: other hooks may hand on something else than what the layer gave.
         self.forward = layer.register_forward_hook(self.on_forward, prepend=True)
         self.backwards: list[torch.utils.hooks.RemovableHandle] = []
@@ -212,22 +214,32 @@ class _Recorder:
         node = last.grad_fn
         if node.name() == "SqueezeBackward1":  # unbatched, last is a view
             node = node.next_functions[0][0]
-        if node.name() != "RecurrenceFunctionBackward":
-            raise RuntimeError(compiled)
+        if len(layer._all_weights) == 1:
+            nodes = {self.name: node}
+        else:  # a part that is not trained has none
+            parts = [names[1].removeprefix("weight_hh_") for names in layer._all_weights]
+            nodes = zip(parts, (before for before, _ in node.next_functions), strict=True)
+            nodes = {f"{self.name}.{part}".lstrip("."): node for part, node in nodes if node is not None}
+        self.backwards = [handle for handle in self.backwards if handle.hooks_dict_ref() is not None]
+        for name, node in nodes.items():
+            if node.name() != "RecurrenceFunctionBackward":
+                raise RuntimeError(compiled)
+            self.backwards.append(node.register_hook(self.on_backward(name, layer, node, last.device.type)))
+
+    def on_backward(self, name: str, layer: Recurrent, node: Any, device: str) -> Callable[[tuple, tuple], None]:
+        """The hook of one autograd node."""
         weak = weakref.ref(node)  # a hook that held its own node would keep the graph alive
         clip = layer.rule.clip if isinstance(layer.rule, TargetProp) else TargetProp.clip
-        device = last.device.type
 
-        def on_backward(gradients: tuple[Tensor | None, ...], arrived: tuple[Tensor | None, ...]) -> None:
-            index = self.passes
-            self.passes += 1
+        def record(gradients: tuple[Tensor | None, ...], arrived: tuple[Tensor | None, ...]) -> None:
+            index = self.passes[name]
+            self.passes[name] += 1
             if index % self.every:
                 return
             with torch.autocast(device, enabled=False):  # as in the layer, which keeps to its parameters' dtype
-                self.records.append(_record(self.name, index, weak(), gradients, arrived, clip))
+                self.records.append(_record(name, index, weak(), gradients, arrived, clip))
 
-        self.backwards = [handle for handle in self.backwards if handle.hooks_dict_ref() is not None]
-        self.backwards.append(node.register_hook(on_backward))
+        return record
 
 
 def _record(

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
 from tp_kernels import _validate
@@ -17,8 +18,11 @@ from tp_kernels.rules import Rule, resolve, uses_inverse
 
 
 class Recurrent(nn.RNNBase):
-    """One layer, one direction, with the parameters, names and initialization of its ``torch.nn`` counterpart, and the
-    options of this library. What is its own: ``_NAME``, ``_MODE`` and ``_cell``.
+    """Layers of one cell, with the parameters, names and initialization of their ``torch.nn`` counterpart, and the
+    options of this library. What is a subclass's own: ``_NAME``, ``_MODE`` and ``_cell``.
+
+    Each layer and direction is a recurrence of its own, with displacements in its own time: from one layer down to the
+    one below goes the gradient in its input, ``Uᵀ δ``, which that layer takes for the gradient in its states.
     """
 
     _NAME = ""  # in errors
@@ -52,10 +56,6 @@ class Recurrent(nn.RNNBase):
                 raise TypeError(f"{self._NAME}: {name} must be a bool, got {type(value).__name__}")
         if bidirectional not in (False, True):
             raise TypeError(f"{self._NAME}: bidirectional must be a bool, got {type(bidirectional).__name__}")
-        if num_layers > 1:
-            raise self._not_implemented(f"num_layers={num_layers}")
-        if bidirectional:
-            raise self._not_implemented("bidirectional=True")
         if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real) or not 0 <= dropout <= 1:
             raise ValueError(f"{self._NAME}: dropout must be a number in [0, 1], got {dropout!r}")
         _validate.checkpoint_every(self._NAME, checkpoint_every)
@@ -104,12 +104,20 @@ class Recurrent(nn.RNNBase):
     @property
     def refresh(self) -> int:
         """At every how many training passes P is computed anew."""
-        return 1 if self.refreshed is None else self.refreshed.refresh
+        return 1 if self.refreshed is None else self.refreshed[0].refresh
 
     @refresh.setter
     def refresh(self, refresh: int) -> None:
         _validate.count(self._NAME, "refresh", refresh)
-        self.refreshed = RefreshedFeedback(self._inverted(self.weight_hh_l0), refresh) if refresh > 1 else None
+        self.refreshed = None  # or one for each layer and direction
+        if refresh > 1:
+            weights = (getattr(self, names[1]) for names in self._all_weights)
+            self.refreshed = nn.ModuleList(RefreshedFeedback(self._inverted(weight), refresh) for weight in weights)
+
+    def _forget(self) -> None:
+        """Every P that ``refresh`` keeps, if any."""
+        for refreshed in getattr(self, "refreshed", None) or ():
+            refreshed.forget()
 
     def _inverted(self, weight: Tensor) -> Tensor:
         """The blocks of the recurrent weight whose P the rule needs."""
@@ -118,13 +126,11 @@ class Recurrent(nn.RNNBase):
     def reset_parameters(self) -> None:
         """Uniform on ±1/√N, as in ``torch.nn``."""
         super().reset_parameters()
-        if getattr(self, "refreshed", None) is not None:
-            self.refreshed.forget()
+        self._forget()
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
         super()._load_from_state_dict(*arguments, **options)
-        if self.refreshed is not None:  # its P is of the weight that was
-            self.refreshed.forget()
+        self._forget()  # what is kept is of the weights that were
 
     def _init_flat_weights(self) -> None:
         super()._init_flat_weights()
@@ -139,80 +145,132 @@ class Recurrent(nn.RNNBase):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
         if isinstance(input, PackedSequence):
             raise self._not_implemented("a PackedSequence as input")
-        parameters = {name: getattr(self, name) for name in self._shapes()}  # each once: it may be parametrized
+        weights = self.all_weights  # each once: it may be parametrized
         if isinstance(input, Tensor) and autocast_enabled(input.device.type):
-            input, hx = self._in_own_dtype(input, parameters), self._in_own_dtype(hx, parameters)
-        self._check_parameters(parameters)
-        self._check_input(input, hx, parameters["weight_ih_l0"])
-        relay = relay_of(hx, self._NAME, self.rule.carries)
+            input, hx = self._in_own_dtype(input, weights), self._in_own_dtype(hx, weights)
+        self._check_parameters(weights)
+        self._check_input(input, hx, weights[0][0])
+        relays = relay_of(hx, self._NAME, self.rule.carries, several=True)
         batched = input.dim() == 3
         if not batched:
             input, hx = input.unsqueeze(0 if self.batch_first else 1), None if hx is None else hx.unsqueeze(1)
-        h, last, relay = self._states(input, hx, relay, parameters)
+        h, last, relays = self._stack(input, hx, relays, weights, batch_first=self.batch_first)
         if not batched:
             h, last = None if h is None else h.squeeze(0 if self.batch_first else 1), last.squeeze(1)
-        return h, hand_on(last, relay)
+        return h, hand_on(last, relays)
 
-    def _states(
-        self, x: Tensor, start: Tensor | None, relay: Tensor | None, parameters: dict[str, Tensor]
-    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """The layer itself, on x: [T, B, M] or [B, T, M], and a first state, [1, B, N], with its relay: all states, the
-        last one and its relay.
+    def _stack(
+        self,
+        x: Tensor,
+        start: Tensor | None,
+        relays: tuple[Tensor | None, ...] | None,
+        weights: list[list[Tensor]],
+        *,
+        batch_first: bool,
+    ) -> tuple[Tensor | None, Tensor, tuple[Tensor | None, ...]]:
+        """All layers and directions, on x: [T, B, M] or [B, T, M], and first states, [L D, B, N], with their relays:
+        the states of the last layer, the last states of all and their relays.
         """
         _validate.numbers_of_rule(self._NAME, self.rule, self._cell, x.dtype)
-        weight = parameters["weight_hh_l0"]
+        count, directions = len(weights), 2 if self.bidirectional else 1
+        starts = [start] * count if start is None or count == 1 else start.split(1)
+        lasts, sent = [], []
+        if batch_first and count > directions:  # in order of time, as in torch.nn: one seed drops the same numbers
+            x = x.transpose(0, 1)
+        for first in range(0, count, directions):
+            ends = first + directions == count
+            if batch_first and ends and first > 0:
+                x = x.transpose(0, 1)
+            outputs = []
+            for index in range(first, first + directions):
+                h, last, relay = self._layer(
+                    index,
+                    x,
+                    starts[index],
+                    None if relays is None else relays[index],
+                    weights[index],
+                    batch_first=batch_first and ends,
+                    return_sequence=self.return_sequence or not ends,
+                )
+                outputs.append(h)
+                lasts.append(last)
+                sent.append(relay)
+            x = outputs[0] if directions == 1 or outputs[0] is None else torch.cat(outputs, -1)
+            if self.dropout and not ends:
+                x = functional.dropout(x, self.dropout, self.training)
+        return x, lasts[0] if count == 1 else torch.cat(lasts), tuple(sent)
+
+    def _layer(
+        self,
+        index: int,
+        x: Tensor,
+        start: Tensor | None,
+        relay: Tensor | None,
+        weights: list[Tensor],
+        *,
+        batch_first: bool,
+        return_sequence: bool,
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """One layer in one direction, the one of this index in ``hx``: all states, the last one and its relay."""
+        weight_ih, weight_hh, *biases = weights
+        bias_ih, bias_hh = biases or (None, None)
         h, (last,), relay = recurrent_layer(
             self._cell.name,
             x,
-            weight,
+            weight_hh,
             start,
-            weight_ih=parameters["weight_ih_l0"],
-            bias_ih=parameters.get("bias_ih_l0"),
-            bias_hh=parameters.get("bias_hh_l0"),
-            feedback=self._feedback(weight),
+            weight_ih=weight_ih,
+            bias_ih=bias_ih,
+            bias_hh=bias_hh,
+            feedback=self._feedback(index, weight_hh),
             relay=relay,
             rule=self.rule,
-            batch_first=self.batch_first,
+            batch_first=batch_first,
+            reverse=self.bidirectional and index % 2 == 1,
             checkpoint_every=self.checkpoint_every,
-            return_sequence=self.return_sequence,
+            return_sequence=return_sequence,
             displacements=self.displacements,
             backend=self.backend,
         )
         return h, last, relay
 
-    def _feedback(self, weight: Tensor) -> Tensor | None:
+    def _feedback(self, index: int, weight: Tensor) -> Tensor | None:
         """The matrix to take in place of P; ``None``: P of the weight as it is."""
-        if self.feedback is None and self.refreshed is not None and torch.is_grad_enabled() and uses_inverse(self.rule):
-            return self.refreshed(self._inverted(weight), self.rule, self.backend)
-        return self.feedback
+        if self.feedback is not None:
+            return self.feedback if len(self._all_weights) == 1 else self.feedback[index]
+        if self.refreshed is not None and torch.is_grad_enabled() and uses_inverse(self.rule):
+            return self.refreshed[index](self._inverted(weight), self.rule, self.backend)
+        return None
 
     def _not_implemented(self, what: str) -> NotImplementedError:
         return NotImplementedError(f"{self._NAME}: {what} is not implemented yet")
 
-    def _in_own_dtype(self, value: object, parameters: dict[str, Tensor]) -> object:
+    def _in_own_dtype(self, value: object, weights: list[list[Tensor]]) -> object:
         """A floating-point tensor in the dtype of the parameters, whatever that of the layer before; the rest as is."""
         floating = isinstance(value, Tensor) and value.is_floating_point()
-        return value.to(parameters["weight_ih_l0"].dtype) if floating else value
+        return value.to(weights[0][0].dtype) if floating else value
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every parameter, by name."""
-        M, N, rows = self.input_size, self.hidden_size, self._cell.gates * self.hidden_size
-        biases = {"bias_ih_l0": (rows,), "bias_hh_l0": (rows,)} if self.bias else {}
-        return {"weight_ih_l0": (rows, M), "weight_hh_l0": (rows, N)} | biases
-
-    def _check_parameters(self, parameters: dict[str, Tensor]) -> None:
+    def _check_parameters(self, weights: list[list[Tensor]]) -> None:
         """Parameters can be put in from outside; the kernels read them by their address."""
-        for name, shape in self._shapes().items():
-            parameter = parameters[name]
-            if parameter.shape != shape:
-                raise ValueError(f"{self._NAME}: {name} must have shape {shape}, got {tuple(parameter.shape)}")
-            _validate.same_kind(self._NAME, name, parameter, "weight_ih_l0", parameters["weight_ih_l0"])
-        self._check_feedback(parameters["weight_hh_l0"])
+        N, rows = self.hidden_size, self._cell.gates * self.hidden_size
+        directions = 2 if self.bidirectional else 1
+        for index, (names, parameters) in enumerate(zip(self._all_weights, weights, strict=True)):
+            width = self.input_size if index < directions else N * directions
+            shapes = ((rows, width), (rows, N), (rows,), (rows,))
+            for name, parameter, shape in zip(names, parameters, shapes, strict=False):  # there may be no biases
+                if parameter.shape != shape:
+                    raise ValueError(f"{self._NAME}: {name} must have shape {shape}, got {tuple(parameter.shape)}")
+                _validate.same_kind(self._NAME, name, parameter, "weight_ih_l0", weights[0][0])
+        self._check_feedback(weights[0][1])
 
     def _check_feedback(self, weight: Tensor) -> None:
-        if self.feedback is not None:
-            what = "weight_hh_l0" if self._cell.gates == 1 else "the blocks of weight_hh_l0 it replaces P of"
-            _validate.feedback(self._NAME, self.feedback, self._inverted(weight), what, self.rule)
+        if self.feedback is None:
+            return
+        inverted, count = self._inverted(weight), len(self._all_weights)
+        what = "weight_hh_l0" if self._cell.gates == 1 else "the blocks of weight_hh_l0 it replaces P of"
+        if count > 1:
+            inverted, what = inverted.expand(count, *inverted.shape), f"{what}, {count} times"
+        _validate.feedback(self._NAME, self.feedback, inverted, what, self.rule)
 
     def _check_input(self, input: Tensor, hx: Tensor | None, weight: Tensor) -> None:
         _validate.floating_tensor(self._NAME, "input", input)
@@ -232,10 +290,12 @@ class Recurrent(nn.RNNBase):
         if hx is None:
             return
         _validate.floating_tensor(self._NAME, "hx", hx)
+        count = len(self._all_weights)
         if input.dim() == 2:
-            letters, expected = "[1, N]", [1, self.hidden_size]
+            letters, expected = f"[{count}, N]", [count, self.hidden_size]
         else:
-            letters, expected = "[1, B, N]", [1, input.shape[0 if self.batch_first else 1], self.hidden_size]
+            B = input.shape[0 if self.batch_first else 1]
+            letters, expected = f"[{count}, B, N]", [count, B, self.hidden_size]
         if list(hx.shape) != expected:
             raise _validate.ShapeError(
                 f"{self._NAME}: hx must have shape {letters} = {expected}, got {tuple(hx.shape)}"
@@ -245,10 +305,16 @@ class Recurrent(nn.RNNBase):
     def extra_repr(self) -> str:
         """What is not as by default."""
         words = [f"{self.input_size}, {self.hidden_size}", *self._own_options()]
+        if self.num_layers > 1:
+            words.append(f"num_layers={self.num_layers}")
         if not self.bias:
             words.append("bias=False")
         if self.batch_first:
             words.append("batch_first=True")
+        if self.dropout:
+            words.append(f"dropout={self.dropout}")
+        if self.bidirectional:
+            words.append("bidirectional=True")
         words.append(f"rule={self.rule!r}")
         if self.checkpoint_every is not None:
             words.append(f"checkpoint_every={self.checkpoint_every}")
