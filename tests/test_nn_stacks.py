@@ -173,14 +173,16 @@ def test_options_of_every_layer(layer, stack, options, backend):
     assert_equal_to_rounding(gradients(ours, outputs, x, hx), gradients(plain, expected, x, hx))
 
 
-@over_stacks
-def test_displacements_in_parallel(stack):
+def test_displacements_in_parallel():
+    stack = {"num_layers": 2}
     x, hx = inputs(stack)
     found, expected = (
         gradients(module, module(x, hx), x, hx)
         for module in (make(LAYERS[0], stack, displacements=how) for how in ("parallel", "sweep"))
     )
     assert_equal_to_rounding(found, expected)
+    with pytest.raises(ValueError, match="displacements must be 'auto' or 'sweep' with bidirectional=True"):
+        make(LAYERS[0], {"bidirectional": True}, displacements="parallel")
 
 
 @pytest.mark.parametrize("rule", ["weight-total", "layer-total"])

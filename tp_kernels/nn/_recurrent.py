@@ -1,20 +1,41 @@
 """What the drop-ins for ``torch.nn``'s recurrent layers share: all but the cell and what is peculiar to it."""
 
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from tp_kernels import _validate
 from tp_kernels._library import autocast_enabled
 from tp_kernels.ops.recurrence.cell import Cell
 from tp_kernels.ops.recurrence.feedback import RefreshedFeedback
 from tp_kernels.ops.recurrence.op import recurrent_layer
-from tp_kernels.ops.recurrence.state import hand_on, relay_of
+from tp_kernels.ops.recurrence.state import hand_on, relays_of
 from tp_kernels.rules import Rule, resolve, uses_inverse
+
+Relays = tuple[Tensor | None, ...] | None
+"""Of a module's state: one for each layer and direction."""
+
+
+def _ordered(tensors: Relays, order: Tensor | None) -> Relays:
+    """First or last states, or their relays, the sequences in that order."""
+    if tensors is None or order is None:
+        return tensors
+    return tuple(None if tensor is None else tensor.index_select(1, order) for tensor in tensors)
+
+
+def _one_step_earlier(reset: Tensor, batch_sizes: Tensor | None) -> Tensor:
+    """Where a state that is read backwards starts anew: no state passes from a step to the one before either, where
+    none does from the one before to the step.
+    """
+    if batch_sizes is None:
+        return torch.cat((reset[1:], torch.zeros_like(reset[:1])))
+    padded, lengths = pad_packed_sequence(PackedSequence(reset, batch_sizes))
+    return pack_padded_sequence(_one_step_earlier(padded, None), lengths).data
 
 
 class Recurrent(nn.RNNBase):
@@ -142,38 +163,108 @@ class Recurrent(nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Nothing to do: the kernels take the parameters as they are. Here for code written for ``torch.nn``."""
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
-        if isinstance(input, PackedSequence):
-            raise self._not_implemented("a PackedSequence as input")
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence | None, Tensor | tuple[Tensor, Tensor]]:
+        packed = isinstance(input, PackedSequence)
+        x = input.data if packed else input
         weights = self.all_weights  # each once: it may be parametrized
-        if isinstance(input, Tensor) and autocast_enabled(input.device.type):
-            input, hx = self._in_own_dtype(input, weights), self._in_own_dtype(hx, weights)
+        starts = self._parts(hx)
+        if isinstance(x, Tensor) and autocast_enabled(x.device.type):
+            x = self._in_own_dtype(x, weights)
+            starts = tuple(self._in_own_dtype(start, weights) for start in starts)
         self._check_parameters(weights)
-        self._check_input(input, hx, weights[0][0])
-        relays = relay_of(hx, self._NAME, self.rule.carries, several=True)
-        batched = input.dim() == 3
+        self._check_input(x, starts, input.batch_sizes if packed else None, weights[0][0])
+        if lengths is not None or reset is not None:
+            lengths = self._check_time(x, packed, lengths, reset)
+        relays = relays_of(starts, self._NAME, self.rule.carries)
+        batched, time = packed or x.dim() == 3, 1 if self.batch_first else 0
         if not batched:
-            input, hx = input.unsqueeze(0 if self.batch_first else 1), None if hx is None else hx.unsqueeze(1)
-        h, last, relays = self._stack(input, hx, relays, weights, batch_first=self.batch_first)
+            x, starts = x.unsqueeze(1 - time), tuple(start.unsqueeze(1) for start in starts)
+            reset = None if reset is None else reset.unsqueeze(1 - time)
+        if packed:
+            h, lasts, relays = self._packed(PackedSequence(x, *input[1:]), starts, relays, weights, reset)
+        elif lengths is not None:
+            sequence, reset = (
+                None if each is None else pack_padded_sequence(each, lengths, self.batch_first, enforce_sorted=False)
+                for each in (x, reset)
+            )
+            reset = None if reset is None else reset.data
+            h, lasts, relays = self._packed(sequence, starts, relays, weights, reset)
+            if h is not None:
+                h, _ = pad_packed_sequence(h, self.batch_first, total_length=x.shape[time])
+        else:
+            if reset is not None and self.batch_first:
+                reset = reset.transpose(0, 1)
+            h, lasts, relays = self._stack(x, starts, relays, weights, batch_first=self.batch_first, reset=reset)
         if not batched:
-            h, last = None if h is None else h.squeeze(0 if self.batch_first else 1), last.squeeze(1)
-        return h, hand_on(last, relays)
+            h, lasts = None if h is None else h.squeeze(1 - time), tuple(last.squeeze(1) for last in lasts)
+        lasts = tuple(hand_on(last, relays) for last in lasts)
+        return h, lasts if len(lasts) > 1 else lasts[0]
+
+    def _parts(self, hx: Tensor | None) -> tuple[Tensor, ...]:
+        """The parts of a first state; none where it is zero."""
+        return () if hx is None else (hx,)
+
+    def _packed(
+        self,
+        sequence: PackedSequence,
+        starts: tuple[Tensor, ...],
+        relays: Relays,
+        weights: list[list[Tensor]],
+        reset: Tensor | None,
+    ) -> tuple[PackedSequence | None, tuple[Tensor, ...], Relays]:
+        """``_stack`` on packed sequences, and first states in the order that these had before they were sorted."""
+        x, batch_sizes, order, back = sequence
+        starts = starts or tuple(
+            x.new_zeros(len(weights), int(batch_sizes[0]), self.hidden_size) for _ in range(self._cell.states)
+        )
+        h, lasts, relays = self._stack(
+            x,
+            _ordered(starts, order),
+            _ordered(relays, order),
+            weights,
+            batch_first=False,
+            batch_sizes=batch_sizes,
+            reset=reset,
+        )
+        h = None if h is None else PackedSequence(h, batch_sizes, order, back)
+        return h, _ordered(lasts, back), _ordered(relays, back)
 
     def _stack(
         self,
         x: Tensor,
-        start: Tensor | None,
-        relays: tuple[Tensor | None, ...] | None,
+        starts: tuple[Tensor, ...],
+        relays: Relays,
         weights: list[list[Tensor]],
         *,
         batch_first: bool,
-    ) -> tuple[Tensor | None, Tensor, tuple[Tensor | None, ...]]:
-        """All layers and directions, on x: [T, B, M] or [B, T, M], and first states, [L D, B, N], with their relays:
-        the states of the last layer, the last states of all and their relays.
+        batch_sizes: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor | None, tuple[Tensor, ...], Relays]:
+        """All layers and directions.
+
+        Args:
+            x: [T, B, M], [B, T, M] or, packed, [P, M].
+            starts, relays: the parts of the first states, [L D, B, N], none for zero, and their relays.
+            batch_first: whether x and h are [B, T, ·].
+            batch_sizes, reset: as in ``recurrent_layer``.
+
+        Returns:
+            h of the last layer, the parts of the last states of all, [L D, B, N], and their relays.
         """
         _validate.numbers_of_rule(self._NAME, self.rule, self._cell, x.dtype)
         count, directions = len(weights), 2 if self.bidirectional else 1
-        starts = [start] * count if start is None or count == 1 else start.split(1)
+        parts = [starts] if count == 1 else [start.split(1) for start in starts]
+        parts = parts if count == 1 else list(zip(*parts, strict=True)) or [()] * count
+        resets = reset, reset
+        if reset is not None and directions == 2:
+            resets = reset, _one_step_earlier(reset, batch_sizes)
         lasts, sent = [], []
         if batch_first and count > directions:  # in order of time, as in torch.nn: one seed drops the same numbers
             x = x.transpose(0, 1)
@@ -182,14 +273,18 @@ class Recurrent(nn.RNNBase):
             if batch_first and ends and first > 0:
                 x = x.transpose(0, 1)
             outputs = []
-            for index in range(first, first + directions):
+            for direction in range(directions):
+                index = first + direction
                 h, last, relay = self._layer(
                     index,
                     x,
-                    starts[index],
+                    parts[index],
                     None if relays is None else relays[index],
                     weights[index],
                     batch_first=batch_first and ends,
+                    batch_sizes=batch_sizes,
+                    reset=resets[direction],
+                    reverse=direction == 1,
                     return_sequence=self.return_sequence or not ends,
                 )
                 outputs.append(h)
@@ -198,41 +293,37 @@ class Recurrent(nn.RNNBase):
             x = outputs[0] if directions == 1 or outputs[0] is None else torch.cat(outputs, -1)
             if self.dropout and not ends:
                 x = functional.dropout(x, self.dropout, self.training)
-        return x, lasts[0] if count == 1 else torch.cat(lasts), tuple(sent)
+        lasts = lasts[0] if count == 1 else tuple(torch.cat(part) for part in zip(*lasts, strict=True))
+        return x, lasts, tuple(sent)
 
     def _layer(
         self,
         index: int,
         x: Tensor,
-        start: Tensor | None,
+        starts: tuple[Tensor, ...],
         relay: Tensor | None,
         weights: list[Tensor],
-        *,
-        batch_first: bool,
-        return_sequence: bool,
-    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """One layer in one direction, the one of this index in ``hx``: all states, the last one and its relay."""
+        **options: Any,
+    ) -> tuple[Tensor | None, tuple[Tensor, ...], Tensor | None]:
+        """One layer in one direction, the one of this index in ``hx``: h, the parts of the last state and its relay."""
         weight_ih, weight_hh, *biases = weights
         bias_ih, bias_hh = biases or (None, None)
-        h, (last,), relay = recurrent_layer(
+        return recurrent_layer(
             self._cell.name,
             x,
             weight_hh,
-            start,
+            *(starts or (None,)),
             weight_ih=weight_ih,
             bias_ih=bias_ih,
             bias_hh=bias_hh,
             feedback=self._feedback(index, weight_hh),
             relay=relay,
             rule=self.rule,
-            batch_first=batch_first,
-            reverse=self.bidirectional and index % 2 == 1,
             checkpoint_every=self.checkpoint_every,
-            return_sequence=return_sequence,
             displacements=self.displacements,
             backend=self.backend,
+            **options,
         )
-        return h, last, relay
 
     def _feedback(self, index: int, weight: Tensor) -> Tensor | None:
         """The matrix to take in place of P; ``None``: P of the weight as it is."""
@@ -272,35 +363,60 @@ class Recurrent(nn.RNNBase):
             inverted, what = inverted.expand(count, *inverted.shape), f"{what}, {count} times"
         _validate.feedback(self._NAME, self.feedback, inverted, what, self.rule)
 
-    def _check_input(self, input: Tensor, hx: Tensor | None, weight: Tensor) -> None:
+    def _check_input(
+        self, input: Tensor, starts: tuple[Tensor, ...], batch_sizes: Tensor | None, weight: Tensor
+    ) -> None:
         _validate.floating_tensor(self._NAME, "input", input)
-        letters = "[B, T, M]" if self.batch_first else "[T, B, M]"
-        if input.dim() not in (2, 3):
+        letters, expected_dims = ("[B, T, M]" if self.batch_first else "[T, B, M]"), (2, 3)
+        if batch_sizes is not None:
+            letters, expected_dims = "[P, M] where it is packed,", (2,)
+        elif input.dim() == 2:
+            letters = "[T, M]"
+        if input.dim() not in expected_dims:
             raise ValueError(f"{self._NAME}: input must have shape {letters} or [T, M], got {tuple(input.shape)}")
         if input.shape[-1] != self.input_size:
-            letters = letters if input.dim() == 3 else "[T, M]"
             raise _validate.ShapeError(
                 f"{self._NAME}: input must have shape {letters} with M = {self.input_size}, got {tuple(input.shape)}"
             )
-        if input.shape[1 if self.batch_first and input.dim() == 3 else 0] == 0:
+        if batch_sizes is not None:
+            _validate.batch_sizes(self._NAME, batch_sizes, len(input))
+        elif input.shape[1 if self.batch_first and input.dim() == 3 else 0] == 0:
             raise _validate.ShapeError(
                 f"{self._NAME}: input must have at least one time step (T >= 1), got {tuple(input.shape)}"
             )
         _validate.same_kind(self._NAME, "input", input, "weight_ih_l0", weight)
-        if hx is None:
+        if not starts:
             return
-        _validate.floating_tensor(self._NAME, "hx", hx)
         count = len(self._all_weights)
-        if input.dim() == 2:
+        if batch_sizes is None and input.dim() == 2:
             letters, expected = f"[{count}, N]", [count, self.hidden_size]
         else:
-            B = input.shape[0 if self.batch_first else 1]
+            B = int(batch_sizes[0]) if batch_sizes is not None else input.shape[0 if self.batch_first else 1]
             letters, expected = f"[{count}, B, N]", [count, B, self.hidden_size]
-        if list(hx.shape) != expected:
-            raise _validate.ShapeError(
-                f"{self._NAME}: hx must have shape {letters} = {expected}, got {tuple(hx.shape)}"
-            )
-        _validate.same_kind(self._NAME, "hx", hx, "input", input)
+        for index, start in enumerate(starts):
+            name = "hx" if len(starts) == 1 else f"hx[{index}]"
+            _validate.floating_tensor(self._NAME, name, start)
+            if list(start.shape) != expected:
+                raise _validate.ShapeError(
+                    f"{self._NAME}: {name} must have shape {letters} = {expected}, got {tuple(start.shape)}"
+                )
+            _validate.same_kind(self._NAME, name, start, "input", input)
+
+    def _check_time(
+        self, input: Tensor, packed: bool, lengths: Tensor | Sequence[int] | None, reset: Tensor | None
+    ) -> Tensor | None:
+        """The lengths as a tensor, on the CPU."""
+        if lengths is not None:
+            if packed:
+                raise ValueError(f"{self._NAME}: lengths must be None with a PackedSequence, which has its own")
+            if input.dim() == 2:
+                raise ValueError(f"{self._NAME}: lengths must be None without a batch, with input of shape [T, M]")
+            B, T = input.shape[:2] if self.batch_first else input.shape[1::-1]
+            lengths = _validate.lengths(self._NAME, lengths, T, B)
+        if reset is not None:
+            letters = "[P]" if packed else "[T]" if input.dim() == 2 else "[B, T]" if self.batch_first else "[T, B]"
+            _validate.reset(self._NAME, reset, letters, list(input.shape[:-1]), input.device)
+        return lengths
 
     def extra_repr(self) -> str:
         """What is not as by default."""

@@ -147,11 +147,11 @@ class LearnedInverse(RNN):
         self,
         index: int,
         x: Tensor,
-        start: Tensor | None,
+        starts: tuple[Tensor, ...],
         relay: Tensor | None,
         weights: list[Tensor],
         **options: Any,
-    ) -> tuple[Tensor, Tensor, None]:
+    ) -> tuple[Tensor, tuple[Tensor], None]:
         M, N = self.input_size, self.hidden_size
         inverse = [getattr(self, name) for name in _INVERSE]
         for name, parameter, shape in zip(_INVERSE, inverse, ((N, M), (N, N), (N,)), strict=True):
@@ -177,11 +177,11 @@ class LearnedInverse(RNN):
             bias_ih,
             weight_hh,
             bias_hh,
-            start,
+            starts[0] if starts else None,
             *inverse,
             rule,
         )
-        return h, last, None
+        return h, (last,), None
 
     def extra_repr(self) -> str:
         words = f"update={self.update!r}, step={self.step}, noise={self.noise}"

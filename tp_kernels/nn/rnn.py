@@ -30,8 +30,9 @@ class RNN(Recurrent):
             input projection included. ``None`` keeps all states.
         return_sequence: with ``False`` the first output is ``None``, and with ``checkpoint_every`` no array of
             T states exists at any time: memory grows with T/k + k.
-        feedback: [N, N], a fixed matrix in place of the rule's inverse P, as a control of what P itself contributes; of
-            several layers or directions [L D, N, N], one for each. A buffer that is not in ``state_dict``. ``None`` is P.
+        feedback: [N, N], a fixed matrix in place of the rule's inverse P, as a control of what P itself contributes;
+            [L D, N, N] with several layers or directions, one for each. A buffer that is not in ``state_dict``.
+            ``None`` is P.
         refresh: k >= 1: compute P at every k-th training pass only, and on the CPU whenever the weight has moved by a
             tenth (Frobenius norm) since; in between the last P serves. On a GPU only passes are counted: to see how far
             the weight is would be to wait for it. 1, the default, is exact. Worth it where P is a large share of a
@@ -128,6 +129,8 @@ class RNN(Recurrent):
 
     def _check_displacements(self) -> None:
         _validate.displacements(self._NAME, self.displacements, self.rule, self.checkpoint_every)
+        if self.displacements == "parallel" and self.bidirectional:
+            raise ValueError(f"{self._NAME}: displacements must be 'auto' or 'sweep' with bidirectional=True")
 
     def _own_options(self) -> list[str]:
         return [f"nonlinearity={self.nonlinearity!r}"] if self.nonlinearity != "tanh" else []

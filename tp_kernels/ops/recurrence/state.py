@@ -92,6 +92,17 @@ def relay_of(state: Tensor | None, op: str, carries: bool, *, several: bool = Fa
     return None
 
 
+def relays_of(states: tuple[Tensor, ...], op: str, carries: bool) -> tuple[Tensor | None, ...] | None:
+    """The relays of a module's state, all of whose parts are as one call returned them."""
+    found = None
+    for state in states:
+        relays = relay_of(state, op, carries, several=True)
+        if relays is None or (found is not None and any(a is not b for a, b in zip(found, relays, strict=False))):
+            return None
+        found = relays
+    return found
+
+
 def _is_as_it_came(state: Tensor, mark: int | Tensor) -> bool:
     return bool(_same(state, mark)) if isinstance(mark, Tensor) else state._version == mark
 
