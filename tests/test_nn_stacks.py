@@ -9,19 +9,20 @@ import pytest
 import torch
 from _cases import RULES
 from _compare import assert_identical, assert_near
-from _modules import LAYERS, LAYERS_AND_RULES, VARIANTS, B, Layer, M, N
+from _modules import ALL, ALL_AND_RULES, LAYERS, LSTM, VARIANTS, B, Layer, M, N, parts_of
 from _oracle import extended
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_calls_in_pieces import assert_equal_to_rounding, in_pieces
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import tp_kernels as tp
 from tp_kernels.nn._recurrent import Recurrent
 
 T = 8
-over_layers = pytest.mark.parametrize("layer", LAYERS, ids=str)
-over_rules = pytest.mark.parametrize(("layer", "rule"), LAYERS_AND_RULES, ids=str)
+over_layers = pytest.mark.parametrize("layer", ALL, ids=str)
+over_rules = pytest.mark.parametrize(("layer", "rule"), ALL_AND_RULES, ids=str)
 STACKS = {
     "2 layers": {"num_layers": 2},
     "2 directions": {"bidirectional": True},
@@ -34,20 +35,29 @@ def make(layer: Layer, stack: dict, **options: object) -> Recurrent:
     return layer.make(**{"dtype": torch.float64} | stack | options)
 
 
-def inputs(stack: dict) -> tuple[Tensor, Tensor]:
+State = Tensor | tuple[Tensor, ...]
+
+
+def inputs(layer: Layer, stack: dict) -> tuple[Tensor, State]:
     """x and first states, in float64."""
     numbers = torch.Generator().manual_seed(0)
     count = stack.get("num_layers", 1) * (2 if stack.get("bidirectional") else 1)
     x = torch.randn(T, B, M, generator=numbers, dtype=torch.float64)
-    return x.requires_grad_(), torch.randn(count, B, N, generator=numbers, dtype=torch.float64).requires_grad_()
+    parts = torch.randn(layer.states, count, B, N, generator=numbers, dtype=torch.float64).unbind()
+    return x.requires_grad_(), layer.state([part.detach().requires_grad_() for part in parts])
 
 
-def gradients(module: Recurrent, outputs: tuple[Tensor, Tensor], *leaves: Tensor) -> dict[str, Tensor]:
+def flat(outputs: tuple) -> list[Tensor]:
+    """The output, if there is one, and the parts of the last states."""
+    return [output for output in (outputs[0], *parts_of(outputs[1])) if output is not None]
+
+
+def gradients(module: Recurrent, outputs: tuple, x: Tensor, hx: State) -> dict[str, Tensor]:
     """From gradients that arrive at all outputs."""
     numbers = torch.Generator().manual_seed(1)
-    outputs = [output for output in outputs if output is not None]
-    grads = [torch.randn(output.shape, generator=numbers, dtype=output.dtype) for output in outputs]
-    named = dict(zip(("x", "hx"), leaves, strict=True)) | dict(module.named_parameters())
+    outputs = flat(outputs)
+    grads = [torch.randn(output.shape, generator=numbers, dtype=output.dtype) for output in outputs[::-1]][::-1]
+    named = {"x": x, **{f"hx{i}": part for i, part in enumerate(parts_of(hx))}, **dict(module.named_parameters())}
     return dict(zip(named, torch.autograd.grad(outputs, list(named.values()), grads), strict=True))
 
 
@@ -62,59 +72,84 @@ def single_layers(layer: Layer, module: Recurrent, **options: object) -> list[Re
     return singles
 
 
-def by_hand(module: Recurrent, singles: list[Recurrent], x: Tensor, hx: Tensor) -> tuple[Tensor, Tensor]:
-    """One layer after the other, the second direction on the input turned round."""
+def by_hand(
+    layer: Layer, module: Recurrent, singles: list[Recurrent], x: Tensor, starts: list[State]
+) -> tuple[Tensor, list[State]]:
+    """One layer after the other, the second direction on the input turned round: h, and the last state of each."""
     directions = 2 if module.bidirectional else 1
     lasts = []
     for first in range(0, len(singles), directions):
         outputs = []
         for index in range(first, first + directions):
             turn: Callable[[Tensor], Tensor] = (lambda h: h.flip(0)) if index % directions else (lambda h: h)
-            h, last = singles[index](turn(x), hx[index : index + 1])
+            h, last = singles[index](turn(x), starts[index])
             outputs.append(turn(h))
             lasts.append(last)
         x = torch.cat(outputs, -1)
-    return x, torch.cat(lasts)
+    return x, lasts
+
+
+def split(layer: Layer, hx: State) -> list[State]:
+    """The states of a stack as those of single layers."""
+    return [layer.state(each) for each in zip(*(part.split(1) for part in parts_of(hx)), strict=True)]
+
+
+def joined(layer: Layer, states: list[State]) -> State:
+    """The states of single layers as those of a stack."""
+    return layer.state([torch.cat(parts) for parts in zip(*map(parts_of, states), strict=True)])
+
+
+def all_by_hand(layer: Layer, module: Recurrent, singles: list[Recurrent], x: Tensor, hx: State) -> tuple:
+    h, lasts = by_hand(layer, module, singles, x, split(layer, hx))
+    return h, joined(layer, lasts)
 
 
 # --- as torch.nn
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(deadline=None, derandomize=True, max_examples=120)
 @given(drawn=st.data())
 def test_like_torch(drawn):
     """One seed, one network; outputs and all gradients of back-propagation, in float64."""
-    layer = drawn.draw(st.sampled_from(VARIANTS))
-    batch_first = drawn.draw(st.booleans())
+    layer = drawn.draw(st.sampled_from((*VARIANTS, LSTM)))
     options = {
         "num_layers": drawn.draw(st.integers(1, 3)),
         "bidirectional": drawn.draw(st.booleans()),
         "bias": drawn.draw(st.booleans()),
-        "batch_first": batch_first,
-        "dropout": drawn.draw(st.sampled_from([0.0, 0.4])),
+        "batch_first": drawn.draw(st.booleans()),
     }
-    if options["num_layers"] == 1:
-        options["dropout"] = 0.0
-    every = drawn.draw(st.sampled_from([None, 3]))
-    batched, t = drawn.draw(st.booleans()), drawn.draw(st.integers(1, 9))
+    if options["num_layers"] > 1:
+        options["dropout"] = drawn.draw(st.sampled_from([0.0, 0.4]))
     theirs, ours = layer.pair(dtype=torch.float64, **options)
-    ours.checkpoint_every = every
-    count = len(ours.all_weights)
-    batch = [drawn.draw(st.integers(1, 5))] if batched else []
-    x = torch.randn(*([*batch, t] if batch_first else [t, *batch]), M, dtype=torch.float64)
-    hx = torch.randn(count, *batch, N, dtype=torch.float64) if drawn.draw(st.booleans()) else None
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.checkpoint_every = drawn.draw(st.sampled_from([None, 3]))
+    kind = drawn.draw(st.sampled_from(["unbatched", "padded", "packed", "sorted"]))
+    lengths = drawn.draw(st.lists(st.integers(1, 9), min_size=1, max_size=5))
+    if kind == "sorted":
+        lengths = sorted(lengths, reverse=True)
+    t, batch = max(lengths), [] if kind == "unbatched" else [len(lengths)]
+    x = torch.randn(*([*batch, t] if options["batch_first"] else [t, *batch]), M, dtype=torch.float64)
+    parts = torch.randn(layer.states, len(ours.all_weights), *batch, N, dtype=torch.float64).unbind()
+    parts = parts if drawn.draw(st.booleans()) else ()
     results = []
     for module in (ours, theirs):
-        leaves = [tensor.clone().requires_grad_() for tensor in (x, hx) if tensor is not None]
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, *parts)]
+        sequence, hx = leaves[0], layer.state(leaves[1:]) if parts else None
+        if kind in ("packed", "sorted"):
+            sequence = pack_padded_sequence(sequence, lengths, options["batch_first"], enforce_sorted=kind == "sorted")
         torch.manual_seed(3)  # dropout
-        outputs = module(*leaves)
+        output, last = module(sequence, hx)
+        results.append([])
+        if isinstance(output, PackedSequence):
+            results[-1] += [part for part in output[1:] if part is not None]
+            output = output.data
+        outputs = [output, *parts_of(last)]
         torch.manual_seed(4)
-        grads = [torch.randn(output.shape, dtype=output.dtype) for output in outputs]
-        results.append([*outputs, *torch.autograd.grad(outputs, [*leaves, *module.parameters()], grads)])
-    assert list(ours.state_dict()) == list(theirs.state_dict())
+        grads = [torch.randn(output.shape, dtype=torch.float64) for output in outputs]
+        results[-1] += [*outputs, *torch.autograd.grad(outputs, [*leaves, *module.parameters()], grads)]
     for found, expected in zip(*results, strict=True):
         assert found.shape == expected.shape
-        assert torch.dist(found, expected) <= 1e-12 * torch.linalg.vector_norm(expected)
+        assert torch.dist(found.double(), expected.double()) <= 1e-12 * torch.linalg.vector_norm(expected.double())
 
 
 @over_stacks
@@ -132,7 +167,7 @@ def test_one_seed_gives_one_network(layer, stack):
 @over_layers
 def test_evaluation_drops_nothing(layer):
     ours, plain = (make(layer, {"num_layers": 2}, dropout=dropout) for dropout in (0.5, 0.0))
-    x, hx = inputs({"num_layers": 2})
+    x, hx = inputs(layer, {"num_layers": 2})
     assert not torch.equal(ours(x, hx)[0], plain(x, hx)[0])
     assert_identical(ours.eval()(x, hx)[0].detach(), plain(x, hx)[0].detach(), "output")
 
@@ -151,8 +186,8 @@ def test_repr(layer):
 def test_single_layers_by_hand(layer, rule, stack, backend):
     """Each layer and direction has displacements of its own; down goes the gradient in the input."""
     module = make(layer, stack, rule=RULES[rule], backend=backend)
-    x, hx = inputs(stack)
-    expected = by_hand(module, single_layers(layer, module, backend=backend), x, hx)
+    x, hx = inputs(layer, stack)
+    expected = all_by_hand(layer, module, single_layers(layer, module, backend=backend), x, hx)
     assert_equal_to_rounding(gradients(module, module(x, hx), x, hx), gradients(module, expected, x, hx))
 
 
@@ -165,7 +200,7 @@ def test_single_layers_by_hand(layer, rule, stack, backend):
 @over_layers
 def test_options_of_every_layer(layer, stack, options, backend):
     plain, ours = make(layer, stack, backend=backend), make(layer, stack, backend=backend, **options)
-    x, hx = inputs(stack)
+    x, hx = inputs(layer, stack)
     outputs, expected = ours(x, hx), plain(x, hx)
     if "return_sequence" in options:
         assert outputs[0] is None
@@ -174,15 +209,15 @@ def test_options_of_every_layer(layer, stack, options, backend):
 
 
 def test_displacements_in_parallel():
-    stack = {"num_layers": 2}
-    x, hx = inputs(stack)
+    layer, stack = LAYERS[0], {"num_layers": 2}
+    x, hx = inputs(layer, stack)
     found, expected = (
         gradients(module, module(x, hx), x, hx)
-        for module in (make(LAYERS[0], stack, displacements=how) for how in ("parallel", "sweep"))
+        for module in (make(layer, stack, displacements=how) for how in ("parallel", "sweep"))
     )
     assert_equal_to_rounding(found, expected)
     with pytest.raises(ValueError, match="displacements must be 'auto' or 'sweep' with bidirectional=True"):
-        make(LAYERS[0], {"bidirectional": True}, displacements="parallel")
+        make(layer, {"bidirectional": True}, displacements="parallel")
 
 
 @pytest.mark.parametrize("rule", ["weight-total", "layer-total"])
@@ -190,15 +225,17 @@ def test_displacements_in_parallel():
 @over_layers
 def test_a_matrix_for_each(layer, stack, rule, backend):
     """``feedback``: one in place of each P, in the order of ``hx``."""
+    if rule not in layer.rules:
+        pytest.skip(f"{layer} does not have it")
     module = make(layer, stack, rule=RULES[rule], backend=backend)
-    x, hx = inputs(stack)
+    x, hx = inputs(layer, stack)
     singles = single_layers(layer, module, backend=backend)
     shape = singles[0]._inverted(singles[0].weight_hh_l0).shape
     matrices = torch.randn(len(singles), *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     module.feedback = matrices
     for single, matrix in zip(singles, matrices, strict=True):
         single.feedback = matrix
-    expected = by_hand(module, singles, x, hx)
+    expected = all_by_hand(layer, module, singles, x, hx)
     assert_equal_to_rounding(gradients(module, module(x, hx), x, hx), gradients(module, expected, x, hx))
     module.feedback = matrices[0]
     with pytest.raises(ValueError, match=rf"feedback must have the shape of .*weight_hh_l0.*, {len(singles)} times"):
@@ -211,7 +248,7 @@ def test_refresh(layer, stack, backend):
     """Each layer and direction keeps a P of its own."""
     ours = make(layer, stack, backend=backend, refresh=10)
     again = copy.deepcopy(ours)
-    x, hx = inputs(stack)
+    x, hx = inputs(layer, stack)
     kept = gradients(ours, ours(x, hx), x, hx)
     with torch.no_grad():
         for names in ours._all_weights:
@@ -231,12 +268,12 @@ def test_refresh(layer, stack, backend):
 def test_what_is_not_trained(layer, backend):
     """A frozen layer under one that is trained."""
     module = make(layer, {"num_layers": 2}, backend=backend)
-    x, hx = (tensor.detach() for tensor in inputs({"num_layers": 2}))
-    whole = torch.autograd.grad(module(x, hx)[1].sum(), list(module.parameters()))
+    x = inputs(layer, {"num_layers": 2})[0].detach()
+    whole = torch.autograd.grad(flat(module(x))[0].sum(), list(module.parameters()))
     for name, parameter in module.named_parameters():
         parameter.requires_grad_("l1" in name)
     with tp.trace(module) as trace:
-        module(x, hx)[1].sum().backward()
+        flat(module(x))[0].sum().backward()
     for parameter, expected in zip(module.parameters(), whole, strict=True):
         assert (parameter.grad is not None) == parameter.requires_grad
         if parameter.requires_grad:
@@ -249,8 +286,8 @@ def test_what_is_not_trained(layer, backend):
 def test_outputs_are_no_views(layer, stack):
     for batch_first in (False, True):
         ours = make(layer, stack, batch_first=batch_first)
-        x, _ = inputs(stack)
-        for output in ours(x.transpose(0, 1) if batch_first else x):
+        x, _ = inputs(layer, stack)
+        for output in flat(ours(x.transpose(0, 1) if batch_first else x)):
             assert not output._is_view()
 
 
@@ -262,7 +299,7 @@ def test_outputs_are_no_views(layer, stack):
 def test_several_calls_are_one(layer, rule, calls, backend):
     stack = {"num_layers": 2}
     module = make(layer, stack, rule=RULES[rule], backend=backend)
-    x, hx = inputs(stack)
+    x, hx = inputs(layer, stack)
     expected = gradients(module, module(x, hx), x, hx)
     assert_equal_to_rounding(gradients(module, in_pieces(module, x, hx, calls), x, hx), expected)
 
@@ -273,35 +310,34 @@ def test_two_directions_hand_on(layer, changed, backend):
     """To the same direction of the next call, which single layers do one by one."""
     stack = {"bidirectional": True}
     module = make(layer, stack, backend=backend)
-    x, hx = inputs(stack)
-    h, last = module(x[:4], hx)
+    x, hx = inputs(layer, stack)
     singles = single_layers(layer, module, backend=backend)
-    ahead, last_ahead = singles[0](x[:4], hx[:1])
-    back, last_back = singles[1](x[:4].flip(0), hx[1:])
+    h, last = module(x[:4], hx)
+    first, lasts = by_hand(layer, module, singles, x[:4], split(layer, hx))
     if changed:
         with pytest.warns(UserWarning, match="was changed"):
-            outputs = module(x[4:], 1.0 * last)
+            end, last = module(x[4:], layer.state([1.0 * part for part in parts_of(last)]))
         with pytest.warns(UserWarning, match="was changed"):
-            expected = by_hand(module, singles, x[4:], torch.cat([last_ahead, last_back]))
+            expected, lasts = all_by_hand(layer, module, singles, x[4:], joined(layer, lasts))
     else:
-        outputs = module(x[4:], last)
-        (h_ahead, end_ahead), (h_back, end_back) = singles[0](x[4:], last_ahead), singles[1](x[4:].flip(0), last_back)
-        expected = torch.cat([h_ahead, h_back.flip(0)], -1), torch.cat([end_ahead, end_back])
-    first = torch.cat([ahead, back.flip(0)], -1)
-    found = gradients(module, (torch.cat([h, outputs[0]]), outputs[1]), x, hx)
-    assert_equal_to_rounding(found, gradients(module, (torch.cat([first, expected[0]]), expected[1]), x, hx))
+        end, last = module(x[4:], last)
+        expected, lasts = by_hand(layer, module, singles, x[4:], lasts)
+        lasts = joined(layer, lasts)
+    found = gradients(module, (torch.cat([h, end]), last), x, hx)
+    assert_equal_to_rounding(found, gradients(module, (torch.cat([first, expected]), lasts), x, hx))
 
 
 @over_layers
 def test_from_two_directions_to_two_layers(layer, backend):
     """An encoder's last states, as they come: displacements go on into the encoder."""
     encoder, decoder = make(layer, {"bidirectional": True}, backend=backend), make(layer, {"num_layers": 2})
-    x, hx = inputs({"bidirectional": True})
-    _, last = decoder(x[4:], encoder(x[:4], hx)[1])
-    found = torch.autograd.grad(last.sum(), list(encoder.parameters()), retain_graph=True)
-    encoder.rule = decoder.rule = tp.BackProp()
-    _, last = decoder(x[4:], encoder(x[:4], hx)[1])
-    for grad, other in zip(found, torch.autograd.grad(last.sum(), list(encoder.parameters())), strict=True):
+    x, hx = inputs(layer, {"bidirectional": True})
+    grads = []
+    for rule in (tp.TargetProp(), tp.BackProp()):
+        encoder.rule = decoder.rule = rule
+        output, _ = decoder(x[4:], encoder(x[:4], hx)[1])
+        grads.append(torch.autograd.grad(output.sum(), list(encoder.parameters())))
+    for grad, other in zip(*grads, strict=True):
         assert grad.any()
         assert not torch.allclose(grad, other)
 
@@ -314,7 +350,7 @@ def test_compiled(layer):
     torch._dynamo.reset()
     stack = STACKS["2 layers, 2 directions"]
     module = make(layer, stack)
-    x, hx = inputs(stack)
+    x, hx = inputs(layer, stack)
 
     def two_calls(x: Tensor, hx: Tensor) -> tuple[Tensor, Tensor]:
         return in_pieces(module, x, hx, 2)
@@ -331,12 +367,12 @@ def test_compiled(layer):
 def test_traced(layer, stack):
     """A record for each layer and direction, that of a single layer."""
     module = make(layer, stack)
-    x, hx = inputs(stack)
+    x, hx = inputs(layer, stack)
     with tp.trace(nn.ModuleDict({"encoder": module})) as trace:
         gradients(module, module(x, hx), x, hx)
     singles = nn.ModuleList(single_layers(layer, module))
     with tp.trace(singles) as plain:
-        gradients(module, by_hand(module, singles, x, hx), x, hx)
+        gradients(module, all_by_hand(layer, module, singles, x, hx), x, hx)
     names = [names[1].removeprefix("weight_hh_") for names in module._all_weights]
     found = {record.layer: record for record in trace.records}
     expected = {f"encoder.{names[int(record.layer)]}": record for record in plain.records}

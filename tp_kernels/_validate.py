@@ -249,6 +249,9 @@ def rule_of_cell(op: str, rule: Rule, cell: Cell) -> None:
         return
     if rule.mode != "linearized" and rule.mode not in cell.inverses:
         raise ValueError(f"{op}: rule must have mode='linearized', got mode={rule.mode!r}")
+    if rule.inverse not in cell.inverses:
+        words = ", ".join(map(repr, cell.inverses))
+        raise ValueError(f"{op}: rule must have as inverse one of {words}, got {rule.inverse!r}")
     if cell.gates > 1 and rule.inverse == "layer" and rule.clip >= 0.5:
         raise ValueError(
             f"{op}: rule must have clip below 0.5, as gates are clipped to [clip, 1 - clip], got {rule.clip}"

@@ -49,6 +49,16 @@ class RNN(Recurrent):
     Each layer and direction has targets of its own, which go back in its own time. From a layer to the one below goes
     the gradient in its input; that layer takes it for the gradient in its states.
 
+    Call:
+        ``layer(input, hx=None, *, lengths=None, reset=None)``. ``input`` may be a ``PackedSequence``: so is the output
+        then, and ``hx`` and the last states are in the order that the sequences had before they were sorted.
+
+        lengths: [B], ints, a list or a tensor: of padded sequences. The output is zero beyond them, last states are
+            those of each sequence's own end, and a second direction begins there.
+        reset: bool, [T, B] ([B, T] with ``batch_first``, [T] unbatched, [P] in the order of a ``PackedSequence``):
+            where another sequence begins. No state passes from the step before to that one, in no direction, and
+            nothing goes back.
+
     The last state, handed to the next call as it is, makes the gradients of both calls those of one. Changed in
     between, it is a new tensor, through which no displacement goes back: a ``UserWarning`` says so.
 
@@ -61,7 +71,6 @@ class RNN(Recurrent):
 
     Raises:
         TypeError, ValueError: an argument of another kind, shape or value than stated.
-        NotImplementedError: packed sequences.
 
     Example:
         >>> import torch, tp_kernels as tp
