@@ -1,17 +1,18 @@
 """What the tests of modules share: the layers there are, and one pass through one of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from _cases import rules_of
+from _cases import RULES
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
 import tp_kernels as tp
 from tp_kernels.nn._recurrent import Recurrent
-from tp_kernels.rules import Rule
+from tp_kernels.ops.recurrence.cell import CELLS
+from tp_kernels.rules import Rule, Sweep
 
 M, N, T, B = 3, 5, 7, 4
 
@@ -22,13 +23,13 @@ class Layer:
 
     Attributes:
         name: of both, and in errors after ``nn.``.
-        op: the public function that the layer is, after a projection of its input.
+        op: the public function that the layer is, after a projection of its input; ``None`` where it has no test of it.
         own_bias: whether the op takes the last block of ``bias_hh_l0`` by itself.
         options: of both constructors, for a variant of the layer.
     """
 
     name: str
-    op: Callable[..., Tensor]
+    op: Callable[..., Tensor] | None
     own_bias: bool = False
     options: dict[str, str] = field(default_factory=dict)
 
@@ -46,7 +47,8 @@ class Layer:
     @property
     def rules(self) -> dict[str, Rule]:
         """Those of ``RULES`` that it has."""
-        return rules_of(self.cell)
+        inverses = ("none", *CELLS[self.cell].inverses)
+        return {name: rule for name, rule in RULES.items() if Sweep.of(rule).inverse in inverses}
 
     @property
     def cell(self) -> str:
@@ -56,6 +58,15 @@ class Layer:
     @property
     def gates(self) -> int:
         return self.ours(1, 1)._cell.gates
+
+    @property
+    def states(self) -> int:
+        """The parts of a state."""
+        return self.ours(1, 1)._cell.states
+
+    def state(self, parts: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        """As the layer takes it."""
+        return parts[0] if self.states == 1 else tuple(parts)
 
     def make(self, *sizes: int, seed: int = 1, **options: object) -> Recurrent:
         """Ours, of M and N where no sizes are given."""
@@ -94,10 +105,18 @@ LAYERS = (
     Layer("RNN", tp.rnn),
     Layer("GRU", tp.gru, own_bias=True),
 )
+LSTM = Layer("LSTM", None)
+ALL = (*LAYERS, LSTM)
 # With variants whose arithmetic is another one.
 VARIANTS = (*LAYERS, Layer("RNN", tp.rnn, options={"nonlinearity": "relu"}))
 LAYERS_AND_RULES = tuple((layer, rule) for layer in LAYERS for rule in layer.rules)
 """Each layer with the name of each rule that it has."""
+ALL_AND_RULES = tuple((layer, rule) for layer in ALL for rule in layer.rules)
+
+
+def parts_of(state: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of a state, as a layer returns it."""
+    return (state,) if isinstance(state, Tensor) else tuple(state)
 
 
 class Counted(nn.Module):

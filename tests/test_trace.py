@@ -266,7 +266,7 @@ def test_another_matrix_in_place_of_p(kind, how, backend):
         assert_same_record(first, plain)
         with torch.no_grad():
             layer.weight_hh_l0 += 0.04 * layer.weight_hh_l0.flip(0)
-        other = layer_of(kind=kind, backend=backend, feedback=layer.refreshed.kept.clone())
+        other = layer_of(kind=kind, backend=backend, feedback=layer.refreshed[0].kept.clone())
         other.load_state_dict(layer.state_dict())
         assert_same_record(only_record(layer), only_record(other))
         layer.refresh = 1

@@ -1,12 +1,19 @@
 """User-facing checks. Every message names the op, the argument, what was expected and what came."""
 
+import itertools
 import math
+import numbers
 
 import torch
 
 from tp_kernels._backends import NAMES, dtype_name
 from tp_kernels.ops.recurrence.cell import Cell
 from tp_kernels.rules import Rule, TargetProp, uses_inverse
+
+
+class ShapeError(ValueError, RuntimeError):
+    """A shape other than stated, where ``torch.nn`` raises a ``RuntimeError``: code that expects one goes on."""
+
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -86,10 +93,48 @@ def regularized_inverse(
 
 
 def count(op: str, argument: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{op}: {argument} must be an int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{op}: {argument} must be at least 1, got {value}")
+
+
+def lengths(op: str, value: object, T: int, B: int) -> torch.Tensor:
+    """Of padded sequences: [B], int64, on the CPU."""
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"{op}: lengths must be of an integer dtype, got {dtype_name(value.dtype)}")
+    elif not isinstance(value, (list, tuple)):
+        raise TypeError(f"{op}: lengths must be a list of ints or a torch.Tensor, got {type(value).__name__}")
+    elif not all(isinstance(length, numbers.Integral) and not isinstance(length, bool) for length in value):
+        raise TypeError(f"{op}: lengths must be a list of ints, got {value!r}")
+    value = torch.as_tensor(value, dtype=torch.int64, device="cpu")
+    if list(value.shape) != [B]:
+        raise ValueError(f"{op}: lengths must have shape [B] = {[B]}, got {_shape(value)}")
+    for sequence, length in enumerate(value.tolist()):
+        if not 1 <= length <= T:
+            raise ValueError(f"{op}: lengths must be between 1 and T = {T}, got {length} for sequence {sequence}")
+    return value
+
+
+def batch_sizes(op: str, value: torch.Tensor, rows: int) -> None:
+    """Of a ``PackedSequence``, which can be made by hand: the kernels read as many rows as it says."""
+    sizes = value.tolist()
+    if not sizes or sizes[-1] < 1 or any(later > size for size, later in itertools.pairwise(sizes)):
+        raise ValueError(f"{op}: input must have batch_sizes that are positive and never grow, got {sizes}")
+    if sum(sizes) != rows:
+        raise ValueError(f"{op}: input must have as many rows as its batch_sizes sum up to, {sum(sizes)}, got {rows}")
+
+
+def reset(op: str, value: object, letters: str, expected: list[int], device: torch.device) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: reset must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype != torch.bool:
+        raise TypeError(f"{op}: reset must be of dtype bool, got {dtype_name(value.dtype)}")
+    if list(value.shape) != expected:
+        raise ValueError(f"{op}: reset must have shape {letters} = {expected}, got {_shape(value)}")
+    if value.device != device:
+        raise ValueError(f"{op}: reset must be on the device of input, {device}, got {value.device}")
 
 
 def checkpoint_every(op: str, value: object) -> None:
@@ -204,6 +249,9 @@ def rule_of_cell(op: str, rule: Rule, cell: Cell) -> None:
         return
     if rule.mode != "linearized" and rule.mode not in cell.inverses:
         raise ValueError(f"{op}: rule must have mode='linearized', got mode={rule.mode!r}")
+    if rule.inverse not in cell.inverses:
+        words = ", ".join(map(repr, cell.inverses))
+        raise ValueError(f"{op}: rule must have as inverse one of {words}, got {rule.inverse!r}")
     if cell.gates > 1 and rule.inverse == "layer" and rule.clip >= 0.5:
         raise ValueError(
             f"{op}: rule must have clip below 0.5, as gates are clipped to [clip, 1 - clip], got {rule.clip}"

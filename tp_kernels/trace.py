@@ -3,7 +3,8 @@
 import json
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from tp_kernels.ops.recurrence import reference
 from tp_kernels.ops.recurrence.cell import CELLS
 from tp_kernels.ops.recurrence.feedback import feedback_of
 from tp_kernels.ops.recurrence.op import Options, recurrent_layer, solver_iterations
+from tp_kernels.ops.recurrence.timeline import Timeline
 from tp_kernels.rules import BackProp, TargetProp
 
 if TYPE_CHECKING:
@@ -36,11 +38,12 @@ _PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 class Record:
     """One backward pass through one layer.
 
-    Lists hold a number for each time step t = 1 … T. Norms are Euclidean, of one sequence at one time step; their mean
-    and their largest over the batch are kept.
+    Lists hold a number for each time step t = 1 … T, in the order in which the layer reads them. Norms are Euclidean,
+    of one sequence at one time step; their mean and their largest over the batch are kept.
 
     Attributes:
-        layer: the module's qualified name in the traced model; "" is the model itself.
+        layer: the module's qualified name in the traced model; "" is the model itself. Where it has several layers or
+            two directions, with the part behind it, as in "encoder.l0" and "encoder.l1_reverse".
         pass_index: how many backward passes went through the layer before, since the trace began.
         displacement_mean, displacement_max: ``‖λ_t‖``.
         adjoint_mean, adjoint_max: ``‖μ_t‖``.
@@ -189,11 +192,11 @@ def _tracing(layers: dict[str, Recurrent], every: int) -> Iterator[Trace]:
 
 
 class _Recorder:
-    """The hooks of one layer: one on its forward, and one on the autograd node of each call of it."""
+    """The hooks of one module: one on its forward, and one on the autograd node of each layer and direction, a call."""
 
     def __init__(self, name: str, layer: Recurrent, every: int, records: list[Record]) -> None:
         self.name, self.every, self.records = name, every, records
-        self.passes = 0
+        self.passes: Counter[str] = Counter()
         # First in the row: other hooks may hand on something else than what the layer gave.
         self.forward = layer.register_forward_hook(self.on_forward, prepend=True)
         self.backwards: list[torch.utils.hooks.RemovableHandle] = []
@@ -202,32 +205,42 @@ class _Recorder:
         for handle in (self.forward, *self.backwards):
             handle.remove()
 
-    def on_forward(self, layer: Recurrent, inputs: tuple, outputs: tuple[Tensor | None, Tensor]) -> None:
+    def on_forward(self, layer: Recurrent, inputs: tuple, outputs: tuple[Tensor | None, Any]) -> None:
         compiled = f"trace: layer {self.name!r} cannot be traced under torch.compile: call the model that was compiled"
         if torch.compiler.is_compiling():
             raise RuntimeError(compiled)
-        last = outputs[1]
+        last = outputs[1] if isinstance(outputs[1], Tensor) else outputs[1][0]
         if not last.requires_grad or not last.numel():
             return
         node = last.grad_fn
-        if node.name() == "SqueezeBackward1":  # unbatched, last is a view
+        while node.name() in ("SqueezeBackward1", "IndexSelectBackward0"):  # unbatched, or sorted by length
             node = node.next_functions[0][0]
-        if node.name() != "RecurrenceFunctionBackward":
-            raise RuntimeError(compiled)
+        if len(layer._all_weights) == 1:
+            nodes = {self.name: node}
+        else:  # a part that is not trained has none
+            parts = [names[1].removeprefix("weight_hh_") for names in layer._all_weights]
+            nodes = zip(parts, (before for before, _ in node.next_functions), strict=True)
+            nodes = {f"{self.name}.{part}".lstrip("."): node for part, node in nodes if node is not None}
+        self.backwards = [handle for handle in self.backwards if handle.hooks_dict_ref() is not None]
+        for name, node in nodes.items():
+            if node.name() != "RecurrenceFunctionBackward":
+                raise RuntimeError(compiled)
+            self.backwards.append(node.register_hook(self.on_backward(name, layer, node, last.device.type)))
+
+    def on_backward(self, name: str, layer: Recurrent, node: Any, device: str) -> Callable[[tuple, tuple], None]:
+        """The hook of one autograd node."""
         weak = weakref.ref(node)  # a hook that held its own node would keep the graph alive
         clip = layer.rule.clip if isinstance(layer.rule, TargetProp) else TargetProp.clip
-        device = last.device.type
 
-        def on_backward(gradients: tuple[Tensor | None, ...], arrived: tuple[Tensor | None, ...]) -> None:
-            index = self.passes
-            self.passes += 1
+        def record(gradients: tuple[Tensor | None, ...], arrived: tuple[Tensor | None, ...]) -> None:
+            index = self.passes[name]
+            self.passes[name] += 1
             if index % self.every:
                 return
             with torch.autocast(device, enabled=False):  # as in the layer, which keeps to its parameters' dtype
-                self.records.append(_record(self.name, index, weak(), gradients, arrived, clip))
+                self.records.append(_record(name, index, weak(), gradients, arrived, clip))
 
-        self.backwards = [handle for handle in self.backwards if handle.hooks_dict_ref() is not None]
-        self.backwards.append(node.register_hook(on_backward))
+        return record
 
 
 def _record(
@@ -235,7 +248,7 @@ def _record(
     pass_index: int,
     node: Any,
     gradients: tuple[Tensor | None, ...],
-    arrived: tuple[Tensor | None, Tensor | None, Tensor | None],
+    arrived: tuple[Tensor | None, ...],
     clip: float,
 ) -> Record:
     """One backward pass, from its autograd node, the gradients it returned and those that arrived at its outputs."""
@@ -247,15 +260,17 @@ def _record(
             "gives saved tensors to backward only: take use_reentrant=True, or the layer's checkpoint_every=k"
         ) from error
     inputs = dict(zip(_INPUTS, saved[: len(_INPUTS)], strict=True))
+    *_, batch_sizes, reset = saved
     present = [name for name, tensor in inputs.items() if tensor is not None]
     # A relay's gradient is the last.
     found = dict.fromkeys(_INPUTS) | dict(zip(present, gradients, strict=False))
     feedback, options = inputs.pop("feedback"), node.options
     cell, sweep, weight = CELLS[options.cell], options.sweep, inputs["weight_hh"]
+    time = Timeline.of(inputs["input"], batch_sizes, reset, options.reverse)
     trained = [parameter for parameter in _PARAMETERS if found[parameter] is not None]
-    h, kept = _states(inputs, options)
-    g, carried, through = _sources(h, arrived, options)
-    bp = _back_propagation(inputs, trained, g, through, options)
+    h, kept = _states(inputs, time, options)
+    g, grad_last, carried, through = _sources(h, arrived, time, options)
+    bp = _back_propagation(inputs, trained, g, grad_last, through, time, options)
     if feedback is None and sweep.uses_inverse:
         feedback = feedback_of(weight, cell, sweep, options.words, options.backend)
     u = iterations = None
@@ -263,14 +278,22 @@ def _record(
         input_bias, _ = cell.biases(inputs["bias_ih"], inputs["bias_hh"])
         u = functional.linear(inputs["input"], inputs["weight_ih"], input_bias)
     start = None if inputs["h0"] is None else inputs["h0"][0]
-    tensors = {"h": h, "kept": kept, "weight": weight, "feedback": feedback, "u": u, "start": start}
-    tensors |= {"grad_h": g, "grad_last": None, "carried": carried, "through": through}
+    tensors = {"h": h, "kept": kept, "weight": weight, "feedback": feedback, "u": u, "start": start, "time": time}
+    tensors |= {"grad_h": g, "grad_last": grad_last, "carried": carried, "through": through}
+
+    def in_reading_order(array: Tensor) -> list[Tensor]:
+        steps = time.split(array)
+        return [steps[t] for t in time.order()]
+
     if sweep.inverse == "jacobian":
-        iterations = solver_iterations(cell, sweep, backend=options.backend, **tensors).amax(1).tolist()
+        steps = in_reading_order(solver_iterations(cell, sweep, backend=options.backend, **tensors))
+        iterations = [step.max().item() for step in steps]
+    sources = time.split(g)
     norms = [
-        torch.stack([*_mean_and_max(back.displacement), *_mean_and_max(back.adjoint), *_mean_and_max(g[back.t])])
+        torch.stack([*_mean_and_max(back.displacement), *_mean_and_max(back.adjoint), *_mean_and_max(sources[back.t])])
         for back in reference.steps_back(cell, sweep, **tensors)
     ]
+    saturated = in_reading_order(cell.saturated(h, kept, clip))
 
     def angle(*parameters: str) -> float | None:
         chosen = [parameter for parameter in parameters if parameter in trained]
@@ -280,7 +303,7 @@ def _record(
         name,
         pass_index,
         *torch.stack(norms[::-1], dim=1).tolist(),
-        saturated=cell.saturated(h, kept, clip).flatten(1).double().mean(1).tolist(),
+        saturated=[step.double().mean().item() for step in saturated],
         angle_weight_ih=angle("weight_ih"),
         angle_weight_hh=angle("weight_hh"),
         angle_all=angle(*_PARAMETERS),
@@ -289,8 +312,8 @@ def _record(
     )
 
 
-def _states(inputs: dict[str, Tensor | None], options: Options) -> tuple[Tensor, Tensor]:
-    """The layer's states, to the same bits, and what its cell keeps, whether or not forward kept them."""
+def _states(inputs: dict[str, Tensor | None], time: Timeline, options: Options) -> tuple[Tensor, Tensor]:
+    """The layer's states h, to the same bits, and what its cell keeps, whether or not forward kept them."""
     h, _, _, kept = torch.ops.tp_kernels.recurrence_fwd(
         options.cell,
         inputs["input"],
@@ -299,9 +322,9 @@ def _states(inputs: dict[str, Tensor | None], options: Options) -> tuple[Tensor,
         inputs["weight_hh"],
         inputs["bias_hh"],
         inputs["h0"],
-        None,  # batch_sizes
-        None,  # reset
-        False,  # reverse
+        time.batch_sizes,
+        time.reset,
+        time.reverse,
         None,  # every
         True,  # sequence
         True,  # keep
@@ -312,21 +335,35 @@ def _states(inputs: dict[str, Tensor | None], options: Options) -> tuple[Tensor,
 
 
 def _sources(
-    h: Tensor, arrived: tuple[Tensor | None, Tensor | None, Tensor | None], options: Options
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradient g of every step, [T, B, N]; and the displacement and the adjoint that a later call sent."""
-    grad_h, grad_relay, grad_last = arrived
+    h: Tensor, arrived: tuple[Tensor | None, ...], time: Timeline, options: Options
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradient g of h at every step, like h, of the last one included; that of the other part of the last states,
+    if they have one; and the displacement and the adjoint that a later call sent.
+    """
+    grad_h, grad_relay, *grad_lasts = arrived
     g = torch.zeros_like(h)
     if grad_h is not None:
         g += grad_h.transpose(0, 1) if options.batch_first else grad_h
-    if grad_last is not None:
-        g[-1] += grad_last[0]
+    if grad_lasts[0] is not None:
+        steps = time.split(g)
+        for t in range(time.T):  # those that end there
+            following = t - 1 if time.reverse else t + 1
+            later = len(steps[following]) if 0 <= following < time.T else 0
+            steps[t][later:] += grad_lasts[0][0][later : len(steps[t])]
+    second = None if len(grad_lasts) == 1 or grad_lasts[1] is None else grad_lasts[1][0]
+    grad_last = None if second is None else torch.cat((torch.zeros_like(second), second), dim=-1)
     carried, through = (None, None) if grad_relay is None else grad_relay.unbind()
-    return g, carried, through
+    return g, grad_last, carried, through
 
 
 def _back_propagation(
-    inputs: dict[str, Tensor | None], trained: list[str], g: Tensor, through: Tensor | None, options: Options
+    inputs: dict[str, Tensor | None],
+    trained: list[str],
+    g: Tensor,
+    grad_last: Tensor | None,
+    through: Tensor | None,
+    time: Timeline,
+    options: Options,
 ) -> dict[str, Tensor]:
     """BP's gradients in the layer's trained parameters, on its own kernels, from what arrived at the states: of a later
     call the adjoint.
@@ -337,20 +374,28 @@ def _back_propagation(
         name: None if tensor is None else tensor.detach().requires_grad_(name in trained)
         for name, tensor in inputs.items()
     }
+    parts = CELLS[options.cell].states
+    starts = (None,) if leaves["h0"] is None else leaves["h0"].chunk(parts, dim=-1)
     with torch.enable_grad():
-        h, (last,), _ = recurrent_layer(
+        h, lasts, _ = recurrent_layer(
             options.cell,
             leaves["input"],
             leaves["weight_hh"],
-            leaves["h0"],
+            *starts,
             weight_ih=leaves["weight_ih"],
             bias_ih=leaves["bias_ih"],
             bias_hh=leaves["bias_hh"],
+            batch_sizes=time.batch_sizes,
+            reset=time.reset,
+            reverse=time.reverse,
             rule=BackProp(),
             backend=options.backend,
         )
-    adjoint = torch.zeros_like(last) if through is None else through[None]
-    gradients = torch.autograd.grad((h, last), [leaves[name] for name in trained], (g, adjoint))
+    arriving = [torch.zeros_like(last) for last in lasts]
+    for sent in (grad_last, through):
+        if sent is not None:
+            arriving = [sum_ + part for sum_, part in zip(arriving, sent[None].chunk(parts, dim=-1), strict=True)]
+    gradients = torch.autograd.grad((h, *lasts), [leaves[name] for name in trained], (g, *arriving))
     return dict(zip(trained, gradients, strict=True))
 
 

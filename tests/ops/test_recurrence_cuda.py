@@ -396,7 +396,7 @@ def test_refresh_counts_and_waits_for_nothing():
         return torch.autograd.grad(layer(x)[1].sum(), layer.weight_hh_l0)[0]
 
     gradient()
-    kept = layer.refreshed.kept.clone()
+    kept = layer.refreshed[0].kept.clone()
     with torch.no_grad():
         layer.weight_hh_l0.mul_(0.5)
     torch.cuda.set_sync_debug_mode("error")
@@ -405,9 +405,9 @@ def test_refresh_counts_and_waits_for_nothing():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     gradient()
-    assert torch.equal(layer.refreshed.kept, kept)
+    assert torch.equal(layer.refreshed[0].kept, kept)
     gradient()
-    assert not torch.equal(layer.refreshed.kept, kept)
+    assert not torch.equal(layer.refreshed[0].kept, kept)
 
 
 ON_THE_SECOND_DEVICE = """

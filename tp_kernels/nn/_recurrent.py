@@ -1,27 +1,53 @@
 """What the drop-ins for ``torch.nn``'s recurrent layers share: all but the cell and what is peculiar to it."""
 
-import math
+import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn import functional
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from tp_kernels import _validate
 from tp_kernels._library import autocast_enabled
 from tp_kernels.ops.recurrence.cell import Cell
 from tp_kernels.ops.recurrence.feedback import RefreshedFeedback
 from tp_kernels.ops.recurrence.op import recurrent_layer
-from tp_kernels.ops.recurrence.state import hand_on, relay_of
+from tp_kernels.ops.recurrence.state import hand_on, relays_of
 from tp_kernels.rules import Rule, resolve, uses_inverse
 
+Relays = tuple[Tensor | None, ...] | None
+"""Of a module's state: one for each layer and direction."""
 
-class Recurrent(nn.Module):
-    """One layer, one direction, with the parameters, names and initialization of its ``torch.nn`` counterpart, and the
-    options of this library. What is its own: ``_NAME`` and ``_cell``.
+
+def _ordered(tensors: Relays, order: Tensor | None) -> Relays:
+    """First or last states, or their relays, the sequences in that order."""
+    if tensors is None or order is None:
+        return tensors
+    return tuple(None if tensor is None else tensor.index_select(1, order) for tensor in tensors)
+
+
+def _one_step_earlier(reset: Tensor, batch_sizes: Tensor | None) -> Tensor:
+    """Where a state that is read backwards starts anew: no state passes from a step to the one before either, where
+    none does from the one before to the step.
+    """
+    if batch_sizes is None:
+        return torch.cat((reset[1:], torch.zeros_like(reset[:1])))
+    padded, lengths = pad_packed_sequence(PackedSequence(reset, batch_sizes))
+    return pack_padded_sequence(_one_step_earlier(padded, None), lengths).data
+
+
+class Recurrent(nn.RNNBase):
+    """Layers of one cell, with the parameters, names and initialization of their ``torch.nn`` counterpart, and the
+    options of this library. What is a subclass's own: ``_NAME``, ``_MODE`` and ``_cell``.
+
+    Each layer and direction is a recurrence of its own, with displacements in its own time: from one layer down to the
+    one below goes the gradient in its input, ``Uᵀ δ``, which that layer takes for the gradient in its states.
     """
 
     _NAME = ""  # in errors
+    _MODE = ""  # what torch.nn calls the cell
     _cell: Cell
     displacements = "auto"
 
@@ -44,35 +70,35 @@ class Recurrent(nn.Module):
         refresh: int,
         backend: str,
     ) -> None:
-        super().__init__()
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
             _validate.count(self._NAME, name, size)
-        for name, value in (("bias", bias), ("batch_first", batch_first), ("bidirectional", bidirectional)):
+        for name, value in (("bias", bias), ("batch_first", batch_first)):
             if not isinstance(value, bool):
                 raise TypeError(f"{self._NAME}: {name} must be a bool, got {type(value).__name__}")
-        if num_layers > 1:
-            raise self._not_implemented(f"num_layers={num_layers}")
-        if bidirectional:
-            raise self._not_implemented("bidirectional=True")
-        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+        if bidirectional not in (False, True):
+            raise TypeError(f"{self._NAME}: bidirectional must be a bool, got {type(bidirectional).__name__}")
+        if isinstance(dropout, bool) or not isinstance(dropout, numbers.Real) or not 0 <= dropout <= 1:
             raise ValueError(f"{self._NAME}: dropout must be a number in [0, 1], got {dropout!r}")
         _validate.checkpoint_every(self._NAME, checkpoint_every)
         if not isinstance(return_sequence, bool):
             raise TypeError(f"{self._NAME}: return_sequence must be a bool, got {type(return_sequence).__name__}")
         _validate.backend(self._NAME, backend)
-        self.input_size = input_size
-        self.hidden_size = hidden_size
-        self.num_layers = num_layers
-        self.bias = bias
-        self.batch_first = batch_first
-        self.dropout = float(dropout)
-        self.bidirectional = bidirectional
+        super().__init__(
+            self._MODE,
+            int(input_size),
+            int(hidden_size),
+            int(num_layers),
+            bias=bias,
+            batch_first=batch_first,
+            dropout=float(dropout),
+            bidirectional=bool(bidirectional),
+            device=device,
+            dtype=dtype,
+        )
         self.rule = rule
         self.checkpoint_every = checkpoint_every
         self.return_sequence = return_sequence
         self.backend = backend
-        for name, shape in Recurrent._shapes(self).items():  # what a subclass adds comes after these
-            setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         if feedback is not None:  # register_buffer has an error of its own
             _validate.floating_tensor(self._NAME, "feedback", feedback)
         self.register_buffer("feedback", feedback, persistent=False)
@@ -99,12 +125,20 @@ class Recurrent(nn.Module):
     @property
     def refresh(self) -> int:
         """At every how many training passes P is computed anew."""
-        return 1 if self.refreshed is None else self.refreshed.refresh
+        return 1 if self.refreshed is None else self.refreshed[0].refresh
 
     @refresh.setter
     def refresh(self, refresh: int) -> None:
         _validate.count(self._NAME, "refresh", refresh)
-        self.refreshed = RefreshedFeedback(self._inverted(self.weight_hh_l0), refresh) if refresh > 1 else None
+        self.refreshed = None  # or one for each layer and direction
+        if refresh > 1:
+            weights = (getattr(self, names[1]) for names in self._all_weights)
+            self.refreshed = nn.ModuleList(RefreshedFeedback(self._inverted(weight), refresh) for weight in weights)
+
+    def _forget(self) -> None:
+        """Every P that ``refresh`` keeps, if any."""
+        for refreshed in getattr(self, "refreshed", None) or ():
+            refreshed.forget()
 
     def _inverted(self, weight: Tensor) -> Tensor:
         """The blocks of the recurrent weight whose P the rule needs."""
@@ -112,133 +146,291 @@ class Recurrent(nn.Module):
 
     def reset_parameters(self) -> None:
         """Uniform on ±1/√N, as in ``torch.nn``."""
-        bound = 1 / math.sqrt(self.hidden_size)
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
-        if getattr(self, "refreshed", None) is not None:
-            self.refreshed.forget()
+        super().reset_parameters()
+        self._forget()
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
         super()._load_from_state_dict(*arguments, **options)
-        if self.refreshed is not None:  # its P is of the weight that was
-            self.refreshed.forget()
+        self._forget()  # what is kept is of the weights that were
+
+    def _init_flat_weights(self) -> None:
+        super()._init_flat_weights()
+        # Of a parametrized weight the value: a part of a graph could not be copied.
+        self._flat_weights = [
+            weight if weight is None or weight.is_leaf else weight.detach() for weight in self._flat_weights
+        ]
 
     def flatten_parameters(self) -> None:
         """Nothing to do: the kernels take the parameters as they are. Here for code written for ``torch.nn``."""
 
-    @property
-    def all_weights(self) -> list[list[nn.Parameter]]:
-        return [list(self.parameters())]
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
-        if isinstance(input, PackedSequence):
-            raise self._not_implemented("a PackedSequence as input")
-        parameters = {name: getattr(self, name) for name in self._shapes()}  # each once: it may be parametrized
-        if isinstance(input, Tensor) and autocast_enabled(input.device.type):
-            input, hx = self._in_own_dtype(input, parameters), self._in_own_dtype(hx, parameters)
-        self._check_parameters(parameters)
-        self._check_input(input, hx, parameters["weight_ih_l0"])
-        relay = relay_of(hx, self._NAME, self.rule.carries)
-        batched = input.dim() == 3
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence | None, Tensor | tuple[Tensor, Tensor]]:
+        packed = isinstance(input, PackedSequence)
+        x = input.data if packed else input
+        weights = self.all_weights  # each once: it may be parametrized
+        starts = self._parts(hx)
+        if isinstance(x, Tensor) and autocast_enabled(x.device.type):
+            x = self._in_own_dtype(x, weights)
+            starts = tuple(self._in_own_dtype(start, weights) for start in starts)
+        self._check_parameters(weights)
+        self._check_input(x, starts, input.batch_sizes if packed else None, weights[0][0])
+        if lengths is not None or reset is not None:
+            lengths = self._check_time(x, packed, lengths, reset)
+        relays = relays_of(starts, self._NAME, self.rule.carries)
+        batched, time = packed or x.dim() == 3, 1 if self.batch_first else 0
         if not batched:
-            input, hx = input.unsqueeze(0 if self.batch_first else 1), None if hx is None else hx.unsqueeze(1)
-        h, last, relay = self._states(input, hx, relay, parameters)
+            x, starts = x.unsqueeze(1 - time), tuple(start.unsqueeze(1) for start in starts)
+            reset = None if reset is None else reset.unsqueeze(1 - time)
+        if packed:
+            h, lasts, relays = self._packed(PackedSequence(x, *input[1:]), starts, relays, weights, reset)
+        elif lengths is not None:
+            sequence, reset = (
+                None if each is None else pack_padded_sequence(each, lengths, self.batch_first, enforce_sorted=False)
+                for each in (x, reset)
+            )
+            reset = None if reset is None else reset.data
+            h, lasts, relays = self._packed(sequence, starts, relays, weights, reset)
+            if h is not None:
+                h, _ = pad_packed_sequence(h, self.batch_first, total_length=x.shape[time])
+        else:
+            if reset is not None and self.batch_first:
+                reset = reset.transpose(0, 1)
+            h, lasts, relays = self._stack(x, starts, relays, weights, batch_first=self.batch_first, reset=reset)
         if not batched:
-            h, last = None if h is None else h.squeeze(0 if self.batch_first else 1), last.squeeze(1)
-        return h, hand_on(last, relay)
+            h, lasts = None if h is None else h.squeeze(1 - time), tuple(last.squeeze(1) for last in lasts)
+        lasts = tuple(hand_on(last, relays) for last in lasts)
+        return h, lasts if len(lasts) > 1 else lasts[0]
 
-    def _states(
-        self, x: Tensor, start: Tensor | None, relay: Tensor | None, parameters: dict[str, Tensor]
-    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """The layer itself, on x: [T, B, M] or [B, T, M], and a first state, [1, B, N], with its relay: all states, the
-        last one and its relay.
+    def _parts(self, hx: Tensor | None) -> tuple[Tensor, ...]:
+        """The parts of a first state; none where it is zero."""
+        return () if hx is None else (hx,)
+
+    def _packed(
+        self,
+        sequence: PackedSequence,
+        starts: tuple[Tensor, ...],
+        relays: Relays,
+        weights: list[list[Tensor]],
+        reset: Tensor | None,
+    ) -> tuple[PackedSequence | None, tuple[Tensor, ...], Relays]:
+        """``_stack`` on packed sequences, and first states in the order that these had before they were sorted."""
+        x, batch_sizes, order, back = sequence
+        starts = starts or tuple(
+            x.new_zeros(len(weights), int(batch_sizes[0]), self.hidden_size) for _ in range(self._cell.states)
+        )
+        h, lasts, relays = self._stack(
+            x,
+            _ordered(starts, order),
+            _ordered(relays, order),
+            weights,
+            batch_first=False,
+            batch_sizes=batch_sizes,
+            reset=reset,
+        )
+        h = None if h is None else PackedSequence(h, batch_sizes, order, back)
+        return h, _ordered(lasts, back), _ordered(relays, back)
+
+    def _stack(
+        self,
+        x: Tensor,
+        starts: tuple[Tensor, ...],
+        relays: Relays,
+        weights: list[list[Tensor]],
+        *,
+        batch_first: bool,
+        batch_sizes: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor | None, tuple[Tensor, ...], Relays]:
+        """All layers and directions.
+
+        Args:
+            x: [T, B, M], [B, T, M] or, packed, [P, M].
+            starts, relays: the parts of the first states, [L D, B, N], none for zero, and their relays.
+            batch_first: whether x and h are [B, T, ·].
+            batch_sizes, reset: as in ``recurrent_layer``.
+
+        Returns:
+            h of the last layer, the parts of the last states of all, [L D, B, N], and their relays.
         """
         _validate.numbers_of_rule(self._NAME, self.rule, self._cell, x.dtype)
-        weight = parameters["weight_hh_l0"]
-        h, (last,), relay = recurrent_layer(
+        count, directions = len(weights), 2 if self.bidirectional else 1
+        parts = [starts] if count == 1 else [start.split(1) for start in starts]
+        parts = parts if count == 1 else list(zip(*parts, strict=True)) or [()] * count
+        resets = reset, reset
+        if reset is not None and directions == 2:
+            resets = reset, _one_step_earlier(reset, batch_sizes)
+        lasts, sent = [], []
+        if batch_first and count > directions:  # in order of time, as in torch.nn: one seed drops the same numbers
+            x = x.transpose(0, 1)
+        for first in range(0, count, directions):
+            ends = first + directions == count
+            if batch_first and ends and first > 0:
+                x = x.transpose(0, 1)
+            outputs = []
+            for direction in range(directions):
+                index = first + direction
+                h, last, relay = self._layer(
+                    index,
+                    x,
+                    parts[index],
+                    None if relays is None else relays[index],
+                    weights[index],
+                    batch_first=batch_first and ends,
+                    batch_sizes=batch_sizes,
+                    reset=resets[direction],
+                    reverse=direction == 1,
+                    return_sequence=self.return_sequence or not ends,
+                )
+                outputs.append(h)
+                lasts.append(last)
+                sent.append(relay)
+            x = outputs[0] if directions == 1 or outputs[0] is None else torch.cat(outputs, -1)
+            if self.dropout and not ends:
+                x = functional.dropout(x, self.dropout, self.training)
+        lasts = lasts[0] if count == 1 else tuple(torch.cat(part) for part in zip(*lasts, strict=True))
+        return x, lasts, tuple(sent)
+
+    def _layer(
+        self,
+        index: int,
+        x: Tensor,
+        starts: tuple[Tensor, ...],
+        relay: Tensor | None,
+        weights: list[Tensor],
+        **options: Any,
+    ) -> tuple[Tensor | None, tuple[Tensor, ...], Tensor | None]:
+        """One layer in one direction, the one of this index in ``hx``: h, the parts of the last state and its relay."""
+        weight_ih, weight_hh, *biases = weights
+        bias_ih, bias_hh = biases or (None, None)
+        return recurrent_layer(
             self._cell.name,
             x,
-            weight,
-            start,
-            weight_ih=parameters["weight_ih_l0"],
-            bias_ih=parameters.get("bias_ih_l0"),
-            bias_hh=parameters.get("bias_hh_l0"),
-            feedback=self._feedback(weight),
+            weight_hh,
+            *(starts or (None,)),
+            weight_ih=weight_ih,
+            bias_ih=bias_ih,
+            bias_hh=bias_hh,
+            feedback=self._feedback(index, weight_hh),
             relay=relay,
             rule=self.rule,
-            batch_first=self.batch_first,
             checkpoint_every=self.checkpoint_every,
-            return_sequence=self.return_sequence,
             displacements=self.displacements,
             backend=self.backend,
+            **options,
         )
-        return h, last, relay
 
-    def _feedback(self, weight: Tensor) -> Tensor | None:
+    def _feedback(self, index: int, weight: Tensor) -> Tensor | None:
         """The matrix to take in place of P; ``None``: P of the weight as it is."""
-        if self.feedback is None and self.refreshed is not None and torch.is_grad_enabled() and uses_inverse(self.rule):
-            return self.refreshed(self._inverted(weight), self.rule, self.backend)
-        return self.feedback
+        if self.feedback is not None:
+            return self.feedback if len(self._all_weights) == 1 else self.feedback[index]
+        if self.refreshed is not None and torch.is_grad_enabled() and uses_inverse(self.rule):
+            return self.refreshed[index](self._inverted(weight), self.rule, self.backend)
+        return None
 
     def _not_implemented(self, what: str) -> NotImplementedError:
         return NotImplementedError(f"{self._NAME}: {what} is not implemented yet")
 
-    def _in_own_dtype(self, value: object, parameters: dict[str, Tensor]) -> object:
+    def _in_own_dtype(self, value: object, weights: list[list[Tensor]]) -> object:
         """A floating-point tensor in the dtype of the parameters, whatever that of the layer before; the rest as is."""
         floating = isinstance(value, Tensor) and value.is_floating_point()
-        return value.to(parameters["weight_ih_l0"].dtype) if floating else value
+        return value.to(weights[0][0].dtype) if floating else value
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every parameter, by name."""
-        M, N, rows = self.input_size, self.hidden_size, self._cell.gates * self.hidden_size
-        biases = {"bias_ih_l0": (rows,), "bias_hh_l0": (rows,)} if self.bias else {}
-        return {"weight_ih_l0": (rows, M), "weight_hh_l0": (rows, N)} | biases
-
-    def _check_parameters(self, parameters: dict[str, Tensor]) -> None:
+    def _check_parameters(self, weights: list[list[Tensor]]) -> None:
         """Parameters can be put in from outside; the kernels read them by their address."""
-        for name, shape in self._shapes().items():
-            parameter = parameters[name]
-            if parameter.shape != shape:
-                raise ValueError(f"{self._NAME}: {name} must have shape {shape}, got {tuple(parameter.shape)}")
-            _validate.same_kind(self._NAME, name, parameter, "weight_ih_l0", parameters["weight_ih_l0"])
-        self._check_feedback(parameters["weight_hh_l0"])
+        N, rows = self.hidden_size, self._cell.gates * self.hidden_size
+        directions = 2 if self.bidirectional else 1
+        for index, (names, parameters) in enumerate(zip(self._all_weights, weights, strict=True)):
+            width = self.input_size if index < directions else N * directions
+            shapes = ((rows, width), (rows, N), (rows,), (rows,))
+            for name, parameter, shape in zip(names, parameters, shapes, strict=False):  # there may be no biases
+                if parameter.shape != shape:
+                    raise ValueError(f"{self._NAME}: {name} must have shape {shape}, got {tuple(parameter.shape)}")
+                _validate.same_kind(self._NAME, name, parameter, "weight_ih_l0", weights[0][0])
+        self._check_feedback(weights[0][1])
 
     def _check_feedback(self, weight: Tensor) -> None:
-        if self.feedback is not None:
-            what = "weight_hh_l0" if self._cell.gates == 1 else "the blocks of weight_hh_l0 it replaces P of"
-            _validate.feedback(self._NAME, self.feedback, self._inverted(weight), what, self.rule)
+        if self.feedback is None:
+            return
+        inverted, count = self._inverted(weight), len(self._all_weights)
+        what = "weight_hh_l0" if self._cell.gates == 1 else "the blocks of weight_hh_l0 it replaces P of"
+        if count > 1:
+            inverted, what = inverted.expand(count, *inverted.shape), f"{what}, {count} times"
+        _validate.feedback(self._NAME, self.feedback, inverted, what, self.rule)
 
-    def _check_input(self, input: Tensor, hx: Tensor | None, weight: Tensor) -> None:
+    def _check_input(
+        self, input: Tensor, starts: tuple[Tensor, ...], batch_sizes: Tensor | None, weight: Tensor
+    ) -> None:
         _validate.floating_tensor(self._NAME, "input", input)
-        letters = "[B, T, M]" if self.batch_first else "[T, B, M]"
-        if input.dim() not in (2, 3):
+        letters, expected_dims = ("[B, T, M]" if self.batch_first else "[T, B, M]"), (2, 3)
+        if batch_sizes is not None:
+            letters, expected_dims = "[P, M] where it is packed,", (2,)
+        elif input.dim() == 2:
+            letters = "[T, M]"
+        if input.dim() not in expected_dims:
             raise ValueError(f"{self._NAME}: input must have shape {letters} or [T, M], got {tuple(input.shape)}")
         if input.shape[-1] != self.input_size:
-            letters = letters if input.dim() == 3 else "[T, M]"
-            raise ValueError(
+            raise _validate.ShapeError(
                 f"{self._NAME}: input must have shape {letters} with M = {self.input_size}, got {tuple(input.shape)}"
             )
-        if input.shape[1 if self.batch_first and input.dim() == 3 else 0] == 0:
-            raise ValueError(f"{self._NAME}: input must have at least one time step (T >= 1), got {tuple(input.shape)}")
+        if batch_sizes is not None:
+            _validate.batch_sizes(self._NAME, batch_sizes, len(input))
+        elif input.shape[1 if self.batch_first and input.dim() == 3 else 0] == 0:
+            raise _validate.ShapeError(
+                f"{self._NAME}: input must have at least one time step (T >= 1), got {tuple(input.shape)}"
+            )
         _validate.same_kind(self._NAME, "input", input, "weight_ih_l0", weight)
-        if hx is None:
+        if not starts:
             return
-        _validate.floating_tensor(self._NAME, "hx", hx)
-        if input.dim() == 2:
-            letters, expected = "[1, N]", [1, self.hidden_size]
+        count = len(self._all_weights)
+        if batch_sizes is None and input.dim() == 2:
+            letters, expected = f"[{count}, N]", [count, self.hidden_size]
         else:
-            letters, expected = "[1, B, N]", [1, input.shape[0 if self.batch_first else 1], self.hidden_size]
-        if list(hx.shape) != expected:
-            raise ValueError(f"{self._NAME}: hx must have shape {letters} = {expected}, got {tuple(hx.shape)}")
-        _validate.same_kind(self._NAME, "hx", hx, "input", input)
+            B = int(batch_sizes[0]) if batch_sizes is not None else input.shape[0 if self.batch_first else 1]
+            letters, expected = f"[{count}, B, N]", [count, B, self.hidden_size]
+        for index, start in enumerate(starts):
+            name = "hx" if len(starts) == 1 else f"hx[{index}]"
+            _validate.floating_tensor(self._NAME, name, start)
+            if list(start.shape) != expected:
+                raise _validate.ShapeError(
+                    f"{self._NAME}: {name} must have shape {letters} = {expected}, got {tuple(start.shape)}"
+                )
+            _validate.same_kind(self._NAME, name, start, "input", input)
+
+    def _check_time(
+        self, input: Tensor, packed: bool, lengths: Tensor | Sequence[int] | None, reset: Tensor | None
+    ) -> Tensor | None:
+        """The lengths as a tensor, on the CPU."""
+        if lengths is not None:
+            if packed:
+                raise ValueError(f"{self._NAME}: lengths must be None with a PackedSequence, which has its own")
+            if input.dim() == 2:
+                raise ValueError(f"{self._NAME}: lengths must be None without a batch, with input of shape [T, M]")
+            B, T = input.shape[:2] if self.batch_first else input.shape[1::-1]
+            lengths = _validate.lengths(self._NAME, lengths, T, B)
+        if reset is not None:
+            letters = "[P]" if packed else "[T]" if input.dim() == 2 else "[B, T]" if self.batch_first else "[T, B]"
+            _validate.reset(self._NAME, reset, letters, list(input.shape[:-1]), input.device)
+        return lengths
 
     def extra_repr(self) -> str:
         """What is not as by default."""
         words = [f"{self.input_size}, {self.hidden_size}", *self._own_options()]
+        if self.num_layers > 1:
+            words.append(f"num_layers={self.num_layers}")
         if not self.bias:
             words.append("bias=False")
         if self.batch_first:
             words.append("batch_first=True")
+        if self.dropout:
+            words.append(f"dropout={self.dropout}")
+        if self.bidirectional:
+            words.append("bidirectional=True")
         words.append(f"rule={self.rule!r}")
         if self.checkpoint_every is not None:
             words.append(f"checkpoint_every={self.checkpoint_every}")

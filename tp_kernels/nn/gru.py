@@ -17,24 +17,38 @@ class GRU(Recurrent):
 
     Args:
         input_size, hidden_size: M and N.
-        num_layers: 1; more is not implemented yet.
-        bias: whether there are ``bias_ih_l0`` and ``bias_hh_l0``.
+        num_layers: L; each layer reads the states of the one before.
+        bias: whether there are ``bias_ih_l0``, ``bias_hh_l0`` and so on.
         batch_first: inputs and outputs are [B, T, ·] instead of [T, B, ·].
-        dropout: 0; ``torch.nn.GRU`` applies it between layers, so with one layer it has no effect there either.
-        bidirectional: ``False``; ``True`` is not implemented yet.
+        dropout: the share of a layer's outputs that the next one does not see in training. With one layer of no use.
+        bidirectional: whether there are two directions, D = 2; the outputs of both lie side by side.
         device, dtype: of the parameters.
         rule: what backward computes: ``TargetProp(...)``, ``BackProp()``; ``None`` is ``TargetProp()``. Which inverse
             does what, ``tp_kernels.gru`` says.
         checkpoint_every, return_sequence: as in ``tp_kernels.nn.RNN``.
         refresh: as there; only the blocks of the weight that the rule inverts count as moved.
         feedback: fixed matrices in place of the rule's inverse, as in ``tp_kernels.gru``: [N, N] for
-            ``inverse="weight"``, [3, N, N] for "layer". A buffer that is not in ``state_dict``. ``None`` is P.
+            ``inverse="weight"``, [3, N, N] for "layer"; of several layers or directions [L D, …], one for each. A
+            buffer that is not in ``state_dict``. ``None`` is P.
         backend: of the recurrence, as in ``tp_kernels.gru``.
 
     Shape:
-        Input ``[T, B, M]`` (``[B, T, M]`` with ``batch_first``) or unbatched ``[T, M]``; ``hx``: ``[1, B, N]`` or
-        ``[1, N]``, zero where it is left out. Output: all states ``[T, B, N]``, ``[B, T, N]`` or ``[T, N]``, and the
-        last one ``[1, B, N]`` or ``[1, N]``.
+        Input ``[T, B, M]`` (``[B, T, M]`` with ``batch_first``) or unbatched ``[T, M]``; ``hx``: ``[L D, B, N]`` or
+        ``[L D, N]``, zero where it is left out. Output: all states of the last layer ``[T, B, D N]``, ``[B, T, D N]``
+        or ``[T, D N]``, and the last ones of every layer and direction ``[L D, B, N]`` or ``[L D, N]``.
+
+    Each layer and direction has targets of its own, which go back in its own time. From a layer to the one below goes
+    the gradient in its input; that layer takes it for the gradient in its states.
+
+    Call:
+        ``layer(input, hx=None, *, lengths=None, reset=None)``. ``input`` may be a ``PackedSequence``: so is the output
+        then, and ``hx`` and the last states are in the order that the sequences had before they were sorted.
+
+        lengths: [B], ints, a list or a tensor: of padded sequences. The output is zero beyond them, last states are
+            those of each sequence's own end, and a second direction begins there.
+        reset: bool, [T, B] ([B, T] with ``batch_first``, [T] unbatched, [P] in the order of a ``PackedSequence``):
+            where another sequence begins. No state passes from the step before to that one, in no direction, and
+            nothing goes back.
 
     The last state, handed to the next call as it is, makes the gradients of both calls those of one. Changed in
     between, it is a new tensor, through which no displacement goes back: a ``UserWarning`` says so.
@@ -48,7 +62,6 @@ class GRU(Recurrent):
 
     Raises:
         TypeError, ValueError: an argument of another kind, shape or value than stated.
-        NotImplementedError: several layers, two directions, packed sequences.
 
     Example:
         >>> import torch, tp_kernels as tp
@@ -59,6 +72,7 @@ class GRU(Recurrent):
     """
 
     _NAME = "nn.GRU"
+    _MODE = "GRU"
     _cell = CELL
 
     def __init__(
@@ -97,4 +111,3 @@ class GRU(Recurrent):
             refresh=refresh,
             backend=backend,
         )
-        self.reset_parameters()

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import PackedSequence
 
 from tp_kernels import _validate
 from tp_kernels._autograd import first_derivatives_only
@@ -14,6 +15,7 @@ from tp_kernels.ops.rnn.cell import ACTIVATIONS
 from tp_kernels.rules import BackProp, Rule, Sweep
 
 _UPDATES = ("local", "total")
+_INVERSE = ("inverse_ih_l0", "inverse_hh_l0", "inverse_bias_l0")
 
 
 class LearnedInverse(RNN):
@@ -97,6 +99,10 @@ class LearnedInverse(RNN):
             dtype=dtype,
             backend=backend,
         )
+        if self.num_layers > 1:
+            raise self._not_implemented(f"num_layers={num_layers}")
+        if self.bidirectional:
+            raise self._not_implemented("bidirectional=True")
         _validate.word(self._NAME, "update", update, _UPDATES)
         for name, value, least in (("step", step, "positive"), ("noise", noise, "at least 0")):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -132,14 +138,30 @@ class LearnedInverse(RNN):
         inverse = [self.inverse_ih_l0, self.inverse_hh_l0, self.inverse_bias_l0]
         return ACTIVATIONS[self.nonlinearity](_before_activation(h, x, inverse))
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        M, N = self.input_size, self.hidden_size
-        bias = {"inverse_bias_l0": (N,)} if self.bias else {}
-        return super()._shapes() | {"inverse_ih_l0": (N, M), "inverse_hh_l0": (N, N)} | bias
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if isinstance(input, PackedSequence):
+            raise self._not_implemented("a PackedSequence as input")
+        return super().forward(input, hx)
 
-    def _states(
-        self, x: Tensor, start: Tensor | None, relay: Tensor | None, parameters: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor, None]:
+    def _layer(
+        self,
+        index: int,
+        x: Tensor,
+        starts: tuple[Tensor, ...],
+        relay: Tensor | None,
+        weights: list[Tensor],
+        **options: Any,
+    ) -> tuple[Tensor, tuple[Tensor], None]:
+        M, N = self.input_size, self.hidden_size
+        inverse = [getattr(self, name) for name in _INVERSE]
+        for name, parameter, shape in zip(_INVERSE, inverse, ((N, M), (N, N), (N,)), strict=True):
+            if parameter is None and name == "inverse_bias_l0":
+                continue
+            if parameter.shape != shape:
+                raise ValueError(f"{self._NAME}: {name} must have shape {shape}, got {tuple(parameter.shape)}")
+            _validate.same_kind(self._NAME, name, parameter, "weight_ih_l0", weights[0])
+        weight_ih, weight_hh, *biases = weights
+        bias_ih, bias_hh = biases or (None, None)
         rule = LearnedRule(
             cell=self._cell.name,
             nonlinearity=self.nonlinearity,
@@ -151,17 +173,15 @@ class LearnedInverse(RNN):
         )
         h, last = LearnedInverseFunction.apply(
             x,
-            parameters["weight_ih_l0"],
-            parameters.get("bias_ih_l0"),
-            parameters["weight_hh_l0"],
-            parameters.get("bias_hh_l0"),
-            start,
-            parameters["inverse_ih_l0"],
-            parameters["inverse_hh_l0"],
-            parameters.get("inverse_bias_l0"),
+            weight_ih,
+            bias_ih,
+            weight_hh,
+            bias_hh,
+            starts[0] if starts else None,
+            *inverse,
             rule,
         )
-        return h, last, None
+        return h, (last,), None
 
     def extra_repr(self) -> str:
         words = f"update={self.update!r}, step={self.step}, noise={self.noise}"

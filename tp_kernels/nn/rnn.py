@@ -18,20 +18,21 @@ class RNN(Recurrent):
 
     Args:
         input_size, hidden_size: M and N.
-        num_layers: 1; more is not implemented yet.
+        num_layers: L; each layer reads the states of the one before.
         nonlinearity: "tanh", "relu" or "identity".
-        bias: whether there are ``bias_ih_l0`` and ``bias_hh_l0``.
+        bias: whether there are ``bias_ih_l0``, ``bias_hh_l0`` and so on.
         batch_first: inputs and outputs are [B, T, ·] instead of [T, B, ·].
-        dropout: 0; ``torch.nn.RNN`` applies it between layers, so with one layer it has no effect there either.
-        bidirectional: ``False``; ``True`` is not implemented yet.
+        dropout: the share of a layer's outputs that the next one does not see in training. With one layer of no use.
+        bidirectional: whether there are two directions, D = 2; the outputs of both lie side by side.
         device, dtype: of the parameters.
         rule: what backward computes: ``TargetProp(...)``, ``BackProp()``; ``None`` is ``TargetProp()``.
         checkpoint_every: k >= 1: keep every k-th state for backward and compute the others again, k steps at a time,
             input projection included. ``None`` keeps all states.
         return_sequence: with ``False`` the first output is ``None``, and with ``checkpoint_every`` no array of
             T states exists at any time: memory grows with T/k + k.
-        feedback: [N, N], a fixed matrix in place of the rule's inverse P, as a control of what P itself contributes. A
-            buffer that is not in ``state_dict``. ``None`` is P.
+        feedback: [N, N], a fixed matrix in place of the rule's inverse P, as a control of what P itself contributes;
+            [L D, N, N] with several layers or directions, one for each. A buffer that is not in ``state_dict``.
+            ``None`` is P.
         refresh: k >= 1: compute P at every k-th training pass only, and on the CPU whenever the weight has moved by a
             tenth (Frobenius norm) since; in between the last P serves. On a GPU only passes are counted: to see how far
             the weight is would be to wait for it. 1, the default, is exact. Worth it where P is a large share of a
@@ -41,9 +42,22 @@ class RNN(Recurrent):
         backend: of the recurrence, as in ``tp_kernels.rnn``.
 
     Shape:
-        Input ``[T, B, M]`` (``[B, T, M]`` with ``batch_first``) or unbatched ``[T, M]``; ``hx``: ``[1, B, N]`` or
-        ``[1, N]``, zero where it is left out. Output: all states ``[T, B, N]``, ``[B, T, N]`` or ``[T, N]``, and the
-        last one ``[1, B, N]`` or ``[1, N]``.
+        Input ``[T, B, M]`` (``[B, T, M]`` with ``batch_first``) or unbatched ``[T, M]``; ``hx``: ``[L D, B, N]`` or
+        ``[L D, N]``, zero where it is left out. Output: all states of the last layer ``[T, B, D N]``, ``[B, T, D N]``
+        or ``[T, D N]``, and the last ones of every layer and direction ``[L D, B, N]`` or ``[L D, N]``.
+
+    Each layer and direction has targets of its own, which go back in its own time. From a layer to the one below goes
+    the gradient in its input; that layer takes it for the gradient in its states.
+
+    Call:
+        ``layer(input, hx=None, *, lengths=None, reset=None)``. ``input`` may be a ``PackedSequence``: so is the output
+        then, and ``hx`` and the last states are in the order that the sequences had before they were sorted.
+
+        lengths: [B], ints, a list or a tensor: of padded sequences. The output is zero beyond them, last states are
+            those of each sequence's own end, and a second direction begins there.
+        reset: bool, [T, B] ([B, T] with ``batch_first``, [T] unbatched, [P] in the order of a ``PackedSequence``):
+            where another sequence begins. No state passes from the step before to that one, in no direction, and
+            nothing goes back.
 
     The last state, handed to the next call as it is, makes the gradients of both calls those of one. Changed in
     between, it is a new tensor, through which no displacement goes back: a ``UserWarning`` says so.
@@ -57,7 +71,6 @@ class RNN(Recurrent):
 
     Raises:
         TypeError, ValueError: an argument of another kind, shape or value than stated.
-        NotImplementedError: several layers, two directions, packed sequences.
 
     Example:
         >>> import torch, tp_kernels as tp
@@ -68,6 +81,7 @@ class RNN(Recurrent):
     """
 
     _NAME = "nn.RNN"
+    _MODE = "RNN_TANH"
     nonlinearity = "tanh"
 
     def __init__(
@@ -110,20 +124,22 @@ class RNN(Recurrent):
             backend=backend,
         )
         self.nonlinearity = nonlinearity
+        self.mode = f"RNN_{nonlinearity.upper()}"
         self.displacements = displacements
         self._check_displacements()
-        self.reset_parameters()
 
     @property
     def _cell(self) -> Cell:
         return CELLS[f"rnn_{self.nonlinearity}"]
 
-    def _check_parameters(self, parameters: dict[str, Tensor]) -> None:
-        super()._check_parameters(parameters)
+    def _check_parameters(self, weights: list[list[Tensor]]) -> None:
+        super()._check_parameters(weights)
         self._check_displacements()
 
     def _check_displacements(self) -> None:
         _validate.displacements(self._NAME, self.displacements, self.rule, self.checkpoint_every)
+        if self.displacements == "parallel" and self.bidirectional:
+            raise ValueError(f"{self._NAME}: displacements must be 'auto' or 'sweep' with bidirectional=True")
 
     def _own_options(self) -> list[str]:
         return [f"nonlinearity={self.nonlinearity!r}"] if self.nonlinearity != "tanh" else []

@@ -19,13 +19,16 @@ _FAR = 12
 """How many autograd nodes to search for a layer of this library."""
 
 
+Relay = Tensor | tuple[Tensor | None, ...]
+
+
 class _Brought(NamedTuple):
-    """What a state brings along: its relay (``None`` from a rule that sends no displacements), and a mark of what is in
-    the state: its version, or a copy under torch.compile, which has no versions. It is of this graph, so copies and
-    files of a state go without.
+    """What a state brings along: its relay (``None`` from a rule that sends no displacements), of a module's state one
+    for each layer and direction; and a mark of what is in the state: its version, or a copy under torch.compile, which
+    has no versions. It is of this graph, so copies and files of a state go without.
     """
 
-    relay: Tensor | None
+    relay: Relay | None
     mark: int | Tensor
 
     def __deepcopy__(self, memo: dict) -> None:
@@ -40,7 +43,7 @@ def new_relay(state: Tensor) -> Tensor:
     return torch.empty_strided((2, *state.shape), (0,) * (state.dim() + 1), dtype=state.dtype, device=state.device)
 
 
-def hand_on(state: Tensor, relay: Tensor | None) -> Tensor:
+def hand_on(state: Tensor, relay: Relay | None) -> Tensor:
     """Attaches the relay and the mark to a last state."""
     if torch.compiler.is_compiling():
         if relay is None:
@@ -52,12 +55,13 @@ def hand_on(state: Tensor, relay: Tensor | None) -> Tensor:
     return state
 
 
-def relay_of(state: Tensor | None, op: str, carries: bool) -> Tensor | None:
+def relay_of(state: Tensor | None, op: str, carries: bool, *, several: bool = False) -> Relay | None:
     """The relay of a state as it came; ``None`` for any other.
 
     Args:
         op: for messages to name.
         carries: whether the rule sends displacements.
+        several: whether the state is a module's, with a relay for each layer and direction.
 
     Warns:
         UserWarning: no displacement can go back through a state that comes from a layer of this library.
@@ -69,11 +73,12 @@ def relay_of(state: Tensor | None, op: str, carries: bool) -> Tensor | None:
     if state is None or not carries or not state.requires_grad or not torch.is_grad_enabled():
         return None
     brought = getattr(state, _ATTRIBUTE, None)
+    fits = brought is not None and isinstance(brought.relay, tuple) == several
     if torch.compiler.is_compiling():
-        return None if brought is None else _relay_in_graph(state, brought, op)
+        return _relay_in_graph(state, brought, op) if fits else None
     if brought is not None and state.is_leaf:  # detached in place: it is the beginning of another graph
         delattr(state, _ATTRIBUTE)
-    elif brought is not None and _is_as_it_came(state, brought.mark):
+    elif fits and _is_as_it_came(state, brought.mark):
         return brought.relay
     if state.is_leaf and _runs_again_reentrantly() and not isinstance(state, torch.nn.Parameter):
         _warn(op, "came through torch.utils.checkpoint with use_reentrant=True, which cuts it off: take False")
@@ -87,6 +92,17 @@ def relay_of(state: Tensor | None, op: str, carries: bool) -> Tensor | None:
     return None
 
 
+def relays_of(states: tuple[Tensor, ...], op: str, carries: bool) -> tuple[Tensor | None, ...] | None:
+    """The relays of a module's state, all of whose parts are as one call returned them."""
+    found = None
+    for state in states:
+        relays = relay_of(state, op, carries, several=True)
+        if relays is None or (found is not None and any(a is not b for a, b in zip(found, relays, strict=False))):
+            return None
+        found = relays
+    return found
+
+
 def _is_as_it_came(state: Tensor, mark: int | Tensor) -> bool:
     return bool(_same(state, mark)) if isinstance(mark, Tensor) else state._version == mark
 
@@ -96,7 +112,7 @@ def _same(state: Tensor, copy: Tensor) -> Tensor:
     return ((state == copy) | (state != state)).all()
 
 
-def _relay_in_graph(state: Tensor, brought: _Brought, op: str) -> Tensor | None:
+def _relay_in_graph(state: Tensor, brought: _Brought, op: str) -> Relay | None:
     """Under torch.compile, where nothing can be warned of: what changes the state in place is noticed when it runs."""
     if not isinstance(brought.mark, Tensor):
         raise RuntimeError(
