@@ -7,6 +7,7 @@
 from tp_kernels import nn
 from tp_kernels._backends import BackendUnavailableError
 from tp_kernels.ops.gru import gru
+from tp_kernels.ops.lstm import lstm
 from tp_kernels.ops.regularized_inverse import regularized_inverse
 from tp_kernels.ops.rnn import rnn
 from tp_kernels.rules import BackProp, TargetProp
@@ -19,6 +20,7 @@ __all__ = [
     "BackendUnavailableError",
     "TargetProp",
     "gru",
+    "lstm",
     "nn",
     "regularized_inverse",
     "rnn",

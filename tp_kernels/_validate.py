@@ -134,7 +134,20 @@ def reset(op: str, value: object, letters: str, expected: list[int], device: tor
     if list(value.shape) != expected:
         raise ValueError(f"{op}: reset must have shape {letters} = {expected}, got {_shape(value)}")
     if value.device != device:
-        raise ValueError(f"{op}: reset must be on the device of input, {device}, got {value.device}")
+        raise ValueError(f"{op}: reset must be on {device}, where the input is, got {value.device}")
+
+
+def pair(op: str, argument: str, value: object) -> tuple[object, object]:
+    """Two parts of a state, or ``None``."""
+    if value is None:
+        return None, None
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{op}: {argument} must be a tuple of two tensors or None, got {type(value).__name__}")
+    if len(value) != 2:
+        raise ValueError(f"{op}: {argument} must be a tuple of two tensors, got {len(value)}")
+    for index, part in enumerate(value):
+        floating_tensor(op, f"{argument}[{index}]", part)
+    return value[0], value[1]
 
 
 def checkpoint_every(op: str, value: object) -> None:
@@ -199,13 +212,14 @@ def recurrence(
     u: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    h0: torch.Tensor | None,
+    first: dict[str, torch.Tensor | None],
+    resets: torch.Tensor | None,
     feedback_matrix: torch.Tensor | None,
     rule: Rule,
     every: int | None,
     backend_name: str,
 ) -> None:
-    """The arguments of a public function of a cell."""
+    """The arguments of a public function of a cell. ``first``: the parts of the first state, by name."""
     op, gates = cell.op, cell.gates
     letters = "N" if gates == 1 else f"{gates}N"
     floating_tensor(op, "u", u)
@@ -228,11 +242,13 @@ def recurrence(
     of_shape("weight", weight, f"[{head}{letters}, N]", [*heads, gates * N, N])
     for argument, value, shape, expected in (
         ("bias", bias, f"[{head}N]", [*heads, N]),
-        ("h0", h0, f"[B, {head}N]", [B, *heads, N]),
+        *((argument, value, f"[B, {head}N]", [B, *heads, N]) for argument, value in first.items()),
     ):
         if value is not None:
             floating_tensor(op, argument, value)
             of_shape(argument, value, shape, expected)
+    if resets is not None:
+        reset(op, resets, "[T, B]", list(u.shape[:2]), u.device)
     rule_of_cell(op, rule, cell)
     if feedback_matrix is not None:
         inverted = cell.inverted(weight, rule.inverse) if uses_inverse(rule) else weight

@@ -16,6 +16,7 @@ def gru(
     weight: Tensor,
     h0: Tensor | None = None,
     *,
+    reset: Tensor | None = None,
     bias: Tensor | None = None,
     feedback: Tensor | None = None,
     rule: Rule | None = None,
@@ -35,6 +36,8 @@ def gru(
             that order, ``x_t Uᵀ + b``. The "cpu" back-end takes float32 and float64.
         weight: [3N, N] or [H, 3N, N], W_r, W_z and W_n, in the dtype and on the device of ``u``.
         h0: [B, N] or [B, H, N], the first state. ``None`` is zero.
+        reset: [T, B], bool: true where a sequence starts anew, from zero, before that step. Nothing crosses it, neither
+            forwards nor backwards. ``None`` is nowhere.
         bias: [N] or [H, N], b, the share of n that r multiplies with that of the state. ``None`` is zero.
         feedback: a fixed matrix in place of the rule's inverse, as a control of what that itself contributes: [N, N]
             or [H, N, N] for "weight"; for "layer" one for each block, [3, N, N] or [H, 3, N, N]. No gradient reaches
@@ -81,7 +84,7 @@ def gru(
         (torch.Size([5, 2, 3]), torch.Size([9, 3]))
     """
     rule = resolve("gru", rule)
-    _validate.recurrence(CELL, u, weight, bias, h0, feedback, rule, checkpoint_every, backend)
+    _validate.recurrence(CELL, u, weight, bias, {"h0": h0}, reset, feedback, rule, checkpoint_every, backend)
     h, (last,), relay = recurrent_layer(
         CELL.name,
         u,
@@ -89,6 +92,7 @@ def gru(
         h0,
         bias_hh=bias,
         feedback=feedback,
+        reset=reset,
         rule=rule,
         checkpoint_every=checkpoint_every,
         relay=relay_of(h0, "gru", rule.carries),

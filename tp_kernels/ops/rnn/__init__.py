@@ -17,6 +17,7 @@ def rnn(
     weight: Tensor,
     h0: Tensor | None = None,
     *,
+    reset: Tensor | None = None,
     feedback: Tensor | None = None,
     nonlinearity: str = "tanh",
     rule: Rule | None = None,
@@ -36,6 +37,8 @@ def rnn(
             pre-activation, ``x_t Uᵀ + b``. The "cpu" back-end takes float32 and float64.
         weight: [N, N] or [H, N, N], W, in the dtype and on the device of ``u``.
         h0: [B, N] or [B, H, N], the first state. ``None`` is zero.
+        reset: [T, B], bool: true where a sequence starts anew, from zero, before that step. Nothing crosses it, neither
+            forwards nor backwards. ``None`` is nowhere.
         feedback: like ``weight``, a fixed matrix in place of the rule's inverse P, as a control of what P itself
             contributes; no gradient reaches it. ``None`` is P.
         nonlinearity: "tanh", "relu" or "identity".
@@ -77,7 +80,7 @@ def rnn(
     rule = resolve("rnn", rule)
     _validate.word("rnn", "nonlinearity", nonlinearity, tuple(ACTIVATIONS))
     cell = CELLS[f"rnn_{nonlinearity}"]
-    _validate.recurrence(cell, u, weight, None, h0, feedback, rule, checkpoint_every, backend)
+    _validate.recurrence(cell, u, weight, None, {"h0": h0}, reset, feedback, rule, checkpoint_every, backend)
     _validate.displacements("rnn", displacements, rule, checkpoint_every)
     h, (last,), relay = recurrent_layer(
         cell.name,
@@ -85,6 +88,7 @@ def rnn(
         weight,
         h0,
         feedback=feedback,
+        reset=reset,
         rule=rule,
         checkpoint_every=checkpoint_every,
         displacements=displacements,
