@@ -8,7 +8,7 @@ import torch
 
 from tp_kernels._backends import NAMES, dtype_name
 from tp_kernels.ops.recurrence.cell import Cell
-from tp_kernels.rules import Rule, TargetProp, uses_inverse
+from tp_kernels.rules import Rule, Sweep, TargetProp, uses_inverse
 
 
 class ShapeError(ValueError, RuntimeError):
@@ -161,8 +161,11 @@ def checkpoint_every(op: str, value: object) -> None:
 
 def displacements(op: str, value: object, rule: Rule, every: int | None) -> None:
     word(op, "displacements", value, ("auto", "sweep", "parallel"))
-    if value == "parallel" and (not isinstance(rule, TargetProp) or rule.inverse != "weight"):
-        raise ValueError(f"{op}: displacements='parallel' needs a rule with inverse='weight', got {rule!r}")
+    if value == "parallel" and not Sweep.of(rule).is_plain_weight:
+        raise ValueError(
+            f"{op}: displacements='parallel' needs a rule with inverse='weight', without blend, latch and chunk, "
+            f"got {rule!r}"
+        )
     if value == "parallel" and every is not None:
         raise ValueError(f"{op}: displacements='parallel' needs all states: checkpoint_every must be None, got {every}")
 
@@ -268,6 +271,12 @@ def rule_of_cell(op: str, rule: Rule, cell: Cell) -> None:
     if rule.inverse not in cell.inverses:
         words = ", ".join(map(repr, cell.inverses))
         raise ValueError(f"{op}: rule must have as inverse one of {words}, got {rule.inverse!r}")
+    if rule.chunk is not None and rule.inverse not in cell.without_states:
+        words = ", ".join(map(repr, cell.without_states))
+        raise ValueError(
+            f"{op}: rule must have as inverse one of {words} with chunk, as other displacements need the states, "
+            f"got {rule.inverse!r}"
+        )
     if cell.gates > 1 and rule.inverse == "layer" and rule.clip >= 0.5:
         raise ValueError(
             f"{op}: rule must have clip below 0.5, as gates are clipped to [clip, 1 - clip], got {rule.clip}"

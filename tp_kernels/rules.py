@@ -18,6 +18,28 @@ def _check_word(argument: str, value: object, words: tuple[str, ...]) -> None:
         raise ValueError(f"TargetProp: {argument} must be one of {', '.join(map(repr, words))}, got {value!r}")
 
 
+def _check_chunk(rule: str, chunk: object, overlap: object) -> tuple[int | Literal["auto"] | None, int | None]:
+    """Both, as they are kept."""
+    if chunk is None:
+        if overlap is not None:
+            raise ValueError(f"{rule}: overlap must be None without chunk, got {overlap!r}")
+        return None, None
+    if chunk == "auto" and isinstance(chunk, str):
+        if overlap is not None:
+            raise ValueError(f"{rule}: overlap must be None with chunk='auto', which says both, got {overlap!r}")
+        return chunk, None
+    overlap = 0 if overlap is None else overlap
+    for argument, value, least, words in (
+        ("chunk", chunk, 1, "an int, 'auto' or None"),
+        ("overlap", overlap, 0, "an int"),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{rule}: {argument} must be {words}, got {type(value).__name__}")
+        if value < least:
+            raise ValueError(f"{rule}: {argument} must be at least {least}, got {value}")
+    return chunk, overlap
+
+
 def _check_number(argument: str, value: object, low: float, high: float, expected: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"TargetProp: {argument} must be a real number, got {type(value).__name__}")
@@ -52,6 +74,18 @@ class TargetProp:
         clip: ε in (0, 1): ``inverse="layer"`` clips h, or v, to ±(1-ε) where the activation is tanh, and divides by
             ``1 - clip(h)²``, or takes atanh of it.
         rtol: in (0, 1): the relative residual to which ``inverse="jacobian"`` solves.
+        blend, latch: β in (0, 1] and β' in [0, 1), for ``update="total"``: the adjoint's source at each step is
+            ``g_t + β (λ_t - g_t) + β' (λ'_t - g_t)`` with the displacement λ' of ``inverse="identity"``, which costs no
+            product. So gradients are ``1 - β - β'`` of back-propagation's, β of target propagation's by this inverse,
+            which carries a memory that moves, and β' of that by identity, which carries one that is latched. Their sum
+            is 1 at most. Not for the modes "difference" and "direct".
+        chunk, overlap: C >= 1 and K >= 0, for ``update="total"``: time is cut into chunks of C steps. The adjoints of
+            each begin at zero K steps after its end, and run back through it by themselves; displacements are exact at
+            every step. So chunks are computed in parallel, and a gradient knows of the losses of C + K steps by its
+            adjoint, and of all by its displacement. For an inverse in whose displacements there is no state: "identity"
+            and, in a layer without gates, "weight". A chunk of T or more is the whole; C = 1 with K = 0 is
+            ``update="local"``. ``None`` is the whole; overlap is 0 where it is left out; "auto" is
+            ``C = min(128, max(10, ⌈T/5⌉))`` and ``K = min(32, ⌈2C/5⌉)``.
 
     The attributes hold resolved numbers: ``dataclasses.replace(rule, inverse=...)`` keeps reg and power as they are.
 
@@ -64,7 +98,7 @@ class TargetProp:
     Example:
         >>> TargetProp()  # doctest: +NORMALIZE_WHITESPACE
         TargetProp(reg=0.0001, inverse='weight', update='total', mode='linearized', power=0.5, step=1.0, clip=0.001,
-        rtol=0.0001)
+        rtol=0.0001, blend=1.0, latch=0.0, chunk=None, overlap=None)
         >>> TargetProp(inverse="layer").reg
         0.25
     """
@@ -77,6 +111,10 @@ class TargetProp:
     step: float = 1.0
     clip: float = 1e-3
     rtol: float = 1e-4
+    blend: float = 1.0
+    latch: float = 0.0
+    chunk: int | Literal["auto"] | None = None
+    overlap: int | None = None
 
     def __post_init__(self) -> None:
         _check_word("inverse", self.inverse, _INVERSES)
@@ -98,6 +136,31 @@ class TargetProp:
         object.__setattr__(self, "step", _check_number("step", self.step, 0.0, math.inf, positive))
         object.__setattr__(self, "clip", _check_number("clip", self.clip, 0.0, 1.0, "in (0, 1)"))
         object.__setattr__(self, "rtol", _check_number("rtol", self.rtol, 0.0, 1.0, "in (0, 1)"))
+        for argument, value in (("blend", self.blend), ("latch", self.latch)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"TargetProp: {argument} must be a real number, got {type(value).__name__}")
+        blend, latch = float(self.blend), float(self.latch)
+        if not 0 < blend <= 1:
+            raise ValueError(f"TargetProp: blend must be in (0, 1], got {blend!r}")
+        if not 0 <= latch <= 1 - blend:
+            raise ValueError(f"TargetProp: latch must be in [0, 1 - blend], got {latch!r} with blend={blend!r}")
+        if latch and self.inverse == "identity":
+            raise ValueError(f"TargetProp: latch must be 0 with inverse='identity', which is the same, got {latch!r}")
+        object.__setattr__(self, "blend", blend)
+        object.__setattr__(self, "latch", latch)
+        chunk, overlap = _check_chunk("TargetProp", self.chunk, self.overlap)
+        object.__setattr__(self, "chunk", chunk)
+        object.__setattr__(self, "overlap", overlap)
+        for argument, is_there in (("blend", blend != 1), ("chunk", chunk is not None)):
+            if is_there and self.update != "total":
+                raise ValueError(f"TargetProp: update must be 'total' with {argument}, got {self.update!r}")
+            if is_there and self.mode != "linearized":
+                raise ValueError(f"TargetProp: mode must be 'linearized' with {argument}, got {self.mode!r}")
+        if chunk is not None and self.inverse not in ("weight", "identity"):
+            raise ValueError(
+                "TargetProp: inverse must be 'weight' or 'identity' with chunk, as others need the states, "
+                f"got {self.inverse!r}"
+            )
         # Once: where torch.compile traces a call, a rule's numbers may be symbols by then, which have no words.
         object.__setattr__(self, "words", Sweep.of(self).words)
 
@@ -113,7 +176,7 @@ class TargetProp:
         Example:
             >>> TargetProp.paper(reg=10.0, step=0.01)  # doctest: +NORMALIZE_WHITESPACE
             TargetProp(reg=10.0, inverse='layer', update='local', mode='linearized', power=1.0, step=0.01, clip=0.001,
-            rtol=0.0001)
+            rtol=0.0001, blend=1.0, latch=0.0, chunk=None, overlap=None)
         """
         return cls(reg=reg, inverse="layer", update="local", power=1.0, step=step)
 
@@ -122,13 +185,25 @@ class TargetProp:
 class BackProp:
     """Back-propagation, on the same kernels: the gradients of ``torch.nn.RNN``.
 
+    Args:
+        chunk, overlap: as in ``TargetProp``: without displacements that is truncated back-propagation through time. A
+            gradient knows of the losses of C + K steps.
+
+    Raises:
+        TypeError, ValueError: they are not as stated there.
+
     Example:
         >>> BackProp()
-        BackProp()
+        BackProp(chunk=None, overlap=None)
     """
 
-    words: ClassVar[str]  # of its sweep
+    chunk: int | Literal["auto"] | None = None
+    overlap: int | None = None
     carries: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "overlap", _check_chunk("BackProp", self.chunk, self.overlap)[1])
+        object.__setattr__(self, "words", Sweep.of(self).words)
 
 
 Rule = TargetProp | BackProp
@@ -149,6 +224,33 @@ class Sweep(NamedTuple):
     reg: float = 0.25
     rtol: float = 1e-4
     power: float = 1.0  # of P
+    blend: float = 1.0
+    latch: float = 0.0
+    chunk: int = 0  # 0: the whole; -1: "auto"
+    overlap: int = 0
+
+    def cut(self, T: int) -> tuple[int, int] | None:
+        """Chunk and overlap of T steps; ``None``: they are not cut.
+
+        Example:
+            >>> Sweep(chunk=-1).cut(200), Sweep(chunk=100).cut(100)
+            ((40, 16), None)
+        """
+        chunk, overlap = self.chunk, self.overlap
+        if chunk == -1:
+            chunk = min(128, max(10, -(-T // 5)))
+            overlap = min(32, -(-2 * chunk // 5))
+        return (chunk, overlap) if 0 < chunk < T else None
+
+    @property
+    def kinds(self) -> int:
+        """How many displacements there are, side by side in what is carried back: the inverse's and the latched one."""
+        return 2 if self.latch else 1
+
+    @property
+    def is_plain_weight(self) -> bool:
+        """Whether displacements are the inverse "weight"'s alone, and adjoints come of nothing else."""
+        return self.inverse == "weight" and self.blend == 1 and not self.latch and not self.chunk
 
     @property
     def uses_inverse(self) -> bool:
@@ -160,12 +262,14 @@ class Sweep(NamedTuple):
         """As one argument of an op: a new option of a rule changes no schema. ``parse`` reads it.
 
         Example:
-            >>> Sweep("identity").words
-            'inverse=identity update=total step=1.0 clip=0.001 reg=0.25 rtol=0.0001 power=1.0'
+            >>> Sweep("identity").words  # doctest: +NORMALIZE_WHITESPACE
+            'inverse=identity update=total step=1.0 clip=0.001 reg=0.25 rtol=0.0001 power=1.0 blend=1.0 latch=0.0
+            chunk=0 overlap=0'
         """
         return (
             f"inverse={self.inverse} update={self.update} "
-            f"step={self.step!r} clip={self.clip!r} reg={self.reg!r} rtol={self.rtol!r} power={self.power!r}"
+            f"step={self.step!r} clip={self.clip!r} reg={self.reg!r} rtol={self.rtol!r} power={self.power!r} "
+            f"blend={self.blend!r} latch={self.latch!r} chunk={self.chunk} overlap={self.overlap}"
         )
 
     @classmethod
@@ -176,10 +280,13 @@ class Sweep(NamedTuple):
             >>> Sweep.of(TargetProp(inverse="identity")) == Sweep("identity")
             True
         """
+        cut = -1 if rule.chunk == "auto" else rule.chunk or 0, rule.overlap or 0
         if isinstance(rule, BackProp):
-            return cls()
+            return cls(chunk=cut[0], overlap=cut[1])
         inverse = rule.inverse if rule.mode == "linearized" else rule.mode
-        return cls(inverse, rule.update, rule.step, rule.clip, rule.reg, rule.rtol, rule.power)
+        return cls(
+            inverse, rule.update, rule.step, rule.clip, rule.reg, rule.rtol, rule.power, rule.blend, rule.latch, *cut
+        )
 
     @classmethod
     @functools.lru_cache(maxsize=256)
@@ -190,8 +297,9 @@ class Sweep(NamedTuple):
             ValueError: they are not the words of a sweep.
 
         Example:
-            >>> Sweep.parse(Sweep("weight", "local").words)
-            Sweep(inverse='weight', update='local', step=1.0, clip=0.001, reg=0.25, rtol=0.0001, power=1.0)
+            >>> Sweep.parse(Sweep("weight", "local").words)  # doctest: +NORMALIZE_WHITESPACE
+            Sweep(inverse='weight', update='local', step=1.0, clip=0.001, reg=0.25, rtol=0.0001, power=1.0, blend=1.0,
+            latch=0.0, chunk=0, overlap=0)
         """
         fields = dict(word.partition("=")[::2] for word in words.split())
         if tuple(fields) != cls._fields:
@@ -200,7 +308,7 @@ class Sweep(NamedTuple):
             expected = _WORDS.get(name)
             if expected is None:
                 try:
-                    fields[name] = float(value)
+                    fields[name] = int(value) if name in ("chunk", "overlap") else float(value)
                 except ValueError:
                     raise ValueError(f"sweep must have a number as {name}, got {words!r}") from None
             elif value not in expected:
@@ -216,7 +324,6 @@ WITHOUT_INVERSE = {update: Sweep("none", update).words for update in _UPDATES}
 """The words of sweeps with gradients, or what is put in their place, for displacements. Made once: where torch.compile
 traces, numbers may be symbols.
 """
-BackProp.words = WITHOUT_INVERSE["total"]
 
 
 def resolve(op: str, rule: Rule | None) -> Rule:

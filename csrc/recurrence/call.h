@@ -2,8 +2,9 @@
 // tp_kernels/ops/rnn/README.md: T steps, B sequences, H heads, N units; G gates and K kept arrays as the cell has them.
 //
 // Arrays are [T][B][H][…], contiguous unless strides (in elements, over time, batch, heads) are given; absent ones
-// null. On the CPU they may be packed: `offsets`, [T + 1], says how many rows there are before each step, in place of
-// B a step. States have S parts, side by side in what is not over time. Fields are listed once, as FIELD(kind, name),
+// null. On the CPU row_strides are those of all of them in rows of N or of several N, and they may be packed:
+// `offsets`, [T + 1], says how many rows there are before each step, in place of B a step. States have S parts, side by
+// side in what is not over time. Fields are listed once, as FIELD(kind, name),
 // for struct and bindings: those of both modules, of the CPU's alone, of the CUDA module's alone, and the four that
 // arrive as `sizes`.
 #pragma once
@@ -51,8 +52,10 @@ struct Strides {
     CPU(Input, bias)  /* [H][N], the cell's own, or null: zero */             \
     CPU(Output, kept) /* [T][B][H][K][N], for backward, or null */            \
     CPU(Output, last) /* [B][H][S N]: the last state of each sequence */      \
+    CPU(Strides, row_strides)                                                 \
     CPU(Offsets, offsets)                                                     \
-    CPU(Flags, reset)  /* [T][B]: the state before is zero; or null */        \
+    CPU(Flags, reset) /* [T][B]: the state before is zero; or null */         \
+    CPU(Strides, reset_strides)                                               \
     CPU(Flag, reverse) /* the last step is the first */
 
 // What a CUDA kernel takes: nvcc gives kernels with an argument of more than 128 bytes other registers.
@@ -70,9 +73,13 @@ struct RecurrenceForwardCpu : RecurrenceForward<T> {
     TPK_RECURRENCE_FORWARD(TPK_NO_FIELD, TPK_FIELD, TPK_NO_FIELD)
 };
 
-// `carried` and `through`, [B][H][S N] each, are what the step after the last one sends back (null: nothing), and what
-// the first one sends on (or null): the inverse's term, of no use to the inverse "none", and what the adjoint μ
-// becomes, of no use to the update "local".
+// With a chunk C, the B sequences are parts of one of `length` steps: the b-th begins at step b C and is read for up to
+// T steps, some of which are the next ones'; δ is written for the first C. Heads are sequences here. Without grad_u
+// only displacements are computed.
+//
+// `carried` and `through`, [B][H][S N] each (with a latch carried is [B][H][2 S N], the latched one last), are what the
+// step after the last one sends back (null: nothing), and what the first one sends on (or null): the inverse's term, of
+// no use to the inverse "none", and what the adjoint μ becomes, of no use to the update "local".
 #define TPK_RECURRENCE_BACKWARD(BOTH, CPU, CUDA, SIZE)                                         \
     BOTH(Input, grad_h) /* [T][B][H][N], or null: zero */                                      \
     BOTH(Strides, grad_h_strides)                                                              \
@@ -103,8 +110,15 @@ struct RecurrenceForwardCpu : RecurrenceForward<T> {
     BOTH(Number, rtol)                                                                         \
     CPU(Size, first) /* the number of the first step, for `unsolved` */                        \
     CPU(Size, later) /* how many sequences go on after the last step: no grad_last for them */ \
+    CPU(Number, blend)                                                                         \
+    CPU(Number, latch)                                                                         \
+    CPU(Size, heads)  /* of the weights: head k has those of k modulo this */                  \
+    CPU(Size, chunk)  /* as below, or 0 */                                                     \
+    CPU(Size, length) /* with a chunk: of the whole sequence */                                \
+    CPU(Strides, row_strides)                                                                  \
     CPU(Offsets, offsets)                                                                      \
     CPU(Flags, reset)                                                                          \
+    CPU(Strides, reset_strides)                                                                \
     CPU(Flag, reverse)                                                                         \
     CPU(Count, threads)                                                                        \
     CUDA(Residuals, missed) /* [T][B][H]: where the solve gave up its relative residual, else 0 */

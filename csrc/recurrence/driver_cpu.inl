@@ -189,8 +189,8 @@ struct Sent {
 // Numbers of scratch memory that a row takes, or more.
 template <class Cell, class T>
 ptrdiff_t backward_size(Inverse inverse, ptrdiff_t N) {
-    return (12 + Cell::states) * padded<T>(N) + padded<T>(form_of<Cell>(inverse).products * N) +
-           padded<T>(Cell::gates * N) +
+    return (12 + 4 * Cell::states) * padded<T>(N) + padded<T>(form_of<Cell>(inverse).products * N) +
+           2 * padded<T>(Cell::gates * N) +
            (inverse == Inverse::jacobian ? ConjugateGradients<T, Operator<Cell, T>>::size(N) : 0);
 }
 
@@ -205,11 +205,12 @@ void backward_tile(const RecurrenceBackward<T>& f, const Tile& tile, const Matri
     static constexpr Form of_adjoint = {1, false, false};
     using Sent = Sent<Cell, T>;
     const Course<RecurrenceBackward<T>> course(f, tile);
-    const Strides gates = contiguous(f, G), outside = outside_time(f, S);
-    const ptrdiff_t N = f.N, columns = padded<T>(N), size = tile.rows * columns;
-    const ptrdiff_t row = outside.batch, u_row = gates.batch, g_row = f.grad_h_strides.batch;
-    const ptrdiff_t sent_row = padded<T>(form.products * N), into_row = Cell::into_is_delta ? u_row : padded<T>(G * N);
-    const bool total = f.update == Update::total;
+    const bool total = f.update == Update::total, latches = f.latch != 0, blends = f.blend != 1 || latches;
+    const Strides gates = contiguous(f, G), of_adjoints = outside_time(f, S);
+    const Strides of_displacements = outside_time(f, latches ? 2 * S : S);
+    const ptrdiff_t N = f.N, columns = padded<T>(N), size = tile.rows * columns, wide = padded<T>(G * N);
+    const ptrdiff_t g_row = f.grad_h_strides.batch, last_row = f.chunk ? 0 : of_adjoints.batch;
+    const ptrdiff_t sent_row = padded<T>(form.products * N);
     if (jacobian) clear(scratch, tile.rows * backward_size<Cell, T>(inverse, N));  // columns beyond N stay zero
     const auto take = [&](ptrdiff_t count) { return (scratch += count) - count; };
     // Of the step after: the inverse's term, and what the adjoint became. Two of each where a pass reads one while it
@@ -217,24 +218,26 @@ void backward_tile(const RecurrenceBackward<T>& f, const Tile& tile, const Matri
     const auto take_sent = [&](Form of) { return Sent(take(Sent::arrays(of) * size), size, of); };
     Sent carried = take_sent(form), next_carried = form.by || two ? take_sent(form) : carried;
     Sent through = take_sent(of_adjoint), next_through = Cell::passes_by ? take_sent(of_adjoint) : through;
-    T* sent = take(tile.rows * sent_row);                                  // what the inverse's products take
-    T* into = Cell::into_is_delta ? nullptr : take(tile.rows * into_row);  // what W takes, where that is not δ
+    T *latched = take(S * size), *next_latched = take(S * size);
+    T* sent = take(tile.rows * sent_row);                              // what the inverse's products take
+    T* into = Cell::into_is_delta ? nullptr : take(tile.rows * wide);  // what W takes, where that is not δ
+    T* dropped = take(f.chunk ? tile.rows * wide : 0);                 // δ of steps that are another chunk's
     T* mixed = take(S * size);
     ConjugateGradients<T, Operator<Cell, T>> solver(f, tile, matrices.weight, matrices.solved, scratch);
-    const T step_size = f.step, clip = f.clip;
+    const T step_size = f.step, clip = f.clip, blend = f.blend, latch = f.latch;
 
-    // What the step after the last one sent, for some rows of both memories of it; what the first one sends on.
-    const auto receive = [&](const T* from, const Sent& sent, Form of) {
-        const RowsOf<T> given = {from ? from + tile.in(outside) : zeros, from ? row : 0};
+    // What the step after the last one sent, and what the first one sends on, of a tensor with those strides.
+    const auto receive = [&](const T* from, const Strides& strides, const Sent& sent, Form of) {
+        const RowsOf<T> given = {from ? from + tile.in(strides) : zeros, from ? strides.batch : 0};
         copy_rows(given.data, given.row, tile.rows, N, sent.sum, columns);
-        if (two) copy_rows(given.data + given.row / S, given.row, tile.rows, N, sent.second, columns);
+        if (two) copy_rows(given.data + (from ? N : 0), given.row, tile.rows, N, sent.second, columns);
         for (ptrdiff_t j = 0; of.scale && j < size; ++j) sent.scale[j] = T(1);
         if (of.scale && of.by) clear(sent.by, size);
     };
-    const auto send = [&](const Sent& sent, Form of, T* to, ptrdiff_t first, ptrdiff_t end) {
+    const auto send = [&](const Sent& sent, Form of, T* to, const Strides& strides, ptrdiff_t first, ptrdiff_t end) {
         if (!to || first >= end) return;
-        to += tile.in(outside) + first * row;
-        for_elements<T>(end - first, N, [=](auto zero, ptrdiff_t i, ptrdiff_t j) {
+        to += tile.in(strides) + first * strides.batch;
+        for_elements<T>(end - first, N, [=, row = strides.batch](auto zero, ptrdiff_t i, ptrdiff_t j) {
             using V = decltype(zero);
             const ptrdiff_t at = (first + i) * columns + j;
             store(to + i * row + j, sent.template first<V>(at, of));
@@ -248,15 +251,36 @@ void backward_tile(const RecurrenceBackward<T>& f, const Tile& tile, const Matri
         if (of.scale && of.by) clear(sent.by + at, N);
         if (two) clear(sent.second + at, N);
     };
-    const bool several_lengths = f.offsets != nullptr;
+    const auto receive_latched = [&](T* to) {
+        for (ptrdiff_t part = 0; part < S; ++part) {
+            const T* from = f.carried_in ? f.carried_in + tile.in(of_displacements) + (S + part) * N : zeros;
+            copy_rows(from, f.carried_in ? of_displacements.batch : 0, tile.rows, N, to + part * size, columns);
+        }
+    };
+    const auto send_latched = [&](ptrdiff_t first, ptrdiff_t end) {
+        for (ptrdiff_t part = 0; f.carried_out && part < S && first < end; ++part)
+            copy_rows(latched + part * size + first * columns, columns, end - first, N,
+                      f.carried_out + tile.in(of_displacements) + first * of_displacements.batch + (S + part) * N,
+                      of_displacements.batch);
+    };
+    const bool several_lengths = f.offsets || f.chunk;
     const bool received_carried = carries && (f.carried_in || several_lengths);
     const bool received_through = total && (f.through_in || several_lengths);
-    if (received_carried) receive(f.carried_in, carried, form), receive(f.carried_in, next_carried, form);
-    if (received_through) receive(f.through_in, through, of_adjoint), receive(f.through_in, next_through, of_adjoint);
-    if (several_lengths) {  // some may have no step here
-        if (carries) send(carried, form, f.carried_out, 0, tile.rows);
-        if (total) send(through, of_adjoint, f.through_out, 0, tile.rows);
+    if (received_carried) {
+        receive(f.carried_in, of_displacements, carried, form);
+        receive(f.carried_in, of_displacements, next_carried, form);
     }
+    if (received_through) {
+        receive(f.through_in, of_adjoints, through, of_adjoint);
+        receive(f.through_in, of_adjoints, next_through, of_adjoint);
+    }
+    if (latches) receive_latched(latched), receive_latched(next_latched);
+    const auto send_on = [&](ptrdiff_t first, ptrdiff_t end) {
+        if (carries) send(carried, form, f.carried_out, of_displacements, first, end);
+        if (total) send(through, of_adjoint, f.through_out, of_adjoints, first, end);
+        if (latches) send_latched(first, end);
+    };
+    if (several_lengths) send_on(0, tile.rows);  // some may have no step here
     for (ptrdiff_t k = f.T_ - 1; k >= 0; --k) {
         const ptrdiff_t t = course.step(k), rows = course.rows(k);
         if (rows == 0) continue;
@@ -266,26 +290,41 @@ void backward_tile(const RecurrenceBackward<T>& f, const Tile& tile, const Matri
         const T* g = f.grad_h ? f.grad_h + course.at(f.grad_h_strides, t) : nullptr;
         const ptrdiff_t ending =
             inner ? course.rows(k + 1) : course.within(f.later);  // the first of those that end here
-        const T* last = ending < rows && f.grad_last ? f.grad_last + tile.in(outside) : nullptr;
-        T* grad_u = f.grad_u + course.at(gates, t);
+        const T* last =
+            ending < rows && f.grad_last ? f.grad_last + tile.head * S * N + tile.first * last_row : nullptr;
+        // Without δ nothing is read but g.
+        const bool own = !f.chunk || k < f.chunk;
+        T* grad_u = !f.grad_u ? nullptr : own ? f.grad_u + course.at(gates, t) : dropped;
+        const ptrdiff_t u_row = own ? gates.batch : wide;
         const StepOfTile<Cell, T> step_of_tile(f, course, tile, k, zeros, mixed);
         for_elements<T>(rows, N, [=](auto zero, ptrdiff_t i, ptrdiff_t j) {
             using V = decltype(zero);
             const ptrdiff_t at = i * columns + j;
             const auto step = step_of_tile.template at<V, inverse>(i, j);
-            Several<V, S> lambda = {};
+            Several<V, S> lambda = {}, source = {};  // λ and the gradient
             if (carried_here) lambda[0] = carried.template first<V>(at, form);
             if (two && carried_here) lambda[S - 1] = load<V>(carried.second + at);
-            if (g) lambda[0] += step_size * load<V>(g + i * g_row + j);
+            if (g) source[0] = load<V>(g + i * g_row + j);
             if (last && i >= ending)
-                for (int part = 0; part < S; ++part) lambda[part] += step_size * load<V>(last + i * row + part * N + j);
+                for (int part = 0; part < S; ++part) source[part] += load<V>(last + i * last_row + part * N + j);
+            for (int part = 0; part < S; ++part) lambda[part] += step_size * source[part];
             Several<V, S> mu = lambda;
+            if (blends)
+                for (int part = 0; part < S; ++part) {
+                    mu[part] = source[part] + blend * (lambda[part] - source[part]);
+                    if (!latches) continue;
+                    const V sum = load<V>(latched + part * size + at) + step_size * source[part];
+                    store(next_latched + part * size + at, sum);
+                    mu[part] += latch * (sum - source[part]);
+                }
             if (through_here) mu[0] += load<V>(through.sum + at);
             if (two && through_here) mu[S - 1] += load<V>(through.second + at);
-            const auto adjoint = Cell::template back<T>(mu, step);
-            store_all(grad_u + i * u_row + j, N, adjoint.delta);
-            if (total && !Cell::into_is_delta) store_all(into + i * into_row + j, N, adjoint.into);
-            if (total && Cell::passes_by) store((two ? next_through.second : next_through.sum) + at, adjoint.past);
+            if (grad_u) {
+                const auto adjoint = Cell::template back<T>(mu, step);
+                store_all(grad_u + i * u_row + j, N, adjoint.delta);
+                if (total && !Cell::into_is_delta) store_all(into + i * wide + j, N, adjoint.into);
+                if (total && Cell::passes_by) store((two ? next_through.second : next_through.sum) + at, adjoint.past);
+            }
             if constexpr (carries) {
                 const auto term = term_of<inverse>(lambda, step, clip);
                 for (int n = 0; n < form.products; ++n) store(sent + i * sent_row + n * N + j, term.sent[n]);
@@ -302,17 +341,18 @@ void backward_tile(const RecurrenceBackward<T>& f, const Tile& tile, const Matri
                     next_carried.sum, columns);
         }
         if (total && (k > 0 || f.through_out))
-            multiply_packed<adds_past ? Into::add : Into::store>(Cell::into_is_delta ? grad_u : into, into_row, rows,
+            multiply_packed<adds_past ? Into::add : Into::store>(Cell::into_is_delta ? grad_u : into,
+                                                                 Cell::into_is_delta ? u_row : wide, rows,
                                                                  matrices.weight, G * N, N, next_through.sum, columns);
         course.for_resets(t, rows, [&](ptrdiff_t i) {
             forget(next_carried, form, i);
             forget(next_through, of_adjoint, i);
+            for (ptrdiff_t part = 0; part < S; ++part) clear(next_latched + part * size + i * columns, N);
         });
         exchange(carried, next_carried);
         exchange(through, next_through);
-        const ptrdiff_t go_on = course.rows(k - 1);  // the others have no earlier step
-        if (carries) send(carried, form, f.carried_out, go_on, rows);
-        if (total) send(through, of_adjoint, f.through_out, go_on, rows);
+        exchange(latched, next_latched);
+        send_on(course.rows(k - 1), rows);  // of those that have no earlier step
     }
 }
 
@@ -337,11 +377,11 @@ bool recurrence_backward(const RecurrenceBackward<T>& f) {
         const ptrdiff_t products = jacobian ? 0 : form_of<Cell>(f.inverse).products;
         const ptrdiff_t of_solver = jacobian ? Operator<Cell, T>::matrices_size(N) : 0;
         const ptrdiff_t of_head = (all + products) * matrix + of_solver;
-        Scratch<T> packed(f.H * of_head), zeros(N);
-        Scratch<Matrices<Cell, T>> matrices(f.H);
+        Scratch<T> packed(f.heads * of_head), zeros(N);
+        Scratch<Matrices<Cell, T>> matrices(f.heads);
         if (!packed || !zeros || !matrices) return false;
         clear(zeros.get(), N);
-        for (ptrdiff_t head = 0; head < f.H; ++head) {
+        for (ptrdiff_t head = 0; head < f.heads; ++head) {
             const T* weight = f.weight + head * all * N * N;
             T *to = packed.get() + head * of_head, *feedback = to + all * matrix,
               *solved = feedback + products * matrix;
@@ -353,7 +393,7 @@ bool recurrence_backward(const RecurrenceBackward<T>& f) {
         }
         const auto run = backward_tile_of<Cell, T>(f.inverse);
         return for_tiles<T>(f, backward_size<Cell, T>(f.inverse, N), [&](const Tile& tile, T* scratch) {
-            run(f, tile, matrices.get()[tile.head], zeros.get(), scratch);
+            run(f, tile, matrices.get()[tile.head % f.heads], zeros.get(), scratch);
         });
     });
 }

@@ -10,7 +10,8 @@ namespace tpk::TPK_ISA {
 // Of arrays [T][B][H][arrays][N].
 template <class Call>
 inline Strides contiguous(const Call& f, ptrdiff_t arrays) {
-    return {f.B * f.H * arrays * f.N, f.H * arrays * f.N, arrays * f.N};
+    const ptrdiff_t row = arrays * f.N;
+    return {f.row_strides.time * row, f.row_strides.batch * row, f.row_strides.head * row};
 }
 
 // Of states outside of time, [B][H][parts][N].
@@ -26,9 +27,16 @@ struct Tile {
     ptrdiff_t in(const Strides& strides) const { return first * strides.batch + head * strides.head; }
 };
 
+template <class Call>
+constexpr bool is_backward = false;
+template <class T>
+constexpr bool is_backward<RecurrenceBackward<T>> = true;
+
 // A tile's sequences in time. Steps are numbered in the order of time, and read in that order or in reverse.
 template <class Call>
 class Course {
+    static constexpr bool has_chunks = is_backward<Call>;
+
 public:
     Course(const Call& f, const Tile& tile) : f_(f), tile_(tile) {}
 
@@ -38,6 +46,8 @@ public:
     // How many of the tile's sequences, the first ones, have a k-th step; none outside of time.
     ptrdiff_t rows(ptrdiff_t k) const {
         if (k < 0 || k >= f_.T_) return 0;
+        if constexpr (has_chunks)
+            if (f_.chunk) return within(divide_up(f_.length - k, f_.chunk));
         if (!f_.offsets) return tile_.rows;
         const ptrdiff_t t = step(k);
         return within(f_.offsets[t + 1] - f_.offsets[t]);
@@ -58,10 +68,12 @@ public:
     template <class Run>
     bool for_resets(ptrdiff_t t, ptrdiff_t rows, const Run& run) const {
         if (!f_.reset) return false;
-        const bool* reset = f_.reset + (f_.offsets ? f_.offsets[t] : t * f_.B) + tile_.first;
+        const Strides& strides = f_.reset_strides;
+        const bool* reset = f_.reset + (f_.offsets ? f_.offsets[t] : t * strides.time) + tile_.first * strides.batch;
+        if constexpr (has_chunks) reset += tile_.head / f_.heads * strides.head;
         bool any = false;
         for (ptrdiff_t i = 0; i < rows; ++i)
-            if (reset[i]) run(i), any = true;
+            if (reset[i * strides.batch]) run(i), any = true;
         return any;
     }
 
@@ -85,6 +97,15 @@ RowsOf<T> part_before(const Call& f, const Course<Call>& course, const Tile& til
     const Strides strides = outside_time(f, parts);
     const RowsOf<T> start = {f.start ? f.start + tile.in(strides) + part * f.N : zeros, f.start ? strides.batch : 0};
     const ptrdiff_t t = course.step(k), rows = course.rows(k), columns = padded<T>(f.N);
+    if constexpr (is_backward<Call>)
+        if (f.chunk && k == 0) {  // there is the end of the chunk before, but for the first one
+            const ptrdiff_t none = tile.first == 0 ? 1 : 0;
+            const T* start = f.start ? f.start + (tile.head * parts + part) * f.N : zeros;
+            copy_rows(start, 0, none, f.N, mixed, columns);
+            copy_rows(there.data + none * there.row, there.row, rows - none, f.N, mixed + none * columns, columns);
+            course.for_resets(t, rows, [&](ptrdiff_t i) { clear(mixed + i * columns, f.N); });
+            return {mixed, columns};
+        }
     const ptrdiff_t earlier = course.rows(k - 1), known = earlier < rows ? earlier : rows;
     if ((known == 0 || known == rows) && !course.for_resets(t, rows, [](ptrdiff_t) {})) return known ? there : start;
     copy_rows(there.data, there.row, known, f.N, mixed, columns);
@@ -124,7 +145,7 @@ struct StepOfTile {
         : N(f.N) {
         constexpr ptrdiff_t S = Cell::states, K = Cell::kept;
         const Strides states = contiguous(f, 1), arrays = contiguous(f, K);
-        const ptrdiff_t t = course.step(k), earlier = k ? course.step(k - 1) : t;
+        const ptrdiff_t t = course.step(k), earlier = k || f.chunk ? course.step(k - 1) : t;
         after = {f.h + course.at(states, t), states.batch};
         kept = {K ? f.kept + course.at(arrays, t) : nullptr, arrays.batch};
         u = {f.u ? f.u + course.at(f.u_strides, t) : nullptr, f.u_strides.batch};

@@ -1,9 +1,14 @@
 """The recurrence on the "cpu" back-end: how its native module is called."""
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tp_kernels import _native
+from tp_kernels._backends import Support
+from tp_kernels.ops.recurrence import chunks
 from tp_kernels.ops.recurrence.cell import Cell
 from tp_kernels.ops.recurrence.launch import (
     backward_outputs,
@@ -21,11 +26,18 @@ from tp_kernels.rules import Sweep
 
 
 def supports(
-    tensor: Tensor, *, cell: Cell | None = None, sweep: Sweep | None = None, **options: object
-) -> tuple[bool, str]:
-    """``sweep``: of a backward pass."""
+    tensor: Tensor,
+    *,
+    cell: Cell | None = None,
+    sweep: Sweep | None = None,
+    time: Timeline | None = None,
+    **options: object,
+) -> Support:
+    """``sweep``: of a backward pass; ``time``: how the sequences lie."""
     if cell is not None and sweep is not None and sweep.inverse == "jacobian" and cell.states > 1:
         return False, f"it does not solve inverse='jacobian' for a state of {cell.states} parts"
+    if time is not None and time.batch_sizes is not None and sweep is not None and sweep.chunk:
+        return False, "it does not cut sequences of several lengths into chunks"
     return _native.cpu_supports(tensor)
 
 
@@ -74,11 +86,21 @@ def forward(
         last=_native.pointer(last),
         offsets=_native.pointer(offsets),
         reset=_native.pointer(reset),
-        reverse=time.reverse,
-        sizes=sizes(h, time, last.shape[0]),
+        **_geometry(h, time, last.shape[0]),
         threads=torch.get_num_threads(),
     )
     return h, kept, last
+
+
+def _geometry(h: Tensor, time: Timeline, B: int) -> dict[str, Any]:
+    """Sizes and strides of arrays that lie in time as they are."""
+    T, B, H, N = sizes(h, time, B)
+    return {
+        "sizes": (T, B, H, N),
+        "row_strides": (B * H, H, 1),
+        "reset_strides": (B, 1, 0),
+        "reverse": time.reverse,
+    }
 
 
 def backward(
@@ -110,38 +132,54 @@ def backward(
     state = state_shape(cell, h, start)
     grad_u, carried_out, through_out = backward_outputs(cell, h, state, sweep)
     offsets, reset = time.offsets(), contiguous(time.reset)
-    missed = _native.cpu.recurrence_bwd(
+    kept = kept if cell.kept else None
+    run = functools.partial(
+        _native.cpu.recurrence_bwd,
         double=_native.is_double(h),
         cell=cell.name,
-        grad_h=_native.pointer(grad_h),
-        grad_h_strides=strides(grad_h, time),
         grad_last=_native.pointer(grad_last),
-        h=_native.pointer(h),
-        kept=_native.pointer(kept if cell.kept else None),
         weight=_native.pointer(weight),
         feedback=_native.pointer(feedback),
-        carried_in=_native.pointer(carried),
-        through_in=_native.pointer(through),
-        carried_out=_native.pointer(carried_out),
-        through_out=_native.pointer(through_out),
         u=_native.pointer(u),
         u_strides=strides(u, time),
         start=_native.pointer(start),
-        grad_u=_native.pointer(grad_u),
         iterations=_native.pointer(iterations),
-        sizes=sizes(h, time, state[0]),
-        inverse=sweep.inverse,
-        update=sweep.update,
         step=sweep.step,
         clip=sweep.clip,
         reg=sweep.reg,
         rtol=sweep.rtol,
+        blend=sweep.blend,
+        latch=sweep.latch,
         first=first,
+        threads=torch.get_num_threads(),
+    )
+    cut = sweep.cut(time.T)
+    if cut is not None:
+        if grad_h is not None and grad_h.dim() == 4:
+            grad_h = grad_h.contiguous()
+        cut_up = chunks.Chunks(run, *cut, h, grad_h, kept, time._replace(reset=reset))
+        sent = {"carried": carried, "through": through, "carried_out": carried_out, "through_out": through_out}
+        chunks.backward(cut_up, sweep, feedback=feedback, grad_u=grad_u, **sent)
+        return grad_u, carried_out, through_out
+    missed = run(
+        grad_h=_native.pointer(grad_h),
+        grad_h_strides=strides(grad_h, time),
+        h=_native.pointer(h),
+        kept=_native.pointer(kept),
+        carried_in=_native.pointer(carried),
+        through_in=_native.pointer(through),
+        carried_out=_native.pointer(carried_out),
+        through_out=_native.pointer(through_out),
+        grad_u=_native.pointer(grad_u),
+        inverse=sweep.inverse,
+        update=sweep.update,
         later=time.later,
+        heads=sizes(h, time, state[0])[2],
+        chunk=0,
+        length=0,
         offsets=_native.pointer(offsets),
         reset=_native.pointer(reset),
-        reverse=time.reverse,
-        threads=torch.get_num_threads(),
+        **_geometry(h, time, state[0]),
     )
     if missed is not None:
         t, b, head, residual = missed

@@ -52,6 +52,20 @@ def state_shape(cell: Cell, h: Tensor, start: Tensor | None) -> tuple[int, ...]:
     return (*h.shape[1:-1], cell.states * h.shape[-1]) if start is None else tuple(start.shape)
 
 
+def state_before(
+    cell: Cell, h: Tensor, kept: Tensor | None, start: Tensor | None, time: Timeline, steps: slice
+) -> Tensor | None:
+    """The state of all sequences that these steps began from: of h and what was kept, or the first one, ``start``."""
+    step = steps.stop if time.reverse else steps.start - 1
+    if not 0 <= step < time.T:
+        return start
+    before = slice(step, step + 1)
+    state = cell.state(time.cut(h, before), time.cut(kept, before))
+    if time.batch_sizes is None:
+        return state[0]
+    return state if len(state) == len(start) else torch.cat((state, start[len(state) :]))
+
+
 def backward_outputs(
     cell: Cell, h: Tensor, state: tuple[int, ...], sweep: Sweep
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -60,7 +74,7 @@ def backward_outputs(
     """
     return (
         h.new_empty((*h.shape[:-1], cell.gates * h.shape[-1])),
-        None if sweep.inverse == "none" else h.new_empty(state),
+        None if sweep.inverse == "none" else h.new_empty((*state[:-1], sweep.kinds * state[-1])),
         None if sweep.update == "local" else h.new_empty(state),
     )
 

@@ -19,7 +19,7 @@ from tp_kernels._library import dispatches_to_nobody, find_op, register
 from tp_kernels.ops.recurrence import cpu, cuda, parallel, reference, triton_blocks
 from tp_kernels.ops.recurrence.cell import CELLS, Cell
 from tp_kernels.ops.recurrence.feedback import feedback_of
-from tp_kernels.ops.recurrence.launch import forward_outputs, state_shape
+from tp_kernels.ops.recurrence.launch import forward_outputs, state_before, state_shape
 from tp_kernels.ops.recurrence.state import new_relay
 from tp_kernels.ops.recurrence.timeline import Timeline
 from tp_kernels.rules import WITHOUT_INVERSE, Rule, Sweep
@@ -129,19 +129,6 @@ class Call(NamedTuple):
             out = time.cut(h, steps), time.cut(kept, steps)
             _, _, start = run(cell, u, weight_hh, bias, start, keep=keep, time=time.part(steps), out=out)
         return h, kept, start
-
-    def state_before(
-        self, h: Tensor, kept: Tensor | None, start: Tensor | None, time: Timeline, steps: slice
-    ) -> Tensor | None:
-        """The states that a portion of these steps began from."""
-        before = steps.stop if time.reverse else steps.start - 1
-        if not 0 <= before < time.T:
-            return start
-        before = slice(before, before + 1)
-        state = self.cell.state(time.cut(h, before), time.cut(kept, before))
-        if time.batch_sizes is None:
-            return state[0]
-        return state if len(state) == len(start) else torch.cat((state, start[len(state) :]))
 
     def projected(self, x: Tensor) -> Tensor:
         """u, the input's share."""
@@ -272,11 +259,12 @@ def _backward(
         if every is not None:
             before = states[index - 1] if index else start
             h, kept, _ = call.states(time.cut(x, portion), before, part, True)
-        length = _portion(h.device, part.T, B, cell.gates * weight_hh.shape[-1]) if projects else part.T
+        in_portions = projects and not sweep.chunk
+        length = _portion(h.device, part.T, B, cell.gates * weight_hh.shape[-1]) if in_portions else part.T
         for steps in reversed(part.portions(length)):
             here = slice(portion.start + steps.start, portion.start + steps.stop)
             x_here, of_steps, h_here = time.cut(x, here), part.cut(kept, steps), part.cut(h, steps)
-            time_here, start_here = part.part(steps), call.state_before(h, kept, before, part, steps)
+            time_here, start_here = part.part(steps), state_before(cell, h, kept, before, part, steps)
             is_last = anew or batch_sizes is not None
             grad_u, carried, through = call.chosen.backward(
                 cell,
@@ -433,7 +421,8 @@ def _fake_backward(
     gradients = _gradient_shapes(cell, weight_ih, weight_hh, steps)
     needed = needs_x, needs_input, needs_input, needs_weight, needs_bias
     state = states.shape[1:] if every is not None else state_shape(cell, states, _state(start, weight_ih))
-    sent = (state, sweep.inverse != "none"), (state, sweep.update == "total")
+    displacements = (*state[:-1], sweep.kinds * state[-1])
+    sent = (displacements, sweep.inverse != "none"), (state, sweep.update == "total")
     shapes = (*zip(gradients, needed, strict=True), *sent)
     return tuple(states.new_empty(shape if needed else (0,)) for shape, needed in shapes)
 
@@ -542,7 +531,7 @@ class RecurrenceFunction(torch.autograd.Function):
             ctx.options = options
         carries = needs_backward and options.sweep.inverse != "none"
         lasts = (last,) if CELLS[options.cell].states == 1 else tuple(part.clone() for part in last.chunk(2, dim=-1))
-        relay = new_relay(_state(last, weight_ih)) if carries else None
+        relay = new_relay(_state(last, weight_ih), options.sweep.kinds) if carries else None
         return h if options.return_sequence else None, relay, *lasts
 
     @staticmethod
@@ -562,10 +551,12 @@ class RecurrenceFunction(torch.autograd.Function):
         if feedback is None and sweep.uses_inverse:
             feedback = feedback_of(weight_hh, CELLS[cell], sweep, words, options.backend)
         carried, through = (None, None) if grad_relay is None else grad_relay.unbind()
+        if through is not None and sweep.kinds > 1:
+            through = through.chunk(2, dim=-1)[0]
         first_displacement = None
         if options.displacements == "parallel" or (
             options.displacements == "auto"
-            and sweep.inverse == "weight"
+            and sweep.is_plain_weight
             and "weight" in CELLS[cell].without_states
             and every is None
             and Timeline.of(states, batch_sizes, reset, options.reverse).plain
@@ -621,7 +612,10 @@ class RecurrenceFunction(torch.autograd.Function):
         relayed = None
         if needs_relay:  # the call before gets both, and the state itself no gradient
             nothing = torch.zeros_like(sent)
-            relayed = torch.stack([nothing if part is None else part for part in (carried, through)])
+            through = nothing if through is None else through
+            if sweep.kinds > 1:
+                through = torch.cat((through, nothing), dim=-1)
+            relayed = torch.stack((torch.zeros_like(through) if carried is None else carried, through))
         return *found, None, relayed, None, None, None
 
 
@@ -670,6 +664,11 @@ def recurrent_layer(
     if displacements == "parallel" and (batch_sizes is not None or reset is not None or reverse):
         raise ValueError(
             f"{CELLS[cell].op}: displacements must be 'auto' or 'sweep' with lengths, reset or reverse, got 'parallel'"
+        )
+    if checkpoint_every is not None and rule.chunk is not None:
+        raise ValueError(
+            f"{CELLS[cell].op}: checkpoint_every must be None with a rule that has chunk, as its chunks overlap, "
+            f"got {checkpoint_every}"
         )
     trained = (x, weight_hh, start, second, weight_ih, bias_ih, bias_hh)
     options = Options(

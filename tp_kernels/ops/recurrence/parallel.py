@@ -6,6 +6,9 @@ Powers of P are in float64. In float32 the error is no more than the sweep's; in
 to square in, it grows like T units in the last place.
 """
 
+import collections
+import threading
+
 import torch
 from torch import Tensor
 
@@ -41,30 +44,30 @@ def displacements(
     # Squaring doubles a power's relative error: in float32, T of them would be worse than the sweep's T products.
     power = feedback.double()
     if grad_h is None:
-        result = _from_last(step * grad_last, power, h.shape[0])
+        result = from_last(step * grad_last, power, h.shape[0])
     else:
         sources = step * grad_h
         if grad_last is not None:
             sources[-1] += step * grad_last
-        result = _from_all(sources.contiguous(), power)
-    return result, _apply(feedback, result[:1])[0]
+        result = from_all(sources.contiguous(), power)
+    return result, apply(feedback, result[:1])[0]
 
 
-def _from_last(last: Tensor, power: Tensor, T: int) -> Tensor:
+def from_last(last: Tensor, power: Tensor, T: int) -> Tensor:
     """``P^{T-1} λ, …, P λ, λ``: the latest k of them times P^k are the k before, with k = 1, 2, 4, …"""
     result = last.new_empty((T, *last.shape))
     result[-1] = last
     known = 1
     while known < T:
         more = min(known, T - known)
-        result[T - known - more : T - known] = _apply(power, result[T - more :])
+        result[T - known - more : T - known] = apply(power, result[T - more :])
         known += more
         if known < T:
             power = power @ power
     return result
 
 
-def _from_all(sources: Tensor, power: Tensor) -> Tensor:
+def from_all(sources: Tensor, power: Tensor) -> Tensor:
     """``λ_t = g_t + P λ_{t+1}``: the half of the steps at an odd distance from the end is a problem of the same kind
     with P², whose sources are ``g_t + P g_{t+1}``; each of the others is one product away from it.
     """
@@ -73,14 +76,34 @@ def _from_all(sources: Tensor, power: Tensor) -> Tensor:
         return sources.clone()
     even, odd = sources[(T - 1) % 2 :: 2], sources[T % 2 :: 2]  # the distance from the end
     result = torch.empty_like(sources)
-    solved = _from_all(odd + _apply(power, even[-len(odd) :]), power @ power)
+    solved = from_all(odd + apply(power, even[-len(odd) :]), power @ power)
     result[T % 2 :: 2] = solved
     result[-1] = sources[-1]
-    result[(T - 1) % 2 : -1 : 2] = even[:-1] + _apply(power, solved[len(solved) - len(even) + 1 :])
+    result[(T - 1) % 2 : -1 : 2] = even[:-1] + apply(power, solved[len(solved) - len(even) + 1 :])
     return result
 
 
-def _apply(matrix: Tensor, states: Tensor) -> Tensor:
+_KEPT = 8
+_kept: "collections.OrderedDict[tuple, tuple[Tensor, Tensor]]" = collections.OrderedDict()
+_one_at_a_time = threading.Lock()
+
+
+def power(matrix: Tensor, exponent: int) -> Tensor:
+    """``matrix^exponent``, [N, N] or [H, N, N], in float64. The last few are kept, for other passes."""
+    key = (exponent, matrix.shape, matrix.dtype, matrix.device)
+    with _one_at_a_time:
+        known = _kept.get(key)
+    if known is None or not torch.equal(known[0], matrix):
+        known = matrix.clone(), torch.linalg.matrix_power(matrix.double(), exponent)
+        with _one_at_a_time:
+            _kept[key] = known
+            _kept.move_to_end(key)
+            while len(_kept) > _KEPT:
+                _kept.popitem(last=False)
+    return known[1]
+
+
+def apply(matrix: Tensor, states: Tensor) -> Tensor:
     """``matrix · state`` over the last axis, as one product for all steps; head by head where there are heads."""
     matrix = matrix.to(states.dtype)
     if matrix.dim() == 2:

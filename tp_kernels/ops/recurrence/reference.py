@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tp_kernels._backends import dtype_name
 from tp_kernels.ops.recurrence.cell import Cell, Step, apply
-from tp_kernels.ops.recurrence.launch import backward_outputs, forward_outputs, state_shape
+from tp_kernels.ops.recurrence.launch import backward_outputs, forward_outputs, state_before, state_shape
 from tp_kernels.ops.recurrence.timeline import Timeline
 from tp_kernels.rules import Sweep
 
@@ -91,8 +92,13 @@ def backward(
 
     ``λ_{t-1} = step g_{t-1} + term(λ_t)``; the term is 0 ("none"), λ_t ("identity"), ``(JᵀJ + rI)⁻¹ Jᵀ λ_t`` with
     ``J = ∂state_t/∂state_{t-1}`` ("jacobian"), or of the form that ``Cell.term`` has: each op's README says which.
-    ``μ_t = λ_t`` (``update="local"``) or ``μ_t = λ_t + Jᵀ_{t+1} μ_{t+1}`` ("total"). Back-propagation is "none" with
-    "total". Nothing goes back past a step before which a state starts anew.
+    ``μ_t = λ_t`` (``update="local"``) or ``μ_t = s_t + Jᵀ_{t+1} μ_{t+1}`` ("total") with the source
+    ``s_t = g_t + blend (λ_t - g_t) + latch (λ'_t - g_t)``, where λ' is the displacement of "identity", and g_t has both
+    gradients of a last state. Back-propagation is "none" with "total". Nothing goes back past a step before which a
+    state starts anew.
+
+    With chunks, δ of C steps comes of a sweep that begins K steps after them, with the adjoint zero, but for the sweep
+    that begins at the end, and the displacement that the whole sequence has there.
 
     Args:
         cell, sweep: which, and the rule.
@@ -103,6 +109,7 @@ def backward(
         feedback: P of each block that the rule inverts: [(H,) N, N], or [(H,) K, N, N] for several; needed where
             ``sweep.uses_inverse``.
         carried, through: like ``start``: term(λ) and ``Jᵀ μ`` of the step after the last one read; ``None`` is zero.
+            With a latch λ' follows term(λ), [B, 2 S N].
         u, start: what the states were computed from; u is needed by "direct" (start: ``None`` is zero).
         time: as of ``forward``.
         first: the number of the first step, for an error to name.
@@ -110,9 +117,9 @@ def backward(
             where it is direct, none. ``None`` counts nothing.
 
     Returns:
-        ``grad_u``, like ``u``: δ; and, like ``start``, ``carried``, term(λ_1), ``None`` for "none", and ``through``,
-        ``Jᵀ_1 μ_1``, ``None`` for "local". All contiguous. The gradient of the first state is ``through`` for "total"
-        and ``carried`` for "local".
+        ``grad_u``, like ``u``: δ; and ``carried``, term(λ_1), ``None`` for "none", and ``through``, ``Jᵀ_1 μ_1``,
+        ``None`` for "local", both as they are given. All contiguous. The gradient of the first state is ``through`` for
+        "total" and ``carried`` for "local".
 
     Raises:
         torch.linalg.LinAlgError: after the sweep, a solve of "jacobian" has a relative residual above rtol.
@@ -120,24 +127,36 @@ def backward(
     time = time or Timeline(h.shape[0])
     start = first_state(cell, h, start)
     grad_u, carried_out, through_out = backward_outputs(cell, h, start.shape, sweep)
+    of_all = {"cell": cell, "weight": weight, "feedback": feedback}
+    arrays = {"grad_h": grad_h, "h": h, "kept": kept if cell.kept else None, "u": u}
     deltas, back = time.split(grad_u), None
-    for back in steps_back(
-        cell,
-        sweep,
-        grad_h=grad_h,
-        grad_last=grad_last,
-        h=h,
-        kept=kept,
-        weight=weight,
-        feedback=feedback,
-        carried=carried,
-        through=through,
-        u=u,
-        start=start,
-        time=time,
-        first=first,
-    ):
-        deltas[back.t].copy_(back.delta)
+    cut = sweep.cut(time.T)
+    if cut is None:
+        sent = {"carried": carried, "through": through, "grad_last": grad_last}
+        for back in steps_back(sweep=sweep, **of_all, **arrays, **sent, start=start, time=time, first=first):
+            deltas[back.t].copy_(back.delta)
+    else:
+        chunk, overlap = cut
+        displacements = sweep._replace(update="local")
+        sent = {"carried": carried, "through": None, "grad_last": grad_last}
+        whole = steps_back(sweep=displacements, **of_all, **arrays, **sent, start=start, time=time)
+        carried_from = [carried, *(back.carried for back in whole)][::-1]  # by each step, to the one read before it
+        for begin in reversed(range(0, time.T, chunk)):
+            end = min(time.T, begin + chunk + overlap)
+            steps = slice(time.T - end, time.T - begin) if time.reverse else slice(begin, end)
+            part, before = time.part(steps), state_before(cell, h, arrays["kept"], start, time, steps)
+            own = {name: time.cut(array, steps) for name, array in arrays.items()}
+            # What is sent by nobody, or by another call, is for the sequences that end here.
+            going_on = part.later if time.batch_sizes is not None else len(start) if end < time.T else 0
+            ended = {"through": through, "grad_last": grad_last}
+            for name, tensor in ended.items():
+                if tensor is not None:
+                    ended[name] = torch.cat((torch.zeros_like(tensor[:going_on]), tensor[going_on:]))
+            sent = {"carried": carried_from[end], **ended}
+            for back in steps_back(sweep=sweep, **of_all, **own, **sent, start=before, time=part):
+                t = steps.start + back.t
+                if begin <= (time.T - 1 - t if time.reverse else t) < begin + chunk:
+                    deltas[t].copy_(back.delta)
     if iterations is not None:
         iterations.zero_()
     if sweep.inverse != "none":
@@ -181,8 +200,10 @@ def steps_back(
     time = time or Timeline(h.shape[0])
     N = h.shape[-1]
     start = first_state(cell, h, start)
-    carried = torch.zeros_like(start) if carried is None or sweep.inverse == "none" else carried
-    through = torch.zeros_like(start) if through is None or sweep.update == "local" else through
+    nothing = torch.zeros_like(start)
+    carried = torch.cat([nothing] * sweep.kinds, -1) if carried is None or sweep.inverse == "none" else carried
+    carried, *latched = carried.chunk(sweep.kinds, dim=-1)
+    through = nothing if through is None or sweep.update == "local" else through
     several = feedback is not None and feedback.dim() > weight.dim()
     inverses = [] if feedback is None else feedback.unbind(-3) if several else [feedback]
     kept = kept if cell.kept else None
@@ -201,14 +222,21 @@ def steps_back(
             before=_anew(before, resets[t]),
             u=us[t],
         )
-        displacement = carried[:n]
+        source = None  # g_t, but for its factor
         if grad_h is not None:
-            source = sweep.step * gradients[t]
-            displacement = torch.cat((displacement[..., :N] + source, displacement[..., N:]), dim=-1)
+            source = gradients[t] if cell.states == 1 else functional.pad(gradients[t], (0, (cell.states - 1) * N))
         if grad_last is not None and later < n:
-            last = displacement[later:] + sweep.step * grad_last[later:n]
-            displacement = torch.cat((displacement[:later], last))
-        adjoint = displacement + through[:n]
+            source = torch.zeros_like(before) if source is None else source
+            source = torch.cat((source[:later], source[later:] + grad_last[later:n]))
+        displacement, latch = carried[:n], [part[:n] for part in latched]
+        if source is not None:
+            displacement, *latch = (part + sweep.step * source for part in (displacement, *latch))
+        adjoint = displacement
+        if sweep.blend != 1 or latch:
+            source = torch.zeros_like(before) if source is None else source
+            adjoint = source + sweep.blend * (displacement - source)
+            adjoint = sum((sweep.latch * (part - source) for part in latch), adjoint)
+        adjoint = adjoint + through[:n]
         delta, into, past = cell.back(adjoint, step)
         if sweep.inverse == "none":
             sent_on = torch.zeros_like(displacement)
@@ -221,11 +249,14 @@ def steps_back(
             sent, scale, by = cell.term(sweep.inverse, displacement, step, sweep.clip)
             product = sum(apply(inverse, part) for inverse, part in zip(inverses, sent, strict=True))
             sent_on = cell.plus(product if scale is None else scale * product, by)
-        carried = torch.cat((_anew(sent_on, resets[t]), carried[n:]))
+        carried, *latched = (
+            torch.cat((_anew(sent, resets[t]), waiting[n:]))
+            for sent, waiting in zip((sent_on, *latch), (carried, *latched), strict=True)
+        )
         if sweep.update == "total":
             through = torch.cat((_anew(cell.plus(apply(weight.mT, into), past), resets[t]), through[n:]))
         later = n
-        yield StepBack(t, displacement, adjoint, delta, carried, through)
+        yield StepBack(t, displacement, adjoint, delta, torch.cat((carried, *latched), dim=-1), through)
     if residuals:
         all_residuals = residuals[0][1].new_zeros((time.T, *start.shape[:-1]))
         for t, residual in residuals:

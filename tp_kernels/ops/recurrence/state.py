@@ -38,9 +38,10 @@ class _Brought(NamedTuple):
         return type(None), ()
 
 
-def new_relay(state: Tensor) -> Tensor:
-    """For the state, [B, N] or [B, H, N]: displacement and adjoint, [2, …]."""
-    return torch.empty_strided((2, *state.shape), (0,) * (state.dim() + 1), dtype=state.dtype, device=state.device)
+def new_relay(state: Tensor, kinds: int = 1) -> Tensor:
+    """For the state, [B, N] or [B, H, N]: displacements of so many kinds side by side, and the adjoint, [2, …]."""
+    shape = (2, *state.shape[:-1], kinds * state.shape[-1])
+    return torch.empty_strided(shape, (0,) * len(shape), dtype=state.dtype, device=state.device)
 
 
 def hand_on(state: Tensor, relay: Relay | None) -> Tensor:
