@@ -7,7 +7,7 @@ import pytest
 import torch
 from _cases import RULES
 from _compare import assert_identical
-from _modules import ALL, ALL_AND_RULES, B, Layer, M, N, parts_of
+from _modules import ALL, ALL_AND_RULES, B, Layer, M, N, parts_of, skip_what_cpu_lacks
 from test_calls_in_pieces import assert_equal_to_rounding
 from test_nn_stacks import STACKS, flat, gradients, inputs, make, over_stacks
 from torch import Tensor
@@ -63,6 +63,7 @@ def alone(
 @over_stacks
 @over_rules
 def test_each_sequence_as_it_is_alone(layer, rule, stack, backend):
+    skip_what_cpu_lacks(layer, rule, backend)
     module = make(layer, stack, rule=RULES[rule], backend=backend)
     x, hx = inputs(layer, stack)
     found = module(x, hx, lengths=LENGTHS)
@@ -76,6 +77,7 @@ def test_each_sequence_as_it_is_alone(layer, rule, stack, backend):
 @over_stacks
 @over_rules
 def test_nothing_passes_where_a_state_starts_anew(layer, rule, stack, lengths, backend):
+    skip_what_cpu_lacks(layer, rule, backend)
     module = make(layer, stack, rule=RULES[rule], backend=backend)
     x, hx = inputs(layer, stack)
     found = module(x, hx, lengths=lengths, reset=resets())
@@ -132,6 +134,7 @@ def test_in_every_layout(layer, every, backend):
 def test_several_calls_of_several_lengths(layer, rule, backend):
     """Sorted otherwise in every call: the gradients of sequences that were put together before."""
     stack = {"num_layers": 2}
+    skip_what_cpu_lacks(layer, rule, backend)
     module = make(layer, stack, rule=RULES[rule], backend=backend)
     x, hx = inputs(layer, stack)
     lengths = [[2, 4, 1, 3], [4, 1, 2, 3]]
