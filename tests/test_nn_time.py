@@ -231,7 +231,7 @@ BAD: dict[str, tuple[object, dict, type[Exception], str]] = {
         X,
         {"reset": RESET.to("meta")},
         ValueError,
-        "reset must be on the device of input, cpu, got meta",
+        "reset must be on cpu, where the input is, got meta",
     ),
     "M": (
         pack_sequence([X[:, 0, :2]]),
