@@ -201,6 +201,7 @@ class Recurrent(Ruled, nn.RNNBase):
             starts = tuple(self._in_own_dtype(start, weights[0][0]) for start in starts)
         self._check_parameters(weights)
         self._check_input(x, starts, input.batch_sizes if packed else None, weights[0][0])
+        _validate.numbers_of_rule(self._NAME, self.rule, self._cell, x.dtype)
         if lengths is not None or reset is not None:
             lengths = self._check_time(x, packed, lengths, reset)
         relays = relays_of(starts, self._NAME, self.rule.carries)
@@ -211,14 +212,7 @@ class Recurrent(Ruled, nn.RNNBase):
         if packed:
             h, lasts, relays = self._packed(PackedSequence(x, *input[1:]), starts, relays, weights, reset)
         elif lengths is not None:
-            sequence, reset = (
-                None if each is None else pack_padded_sequence(each, lengths, self.batch_first, enforce_sorted=False)
-                for each in (x, reset)
-            )
-            reset = None if reset is None else reset.data
-            h, lasts, relays = self._packed(sequence, starts, relays, weights, reset)
-            if h is not None:
-                h, _ = pad_packed_sequence(h, self.batch_first, total_length=x.shape[time])
+            h, lasts, relays = self._padded(x, lengths, starts, relays, weights, reset)
         else:
             if reset is not None and self.batch_first:
                 reset = reset.transpose(0, 1)
@@ -227,6 +221,26 @@ class Recurrent(Ruled, nn.RNNBase):
             h, lasts = None if h is None else h.squeeze(1 - time), tuple(last.squeeze(1) for last in lasts)
         lasts = tuple(hand_on(last, relays) for last in lasts)
         return h, lasts if len(lasts) > 1 else lasts[0]
+
+    def _padded(
+        self,
+        x: Tensor,
+        lengths: Tensor,
+        starts: tuple[Tensor, ...],
+        relays: Relays,
+        weights: list[list[Tensor]],
+        reset: Tensor | None,
+    ) -> tuple[Tensor | None, tuple[Tensor, ...], Relays]:
+        """``_packed`` on padded sequences."""
+
+        def pack(array: Tensor) -> PackedSequence:
+            return pack_padded_sequence(array, lengths, self.batch_first, enforce_sorted=False)
+
+        reset = None if reset is None else pack(reset).data
+        h, lasts, relays = self._packed(pack(x), starts, relays, weights, reset)
+        if h is not None:
+            h, _ = pad_packed_sequence(h, self.batch_first, total_length=x.shape[1 if self.batch_first else 0])
+        return h, lasts, relays
 
     def _packed(
         self,
@@ -275,10 +289,21 @@ class Recurrent(Ruled, nn.RNNBase):
         Returns:
             h of the last layer, the parts of the last states of all, [L D, B, N], and their relays.
         """
-        _validate.numbers_of_rule(self._NAME, self.rule, self._cell, x.dtype)
         count, directions = len(weights), 2 if self.bidirectional else 1
-        parts = [starts] if count == 1 else [start.split(1) for start in starts]
-        parts = parts if count == 1 else list(zip(*parts, strict=True)) or [()] * count
+        if count == 1:  # no work that it can do without
+            h, lasts, relay = self._layer(
+                0,
+                x,
+                starts,
+                None if relays is None else relays[0],
+                weights[0],
+                batch_first=batch_first,
+                batch_sizes=batch_sizes,
+                reset=reset,
+                return_sequence=self.return_sequence,
+            )
+            return h, lasts, (relay,)
+        parts = list(zip(*(start.split(1) for start in starts), strict=True)) or [()] * count
         resets = reset, reset
         if reset is not None and directions == 2:
             resets = reset, _one_step_earlier(reset, batch_sizes)
@@ -310,8 +335,7 @@ class Recurrent(Ruled, nn.RNNBase):
             x = outputs[0] if directions == 1 or outputs[0] is None else torch.cat(outputs, -1)
             if self.dropout and not ends:
                 x = functional.dropout(x, self.dropout, self.training)
-        lasts = lasts[0] if count == 1 else tuple(torch.cat(part) for part in zip(*lasts, strict=True))
-        return x, lasts, tuple(sent)
+        return x, tuple(torch.cat(part) for part in zip(*lasts, strict=True)), tuple(sent)
 
     def _layer(
         self,
