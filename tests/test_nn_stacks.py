@@ -9,7 +9,7 @@ import pytest
 import torch
 from _cases import RULES
 from _compare import assert_identical, assert_near
-from _modules import ALL, ALL_AND_RULES, LAYERS, LSTM, VARIANTS, B, Layer, M, N, parts_of
+from _modules import ALL, ALL_AND_RULES, LAYERS, LSTM, VARIANTS, B, Layer, M, N, parts_of, skip_what_cpu_lacks
 from _oracle import extended
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -185,6 +185,7 @@ def test_repr(layer):
 @over_rules
 def test_single_layers_by_hand(layer, rule, stack, backend):
     """Each layer and direction has displacements of its own; down goes the gradient in the input."""
+    skip_what_cpu_lacks(layer, rule, backend)
     module = make(layer, stack, rule=RULES[rule], backend=backend)
     x, hx = inputs(layer, stack)
     expected = all_by_hand(layer, module, single_layers(layer, module, backend=backend), x, hx)
@@ -227,6 +228,7 @@ def test_a_matrix_for_each(layer, stack, rule, backend):
     """``feedback``: one in place of each P, in the order of ``hx``."""
     if rule not in layer.rules:
         pytest.skip(f"{layer} does not have it")
+    skip_what_cpu_lacks(layer, rule, backend)
     module = make(layer, stack, rule=RULES[rule], backend=backend)
     x, hx = inputs(layer, stack)
     singles = single_layers(layer, module, backend=backend)
@@ -298,6 +300,7 @@ def test_outputs_are_no_views(layer, stack):
 @over_rules
 def test_several_calls_are_one(layer, rule, calls, backend):
     stack = {"num_layers": 2}
+    skip_what_cpu_lacks(layer, rule, backend)
     module = make(layer, stack, rule=RULES[rule], backend=backend)
     x, hx = inputs(layer, stack)
     expected = gradients(module, module(x, hx), x, hx)

@@ -38,7 +38,41 @@ def _one_step_earlier(reset: Tensor, batch_sizes: Tensor | None) -> Tensor:
     return pack_padded_sequence(_one_step_earlier(padded, None), lengths).data
 
 
-class Recurrent(nn.RNNBase):
+class Ruled:
+    """What every module with a rule has, beside its ``_NAME``, in errors, and its ``_cell``."""
+
+    _NAME = ""
+    _cell: Cell
+
+    @property
+    def rule(self) -> Rule:
+        """What backward computes. Assigning ``None`` means ``TargetProp()``."""
+        return self._rule
+
+    @rule.setter
+    def rule(self, rule: Rule | None) -> None:
+        self._rule = self._resolved(rule)
+
+    def _resolved(self, rule: Rule | None) -> Rule:
+        """The rule that assigning this one gives, or an error."""
+        rule = resolve(self._NAME, rule)
+        _validate.rule_of_cell(self._NAME, rule, self._cell)
+        return rule
+
+    def _parts(self, hx: Tensor | tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
+        """The parts of a first state; none where it is zero."""
+        if hx is None:
+            return ()
+        return (hx,) if self._cell.states == 1 else _validate.pair(self._NAME, "hx", hx)
+
+    @staticmethod
+    def _in_own_dtype(value: object, weight: Tensor) -> object:
+        """A floating-point tensor in the dtype of the parameters, whatever that of the layer before; the rest as is."""
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(weight.dtype) if floating else value
+
+
+class Recurrent(Ruled, nn.RNNBase):
     """Layers of one cell, with the parameters, names and initialization of their ``torch.nn`` counterpart, and the
     options of this library. What is a subclass's own: ``_NAME``, ``_MODE`` and ``_cell``.
 
@@ -46,9 +80,7 @@ class Recurrent(nn.RNNBase):
     one below goes the gradient in its input, ``Uᵀ δ``, which that layer takes for the gradient in its states.
     """
 
-    _NAME = ""  # in errors
     _MODE = ""  # what torch.nn calls the cell
-    _cell: Cell
     displacements = "auto"
 
     def __init__(
@@ -105,22 +137,11 @@ class Recurrent(nn.RNNBase):
         self._check_feedback(self.weight_hh_l0)
         self.refresh = refresh
 
-    @property
-    def rule(self) -> Rule:
-        """What backward computes. Assigning ``None`` means ``TargetProp()``."""
-        return self._rule
-
-    @rule.setter
+    @Ruled.rule.setter
     def rule(self, rule: Rule | None) -> None:
-        self._rule = self._resolved(rule)
+        Ruled.rule.fset(self, rule)
         if getattr(self, "refreshed", None) is not None:
             self.refresh = self.refresh  # what is inverted may be another part of the weight
-
-    def _resolved(self, rule: Rule | None) -> Rule:
-        """The rule that assigning this one gives, or an error."""
-        rule = resolve(self._NAME, rule)
-        _validate.rule_of_cell(self._NAME, rule, self._cell)
-        return rule
 
     @property
     def refresh(self) -> int:
@@ -176,10 +197,11 @@ class Recurrent(nn.RNNBase):
         weights = self.all_weights  # each once: it may be parametrized
         starts = self._parts(hx)
         if isinstance(x, Tensor) and autocast_enabled(x.device.type):
-            x = self._in_own_dtype(x, weights)
-            starts = tuple(self._in_own_dtype(start, weights) for start in starts)
+            x = self._in_own_dtype(x, weights[0][0])
+            starts = tuple(self._in_own_dtype(start, weights[0][0]) for start in starts)
         self._check_parameters(weights)
         self._check_input(x, starts, input.batch_sizes if packed else None, weights[0][0])
+        _validate.numbers_of_rule(self._NAME, self.rule, self._cell, x.dtype)
         if lengths is not None or reset is not None:
             lengths = self._check_time(x, packed, lengths, reset)
         relays = relays_of(starts, self._NAME, self.rule.carries)
@@ -190,14 +212,7 @@ class Recurrent(nn.RNNBase):
         if packed:
             h, lasts, relays = self._packed(PackedSequence(x, *input[1:]), starts, relays, weights, reset)
         elif lengths is not None:
-            sequence, reset = (
-                None if each is None else pack_padded_sequence(each, lengths, self.batch_first, enforce_sorted=False)
-                for each in (x, reset)
-            )
-            reset = None if reset is None else reset.data
-            h, lasts, relays = self._packed(sequence, starts, relays, weights, reset)
-            if h is not None:
-                h, _ = pad_packed_sequence(h, self.batch_first, total_length=x.shape[time])
+            h, lasts, relays = self._padded(x, lengths, starts, relays, weights, reset)
         else:
             if reset is not None and self.batch_first:
                 reset = reset.transpose(0, 1)
@@ -207,9 +222,25 @@ class Recurrent(nn.RNNBase):
         lasts = tuple(hand_on(last, relays) for last in lasts)
         return h, lasts if len(lasts) > 1 else lasts[0]
 
-    def _parts(self, hx: Tensor | None) -> tuple[Tensor, ...]:
-        """The parts of a first state; none where it is zero."""
-        return () if hx is None else (hx,)
+    def _padded(
+        self,
+        x: Tensor,
+        lengths: Tensor,
+        starts: tuple[Tensor, ...],
+        relays: Relays,
+        weights: list[list[Tensor]],
+        reset: Tensor | None,
+    ) -> tuple[Tensor | None, tuple[Tensor, ...], Relays]:
+        """``_packed`` on padded sequences."""
+
+        def pack(array: Tensor) -> PackedSequence:
+            return pack_padded_sequence(array, lengths, self.batch_first, enforce_sorted=False)
+
+        reset = None if reset is None else pack(reset).data
+        h, lasts, relays = self._packed(pack(x), starts, relays, weights, reset)
+        if h is not None:
+            h, _ = pad_packed_sequence(h, self.batch_first, total_length=x.shape[1 if self.batch_first else 0])
+        return h, lasts, relays
 
     def _packed(
         self,
@@ -258,10 +289,21 @@ class Recurrent(nn.RNNBase):
         Returns:
             h of the last layer, the parts of the last states of all, [L D, B, N], and their relays.
         """
-        _validate.numbers_of_rule(self._NAME, self.rule, self._cell, x.dtype)
         count, directions = len(weights), 2 if self.bidirectional else 1
-        parts = [starts] if count == 1 else [start.split(1) for start in starts]
-        parts = parts if count == 1 else list(zip(*parts, strict=True)) or [()] * count
+        if count == 1:  # no work that it can do without
+            h, lasts, relay = self._layer(
+                0,
+                x,
+                starts,
+                None if relays is None else relays[0],
+                weights[0],
+                batch_first=batch_first,
+                batch_sizes=batch_sizes,
+                reset=reset,
+                return_sequence=self.return_sequence,
+            )
+            return h, lasts, (relay,)
+        parts = list(zip(*(start.split(1) for start in starts), strict=True)) or [()] * count
         resets = reset, reset
         if reset is not None and directions == 2:
             resets = reset, _one_step_earlier(reset, batch_sizes)
@@ -293,8 +335,7 @@ class Recurrent(nn.RNNBase):
             x = outputs[0] if directions == 1 or outputs[0] is None else torch.cat(outputs, -1)
             if self.dropout and not ends:
                 x = functional.dropout(x, self.dropout, self.training)
-        lasts = lasts[0] if count == 1 else tuple(torch.cat(part) for part in zip(*lasts, strict=True))
-        return x, lasts, tuple(sent)
+        return x, tuple(torch.cat(part) for part in zip(*lasts, strict=True)), tuple(sent)
 
     def _layer(
         self,
@@ -335,11 +376,6 @@ class Recurrent(nn.RNNBase):
 
     def _not_implemented(self, what: str) -> NotImplementedError:
         return NotImplementedError(f"{self._NAME}: {what} is not implemented yet")
-
-    def _in_own_dtype(self, value: object, weights: list[list[Tensor]]) -> object:
-        """A floating-point tensor in the dtype of the parameters, whatever that of the layer before; the rest as is."""
-        floating = isinstance(value, Tensor) and value.is_floating_point()
-        return value.to(weights[0][0].dtype) if floating else value
 
     def _check_parameters(self, weights: list[list[Tensor]]) -> None:
         """Parameters can be put in from outside; the kernels read them by their address."""

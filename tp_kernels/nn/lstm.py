@@ -100,12 +100,3 @@ class LSTM(Recurrent):
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     check_forward_args = nn.LSTM.check_forward_args
     permute_hidden = nn.LSTM.permute_hidden
-
-    def _parts(self, hx: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
-        if hx is None:
-            return ()
-        if not isinstance(hx, (tuple, list)):
-            raise TypeError(f"{self._NAME}: hx must be a pair of tensors, (h_0, c_0), got {type(hx).__name__}")
-        if len(hx) != 2:
-            raise ValueError(f"{self._NAME}: hx must be a pair of tensors, (h_0, c_0), got {len(hx)}")
-        return tuple(hx)
