@@ -55,6 +55,10 @@ print("right")
 """
 
 CALLS = {
+    "forward": ("forward('rnn_tanh')", 1, {"T": 20000, "B": 4, "N": 3000}),
+    "forward-threads": ("forward('gru')", 3, {"T": 1000, "B": 200, "N": 2000}),
+    "backward": ("backward(TargetProp())", 1, {"T": 10000, "B": 4, "N": 3000}),
+    "backward-jacobian": ("backward(TargetProp(inverse='jacobian'))", 3, {"T": 10000, "B": 4, "N": 3000}),
     "solve": ("inverse('regularized_solve')", 1, {"T": 0, "B": 30, "N": 3000}),
     "solve-team": ("inverse('regularized_solve')", 3, {"T": 0, "B": 2, "N": 7000}),
     "polar": ("inverse('regularized_polar')", 1, {"T": 0, "B": 20, "N": 3000}),

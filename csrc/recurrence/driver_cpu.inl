@@ -6,6 +6,7 @@
 #include "../cells/gru.h"
 #include "../common/denormals.h"
 #include "../common/gemm.h"
+#include "../common/interrupt.h"
 #include "../common/memory.h"
 #include "../common/threads.h"
 #include "solver_cpu.inl"
@@ -29,9 +30,12 @@ bool for_tiles(const Call& f, ptrdiff_t size, const Run& run) {
     const int threads = static_cast<int>(tiles.count < f.threads ? tiles.count : f.threads);
     Scratch<T> scratch(threads * tiles.rows * size);
     if (!scratch) return false;
+    Interruptible* const call = running_call();
+    // The first thread, which listens for Ctrl-C, has the largest share.
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (ptrdiff_t index = 0; index < tiles.count; ++index) {
         const FlushDenormals flush;
+        Listener listener(call);
         const ptrdiff_t first = index % tiles.per_head * tiles.rows, rest = f.B - first;
         const Tile tile = {index / tiles.per_head, first, rest < tiles.rows ? rest : tiles.rows};
         run(tile, scratch.get() + thread_number() * tiles.rows * size);
@@ -53,7 +57,9 @@ void forward_tile(const RecurrenceForwardCpu<T>& f, const Tile& tile, const T* p
     const T* before = f.start ? f.start + tile.in(states) : zeros;
     ptrdiff_t before_row = f.start ? row : 0;
     if (project) copy_rows(before, before_row, rows, N, both, width);
+    Listener& listener = tpk::listener();
     for (ptrdiff_t t = 0; t < f.T_; ++t) {
+        if (listener.interrupted()) return;
         const T* input = f.input + tile.in(f.input_strides, t);
         T* h = f.h + tile.in(states, t);
         T* kept = f.kept ? f.kept + tile.in(arrays, t) : nullptr;
@@ -163,7 +169,9 @@ void backward_tile(const RecurrenceBackward<T>& f, const Tile& tile, const Matri
     const T step_size = f.step, clip = f.clip;
     if (f.carried_in) copy_rows(f.carried_in + tile.in(states), row, rows, N, carried, columns);
     if (f.through_in) copy_rows(f.through_in + tile.in(states), row, rows, N, through, columns);
+    Listener& listener = tpk::listener();
     for (ptrdiff_t t = f.T_ - 1; t >= 0; --t) {
+        if (listener.interrupted()) return;
         const bool inner = t < f.T_ - 1;  // a step of this call follows
         const bool carried_here = carries && (inner || f.carried_in), through_here = total && (inner || f.through_in);
         const T* g = f.grad_h ? f.grad_h + tile.in(f.grad_h_strides, t) : nullptr;
