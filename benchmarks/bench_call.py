@@ -6,14 +6,14 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from bench_recurrence import METHODS
+from bench_recurrence import METHODS, skip_where_it_cannot_run
 
 from tp_kernels.regimes import measure
 from tp_kernels.regimes.cases import Case, Contender
 
 CASES = (Case(1, 2, 1), Case(1, 128, 8), Case(60, 100, 20))
 SMOKE = (Case(1, 2, 1),)
-NAMES = {"rnn": ("tp", "tp-refresh8", "bp", "nn.RNN"), "gru": ("tp", "bp", "nn.GRU")}
+NAMES = {"rnn": ("tp", "tp-refresh8", "bp", "nn.RNN", "jax"), "gru": ("tp", "bp", "nn.GRU", "jax")}
 REPEATS = 24  # calls a round: one is too short for the clock; refresh=8 is alike in groups of eight
 
 
@@ -33,6 +33,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def bench_call(benchmark, op: str, case: Case, method: Contender, what: str) -> None:
+    skip_where_it_cannot_run(method, case)
+    if method.library != "torch" and what == "forward":
+        pytest.skip("within torch its arrays are copied: only its own step is a time")
     with measure.settings(case.threads):
         cell = measure.Cell(case, layer=op.upper())
         module = cell.module(method)

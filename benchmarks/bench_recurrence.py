@@ -17,16 +17,17 @@ from tp_kernels.ops.recurrence.cell import CELLS
 from tp_kernels.ops.recurrence.launch import forward_outputs
 from tp_kernels.ops.recurrence.op import backends
 from tp_kernels.regimes import measure
-from tp_kernels.regimes.cases import CONTENDERS, Case, Contender, LastState, fused
+from tp_kernels.regimes.cases import CONTENDERS, Case, Contender, LastState, fused, in_jax
 
 METHODS = {
-    "rnn": [CONTENDERS[name] for name in ("tp", "tp-refresh8", "tp-local", "bp", "nn.RNN", "eager")],
+    "rnn": [CONTENDERS[name] for name in ("tp", "tp-refresh8", "tp-local", "bp", "nn.RNN", "jax", "eager")],
     "gru": [
         fused("tp", "tp", "tp", tp.TargetProp(), layer="GRU"),
         fused("layer", "tp", "layer", tp.TargetProp(inverse="layer", update="local"), layer="GRU"),
         fused("jacobian", "tp", "jacobian", tp.TargetProp(inverse="jacobian"), layer="GRU"),
         fused("bp", "bp", "bp", tp.BackProp(), layer="GRU"),
         Contender("nn.GRU", "bp", "nn.GRU", tp.BackProp(), lambda M, N, _: LastState(nn.GRU(M, N))),
+        in_jax("jax", "GRU"),
     ],
 }
 STEPS = {
@@ -75,6 +76,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(names, rows)
 
 
+def skip_where_it_cannot_run(method: Contender, case: Case) -> None:
+    reason = method.why_not(case, compile_max_T=0)
+    if reason is not None:
+        pytest.skip(reason)
+
+
 def _note(benchmark, case: Case, contender: str, gate: measure.Gate, **extra: object) -> None:
     benchmark.extra_info |= {
         **asdict(case),
@@ -88,6 +95,7 @@ def _note(benchmark, case: Case, contender: str, gate: measure.Gate, **extra: ob
 
 def bench_step(benchmark, op: str, case: Case, method: Contender) -> None:
     """A gradient arrives at the last state."""
+    skip_where_it_cannot_run(method, case)
     with measure.settings(case.threads):
         cell = measure.Cell(case, layer=op.upper())
         module = cell.module(method)

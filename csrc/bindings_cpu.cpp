@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "common/interrupt.h"
 #include "common/isa.h"
 
 using namespace tpk;
@@ -22,10 +23,23 @@ const Launchers<T>& launchers() {
         return isa_level().double_precision;
 }
 
+// Runs the handlers of signals that have come; whether one of them raised, as that of Ctrl-C does.
+bool signal_raised() {
+    const py::gil_scoped_acquire acquire;
+    return PyErr_CheckSignals() != 0;
+}
+
 template <class Arguments>
 void launch(bool (*launcher)(const Arguments&), const Arguments& arguments) {
-    py::gil_scoped_release release;
-    if (!launcher(arguments)) throw std::bad_alloc();
+    bool there_was_memory, stopped;
+    {
+        const py::gil_scoped_release release;
+        const Interruptible call(signal_raised);
+        there_was_memory = launcher(arguments);
+        stopped = call.stopped();
+    }
+    if (stopped) throw py::error_already_set();
+    if (!there_was_memory) throw std::bad_alloc();
 }
 
 template <class F>

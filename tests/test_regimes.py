@@ -1,6 +1,7 @@
 """The regime map: its store, its flags, its check, its report, and a tiny run of it all. No test looks at a clock."""
 
 import errno
+import importlib.util
 import json
 import os
 import re
@@ -183,10 +184,40 @@ def test_cases_come_smallest_first_and_pixels_set_M():
 @pytest.mark.parametrize("name", [name for name in CONTENDERS if name != "compile"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_every_contender_passes_its_check(name, dtype):
-    cell = measure.Cell(Case(T=7, N=6, B=4, M=3, dtype=dtype))
+    case = Case(T=7, N=6, B=4, M=3, dtype=dtype)
+    if reason := CONTENDERS[name].why_not(case, 0):
+        pytest.skip(reason)
+    cell = measure.Cell(case)
     gate = cell.check(CONTENDERS[name], cell.module(CONTENDERS[name]))
     assert gate.passed, gate
     assert gate.B == 4
+
+
+@pytest.mark.parametrize("layer", ["RNN", "GRU"])
+@pytest.mark.parametrize("needs_x", [False, True])
+def test_jax_computes_what_torch_does(layer, needs_x):
+    """All gradients; and the step that is timed is the one that was checked."""
+    jax_layer = pytest.importorskip("tp_kernels.regimes.jax_layer", exc_type=ImportError)
+    found, exact = jax_layer.JaxLayer(layer, 3, 7).double(), getattr(nn, layer)(3, 7).double()
+    exact.load_state_dict(dict(zip(exact.state_dict(), found.state_dict().values(), strict=True)))
+    x = torch.randn(9, 4, 3, dtype=torch.float64, requires_grad=needs_x)
+    grad = torch.randn(4, 7, dtype=torch.float64)
+    results = []
+    for module, last in ((found, found(x)), (exact, exact(x)[1][0])):
+        leaves = [*module.parameters(), *([x] if needs_x else [])]
+        results.append((last.detach(), *torch.autograd.grad(last, leaves, grad)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    loss, gradients = found.training_step(x, grad)()
+    torch.testing.assert_close(torch.from_dlpack(loss), (results[1][0] * grad).sum())
+    assert len(gradients) == 1 + needs_x
+    for one, other in zip((*gradients[0], *gradients[1:]), results[1][1:], strict=True):
+        torch.testing.assert_close(torch.from_dlpack(one), other, rtol=1e-12, atol=1e-12)
+
+
+def test_jax_that_is_not_there_is_skipped_with_the_reason(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert CONTENDERS["jax"].why_not(TINY, 0) == "JAX is not installed: python -m pip install 'tp_kernels[jax]'"
 
 
 class _WrongLastGradient(torch.autograd.Function):

@@ -7,6 +7,7 @@
 #include "../cells/lstm.h"
 #include "../common/denormals.h"
 #include "../common/gemm.h"
+#include "../common/interrupt.h"
 #include "../common/memory.h"
 #include "../common/threads.h"
 #include "solver_cpu.inl"
@@ -31,9 +32,12 @@ bool for_tiles(const Call& f, ptrdiff_t size, const Run& run) {
     const int threads = static_cast<int>(tiles.count < f.threads ? tiles.count : f.threads);
     Scratch<T> scratch(threads * tiles.rows * size);
     if (!scratch) return false;
+    Interruptible* const call = running_call();
+    // The first thread, which listens for Ctrl-C, has the largest share.
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (ptrdiff_t index = 0; index < tiles.count; ++index) {
         const FlushDenormals flush;
+        Listener listener(call);
         const ptrdiff_t first = index % tiles.per_head * tiles.rows, rest = f.B - first;
         const Tile tile = {index / tiles.per_head, first, rest < tiles.rows ? rest : tiles.rows};
         run(tile, scratch.get() + thread_number() * tiles.rows * size);
@@ -69,7 +73,9 @@ void forward_tile(const RecurrenceForwardCpu<T>& f, const Tile& tile, const T* p
         copy_rows(start, f.start ? outside.batch : 0, tile.rows, S * N, last, outside.batch);
     }
     RowsOf<T> there = {nullptr, row};  // h of the step before
+    Listener& listener = tpk::listener();
     for (ptrdiff_t k = 0; k < f.T_; ++k) {
+        if (listener.interrupted()) return;
         const ptrdiff_t t = course.step(k), rows = course.rows(k);
         if (rows == 0) continue;
         const T* input = f.input + course.at(f.input_strides, t);
@@ -281,7 +287,9 @@ void backward_tile(const RecurrenceBackward<T>& f, const Tile& tile, const Matri
         if (latches) send_latched(first, end);
     };
     if (several_lengths) send_on(0, tile.rows);  // some may have no step here
+    Listener& listener = tpk::listener();
     for (ptrdiff_t k = f.T_ - 1; k >= 0; --k) {
+        if (listener.interrupted()) return;
         const ptrdiff_t t = course.step(k), rows = course.rows(k);
         if (rows == 0) continue;
         const bool inner = k < f.T_ - 1;  // a step of this call follows

@@ -1,6 +1,7 @@
 // One thread a matrix, or a team for a large one: Gram matrix, Cholesky factor and two triangular solves, all by the
 // blocked micro-kernel of gemm.h. Rows are padded to whole vectors, so that no product has a remainder.
 
+#include "../common/interrupt.h"
 #include "../common/matrix.h"
 #include "../common/memory.h"
 #include "../common/threads.h"
@@ -102,7 +103,7 @@ bool factor_block(T* block, ptrdiff_t rows, T* inverse_diagonal) {
 // Rows that are brought up to date together: what they need of the rows before is read once for all of them.
 constexpr ptrdiff_t outer_rows = 64;
 
-// G = UᵀU in place: the upper triangle becomes U. False: G is not numerically positive definite.
+// G = UᵀU in place: the upper triangle becomes U. False: G is not numerically positive definite, or interrupted.
 template <class T>
 bool cholesky(const Rows<T>& gram, ptrdiff_t n, T* inverse_diagonal) {
     // Rows [first, first + rows) less what rows [from, from + count) contribute, in the columns from the diagonal on;
@@ -113,6 +114,7 @@ bool cholesky(const Rows<T>& gram, ptrdiff_t n, T* inverse_diagonal) {
                                     gram.columns - start, gram[first] + start, gram.stride);
     };
     for (ptrdiff_t outer = 0; outer < n; outer += outer_rows) {
+        if (interrupted()) return false;
         const ptrdiff_t end = smaller(n, outer + outer_rows);
         subtract(outer, end - outer, 0, outer);
         for (ptrdiff_t first = outer; first < end; first += block_rows) {
@@ -135,6 +137,7 @@ bool cholesky(const Rows<T>& gram, ptrdiff_t n, T* inverse_diagonal) {
 template <class T>
 void solve(const Rows<T>& factor, ptrdiff_t n, const T* inverse_diagonal, const Rows<T>& x) {
     for (ptrdiff_t outer = 0; outer < n; outer += outer_rows) {
+        if (interrupted()) return;
         const ptrdiff_t end = smaller(n, outer + outer_rows);
         const auto subtract = [&](ptrdiff_t first, ptrdiff_t rows, ptrdiff_t from, ptrdiff_t count) {
             multiply<T, Into::subtract>(factor[from] + first, 1, factor.stride, rows, x.from(from, 0), count, x.columns,
@@ -149,6 +152,7 @@ void solve(const Rows<T>& factor, ptrdiff_t n, const T* inverse_diagonal, const 
         }
     }
     for (ptrdiff_t outer = (n - 1) / outer_rows * outer_rows; outer >= 0; outer -= outer_rows) {
+        if (interrupted()) return;
         const ptrdiff_t end = smaller(n, outer + outer_rows);
         const auto subtract = [&](ptrdiff_t first, ptrdiff_t rows, ptrdiff_t from, ptrdiff_t count) {
             multiply<T, Into::subtract>(factor[first] + from, factor.stride, 1, rows, x.from(from, 0), count, x.columns,
@@ -171,6 +175,7 @@ void invert_factor(const Rows<T>& factor, ptrdiff_t n, const T* inverse_diagonal
     for (ptrdiff_t i = 0; i < n; ++i)
         for (ptrdiff_t j = 0; j < x.columns; ++j) x[i][j] = j == i ? T(1) : T(0);
     for (ptrdiff_t outer = 0; outer < n; outer += outer_rows) {
+        if (interrupted()) return;
         const ptrdiff_t end = smaller(n, outer + outer_rows);
         const auto subtract = [&](ptrdiff_t first, ptrdiff_t rows, ptrdiff_t from, ptrdiff_t count) {
             multiply<T, Into::subtract>(factor[from] + first, 1, factor.stride, rows, x.from(from, 0), count,
@@ -224,6 +229,7 @@ void solve_matrix(const RegularizedSolve<T>& f, ptrdiff_t index, T* scratch, int
     if (member == 0) copy(weight, m, n, w);
     wait_for_team(members);
     for (ptrdiff_t first = 0; first < n; first += outer_rows) {  // from the diagonal on: the rest is never read
+        if (interrupted()) break;
         const ptrdiff_t start = larger(gram_first, first / lanes<T> * lanes<T>);
         if (start < gram_end)
             multiply<T, Into::store>(w[0] + first, 1, w.stride, smaller(outer_rows, n - first), w.from(0, start), m,
@@ -246,7 +252,7 @@ void solve_matrix(const RegularizedSolve<T>& f, ptrdiff_t index, T* scratch, int
     bool solved = !f.failed[index];
     if (solved) solve(gram, n, inverse_diagonal, Rows<T>{x[0] + x_first, x_end - x_first, x.stride});
     wait_for_team(members);
-    if (member != 0) return;
+    if (member != 0 || interrupted()) return;
     T* out = f.solved + index * n * m;
     for (ptrdiff_t i = 0; i < n && solved; ++i) __builtin_memcpy(out + i * m, x[i], static_cast<size_t>(m) * sizeof(T));
     judge(f, index, solved);
@@ -272,12 +278,16 @@ bool regularized_solve(const RegularizedSolve<T>& f) {
                     size = groups ? larger(single, interleaved_scratch<T>(f.m, f.n)) : single;
     Scratch<T> scratch((team ? 1 : threads) * size);
     if (!scratch) return false;
+    Interruptible* const call = running_call();
 #pragma omp parallel num_threads(threads)
     {
+        Listener here(call);
         const int number = thread_number(), count = thread_count();  // of threads, which may be fewer than asked for
         T* own = scratch.get() + (team ? 0 : number * size);
-        const ptrdiff_t first = team ? 0 : tasks * number / count, end = team ? tasks : tasks * (number + 1) / count;
+        const int place = count - 1 - number;  // of its share: the largest for the thread that listens for Ctrl-C
+        const ptrdiff_t first = team ? 0 : tasks * place / count, end = team ? tasks : tasks * (place + 1) / count;
         for (ptrdiff_t task = first; task < end; ++task) {
+            if (!team && interrupted()) break;  // a team comes to its barriers together
             if (task < groups) {
                 solve_interleaved(f, task * L, own);
                 for (ptrdiff_t index = task * L; index < (task + 1) * L; ++index) judge(f, index, true);

@@ -7,6 +7,7 @@
 // √r I], and a P whose gains are biased by a unit in float's last place would show it after a thousand products.
 // Everything n × n is a function of A: symmetric, commuting, and computed as an upper triangle.
 
+#include "../common/interrupt.h"
 #include "../common/matrix.h"
 #include "../common/memory.h"
 #include "../common/threads.h"
@@ -27,6 +28,7 @@ void multiply_symmetric(const Rows<T>& a, const Rows<T>& b, ptrdiff_t k, ptrdiff
     // Rows at a time, from the diagonal of the first on: few waste little, many read less from afar.
     const ptrdiff_t strip = n > 256 ? outer_rows : L;
     for (ptrdiff_t first = 0; first < n; first += strip) {
+        if (interrupted()) return;
         const ptrdiff_t rows = smaller(strip, n - first);
         for (ptrdiff_t column = first, width; column < c.columns; column += width) {
             width = triangular ? smaller(4 * L, c.columns - column) : c.columns - column;
@@ -111,10 +113,11 @@ struct PolarChain {
           square(scratch[3]),
           spare(scratch[4]) {}
 
-    // Steps until l >= near_one. False: not numerically positive definite.
+    // Steps until l >= near_one. False: not numerically positive definite, or interrupted.
     bool raise(double& l) {
         using V = Vec<double>;
         while (l < near_one) {
+            if (interrupted()) return false;
             const HalleyStep step(l);
             const double alpha = step.b / step.c, beta = step.a - alpha;
             for_vectors(gram, n,
@@ -243,15 +246,20 @@ inline bool regularized_polar(const RegularizedPolar& f) {
     const ptrdiff_t size = PolarScratch(f.m, f.n).size(), elements = f.m * f.n;
     Scratch<double> scratch(threads * size);
     if (!scratch) return false;
+    Interruptible* const call = running_call();
 #pragma omp parallel num_threads(threads)
     {
+        Listener here(call);
         const int number = thread_number(), count = thread_count();  // of threads, which may be fewer than asked for
-        for (ptrdiff_t index = f.batch * number / count; index < f.batch * (number + 1) / count; ++index) {
+        const int place = count - 1 - number;  // of its share: the largest for the thread that listens for Ctrl-C
+        for (ptrdiff_t index = f.batch * place / count; index < f.batch * (place + 1) / count; ++index) {
+            if (interrupted()) break;
             const float* weight = f.weight + index * elements;
             float* polar = f.polar + index * elements;
             // Data that is not finite is not a failure of the iteration: NaN flows through.
             const bool finite = is_finite(weight, elements);
             const bool done = finite && polar_matrix(weight, f.reg, f.m, f.n, scratch.get() + number * size, polar);
+            if (interrupted()) break;
             f.failed[index] = finite && !done;
             for (ptrdiff_t i = 0; i < elements && !done; ++i) polar[i] = __builtin_nanf("");
         }

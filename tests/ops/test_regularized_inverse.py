@@ -343,6 +343,51 @@ def test_gradients_at_small_reg(relative, cpu):
         assert miss <= 1e-5 * torch.linalg.vector_norm(double)
 
 
+SPECTRA = {
+    "full": torch.linspace(1, 0.3, 20, dtype=torch.float64),
+    "rank-19": torch.linspace(1, 0.3, 20, dtype=torch.float64) * (torch.arange(20) < 19),
+    "rank-3": (torch.arange(20) < 3).double(),
+    "decades": torch.logspace(0, -15, 20, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("relative", [3.0, 0.9, 0.3, 1e-2, 1e-6, 1e-20])
+@pytest.mark.parametrize("shape", [(20, 20), (31, 20), (20, 31)], ids=str)
+@pytest.mark.parametrize("kind", SPECTRA)
+def test_refused_or_right(kind, shape, relative, dtype, backend):
+    """On both sides of the smallest r at which P of a singular matrix has digits. One of full rank has them at any r.
+    In a batch: the others have their P.
+    """
+    double = dtype == torch.float64 or backend == "cpu"
+    reg = relative / op.LARGEST_CONDITION[torch.float64 if double else torch.float32]
+    weight = torch.stack([matrices(shape, dtype), spectrum(shape, SPECTRA[kind], dtype)])
+    found = tp.regularized_inverse(weight, reg, check_errors=False, backend=backend)
+    assert not found[0].isnan().any()
+    if kind == "full" or relative > 1:
+        exact = torch.from_numpy(regularized_inverse(extended(weight[1]), reg, 1.0).astype(np.float64))
+        assert torch.dist(found[1], exact) <= 0.02 * torch.linalg.vector_norm(exact)
+        assert torch.equal(tp.regularized_inverse(weight, reg, backend=backend), found)
+    elif relative <= 0.3:  # between, either: the estimate is a little below the condition
+        assert found[1].isnan().all()
+        with pytest.raises(torch.linalg.LinAlgError, match="of batch entry 1 is not numerically positive definite"):
+            tp.regularized_inverse(weight, reg, backend=backend)
+
+
+def test_no_gradient_of_what_is_refused(dtype, backend):
+    weight = torch.stack([spectrum((20, 20), SPECTRA[kind], dtype) for kind in ("full", "rank-3")]).requires_grad_()
+    found = tp.regularized_inverse(weight, 1e-14, check_errors=False, backend=backend)
+    (grad,) = torch.autograd.grad(found.sum(), weight)
+    assert grad.isnan().all(dim=(1, 2)).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("size", [1e-100, 1e100])
+def test_condition_of_any_size(size, backend):
+    weight = size * matrices((5, 5), torch.float64)
+    exact = torch.linalg.inv(weight)
+    found = tp.regularized_inverse(weight, 1e-20 * size**2, backend=backend)
+    assert torch.dist(found, exact) <= 1e-10 * torch.linalg.vector_norm(exact)
+
+
 @pytest.mark.parametrize(
     ("batch", "index", "where"),
     [

@@ -176,7 +176,9 @@ def parser() -> argparse.ArgumentParser:
         help="time per step and peak memory",
         description="Time per step and peak memory of every contender, for every T, N and B. A flag takes the place "
         "of the preset's\nvalue. Before a contender is timed, its gradients are checked on that very shape.",
-        epilog="contenders:\n" + "".join(f"  {c.name:10} {c.label}\n" for c in CONTENDERS.values()),
+        epilog="contenders:\n"
+        + "".join(f"  {c.name:10} {c.label}\n" for c in CONTENDERS.values())
+        + "jax takes part where it is installed: python -m pip install 'tp_kernels[jax]'\n",
     )
     # Absent flags leave what was given before the command: ``--preset quick map``.
     _add_shared(one, argparse.SUPPRESS)

@@ -1,5 +1,6 @@
 """What is compared: the shapes (cases), the contenders, and the presets that name a whole grid of them."""
 
+import importlib.util
 import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -41,6 +42,7 @@ class Contender:
         rule: what its gradients must be; the float64 reference computes them for the check.
         build: (M, N, backend) -> module that takes [T, B, M] and returns the last state, [B, N].
         fused: runs on this library's kernels.
+        library: what runs the recurrence of one that does not.
         period: steps that are timed together, where they are not alike.
     """
 
@@ -50,6 +52,7 @@ class Contender:
     rule: Rule
     build: Callable[[int, int, str], nn.Module]
     fused: bool = False
+    library: str = "torch"
     period: int = 1
 
     def why_not(self, case: Case, compile_max_T: int) -> str | None:
@@ -59,7 +62,16 @@ class Contender:
                 f"T={case.T} is over --compile-max-T={compile_max_T}: "
                 "torch.compile unrolls the loop, and compiling takes minutes"
             )
+        if self.library == "jax":
+            if importlib.util.find_spec("jax") is None:
+                return "JAX is not installed: python -m pip install 'tp_kernels[jax]'"
+            if case.device != "cpu" or case.threads != 1 or case.dtype not in ("float32", "float64"):
+                return f"JAX is measured in float32 and float64 on one CPU thread, not {_kind(case)}"
         return None
+
+
+def _kind(case: Case) -> str:
+    return f"in {case.dtype} on {case.device}, threads={case.threads}"
 
 
 class LastState(nn.Module):
@@ -98,6 +110,17 @@ def fused(
     return Contender(name, role, label, rule, build, fused=True, period=period)
 
 
+def in_jax(name: str, layer: str) -> Contender:
+    """That layer of ``torch.nn`` in JAX."""
+
+    def build(M: int, N: int, backend: str) -> nn.Module:
+        from tp_kernels.regimes.jax_layer import JaxLayer  # imports jax, which need not be there
+
+        return JaxLayer(layer, M, N)
+
+    return Contender(name, "bp", "JAX, lax.scan", BackProp(), build, library="jax")
+
+
 # The least memory: every 64th state is kept, the others are computed again, and there is no output of T states.
 _CHECKPOINTS = {"checkpoint_every": 64, "return_sequence": False}
 
@@ -118,6 +141,7 @@ CONTENDERS = {
         Contender(
             "compile", "bp", "torch.compile of the loop", BackProp(), lambda M, N, _: torch.compile(CellLoop(M, N))
         ),
+        in_jax("jax", "RNN"),
     )
 }
 

@@ -18,6 +18,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,7 @@ def environment(device: str) -> dict:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "jax": version("jax") if find_spec("jax") else None,
         "cuda": torch.version.cuda,
         "tp_kernels": tp_kernels.__version__,
         "isa": None if _native.cpu is None else _native.cpu.isa_level(),
@@ -143,7 +146,10 @@ class Cell:
         return module
 
     def step(self, module: nn.Module) -> Callable[[], None]:
-        """The training step that is measured."""
+        """The training step that is measured; the module's own, where it has one that leaves torch out."""
+        own = getattr(module, "training_step", None)
+        if own is not None:
+            return own(self.x, self.grad)
         parameters = list(module.parameters())
 
         def step() -> None:
@@ -179,7 +185,7 @@ class Cell:
     def backend_of(self, contender: Contender) -> str:
         """The back-end that runs the recurrence."""
         if not contender.fused:
-            return "torch"
+            return contender.library
         table = backends(self.layer.lower())
         chosen = table.resolve(self.backend, self.x, size=self.case.N)
         return next(name for name, backend in table.backends.items() if backend is chosen)
@@ -334,7 +340,7 @@ def peak_memory(case: Case, name: str, backend: str) -> dict:
     """
     if torch.device(case.device).type == "cuda":
         return {"peak_bytes": _cuda_peak(case, name, backend)}
-    if name == "compile":
+    if name in ("compile", "jax"):
         return {"peak_skipped": "a fresh process would compile again"}
     with ProcessPoolExecutor(1, mp_context=_fresh_processes()) as pool:
         try:

@@ -278,7 +278,7 @@ def _ratios(cells: list[Cell], environments: list[tuple[str, int]]) -> str:
     pairs = [
         (mine, other)
         for mine in present(cells, "tp")
-        for other in ("bp", "nn.RNN", "eager", "compile")
+        for other in ("bp", "nn.RNN", "eager", "compile", "jax")
         if any(mine in cell and other in cell for cell in cells)
     ]
     shares = [name for name in ("tp", "bp") if any(_share_of_peak(cell, name) for cell in cells)]

@@ -196,6 +196,17 @@ _SMALL = 3e-4
 matter, about as many as 1.2e-7 / 3e-4.
 """
 
+LARGEST_CONDITION = {torch.float32: 2e5, torch.float64: 2e13}
+"""Of a Gram matrix that is factored in that dtype, at power 1. P is off by about the condition times the unit roundoff:
+beyond, less than two digits of it need be right.
+"""
+
+
+def _bound(weight: Tensor) -> Tensor:
+    """``‖W‖_∞ ‖W‖_1``, at least the largest squared singular value."""
+    sizes = weight.abs()
+    return sizes.sum(-1).amax(-1) * sizes.sum(-2).amax(-1)
+
 
 def _small(weight: Tensor, reg: Tensor, power: float, chosen: Backend) -> Tensor | None:
     """Of which matrices P at power 1 is factored in double precision, although the weight has less; ``None``: of none.
@@ -203,10 +214,22 @@ def _small(weight: Tensor, reg: Tensor, power: float, chosen: Backend) -> Tensor
     """
     if power != 1.0 or weight.dtype == torch.float64 or chosen is not BACKENDS.backends["cpu"]:
         return None
-    sizes = weight.abs()
-    bound = sizes.sum(-1).amax(-1) * sizes.sum(-2).amax(-1)  # ‖W‖_∞ ‖W‖_1 >= s_max²
+    bound = _bound(weight)
     small = (float(reg) < _SMALL * bound) & bound.isfinite()
     return small if small.any() else None
+
+
+def _ill_conditioned(weight: Tensor, reg: Tensor, chosen: Backend, may_wait: bool) -> Tensor | None:
+    """Of which matrices P at power 1 would have lost its digits; ``None``: of none. Whatever the back-end returned.
+
+    ``may_wait``: numbers may be read, which spares all but few matrices the factorization that tells.
+    """
+    double = weight.dtype == torch.float64 or chosen is BACKENDS.backends["cpu"]
+    largest = LARGEST_CONDITION[torch.float64 if double else torch.float32]
+    if may_wait and not (largest * float(reg) < _bound(weight)).any():
+        return None
+    finite = weight.isfinite().all(dim=(-2, -1))
+    return finite & ~(reference.condition(weight, reg) <= largest)  # no comparison holds for NaN
 
 
 def _forward(weight: Tensor, reg: Tensor, power: float, chosen: Backend) -> tuple[Tensor, Tensor | None]:
@@ -226,7 +249,13 @@ def _forward(weight: Tensor, reg: Tensor, power: float, chosen: Backend) -> tupl
 def compute(weight: Tensor, reg: Tensor, power: float, check_errors: bool, backend: str) -> Tensor:
     if check_errors or reg.device.type == "cpu":  # elsewhere, reading it waits for the device
         _validate.regularization("regularized_inverse", float(reg), weight.dtype)
-    inverse, failed = _forward(weight, reg, power, BACKENDS.resolve(backend, weight))
+    chosen = BACKENDS.resolve(backend, weight)
+    inverse, failed = _forward(weight, reg, power, chosen)
+    if power == 1.0:
+        lost = _ill_conditioned(weight, reg, chosen, check_errors or weight.device.type == "cpu")
+        if lost is not None:
+            inverse = inverse.masked_fill(lost[..., None, None], torch.nan)
+            failed = lost if failed is None else failed | lost
     if check_errors and failed is not None and failed.any():
         index = tuple(failed.nonzero()[0].tolist())
         where = f" of batch entry {index[0] if len(index) == 1 else index}" if index else ""
@@ -248,7 +277,9 @@ def _backward(
     grad_weight, grad_reg = weight.new_empty(weight.shape), torch.zeros_like(reg, dtype=torch.float64)
     for some, dtype in ((small, torch.float64), (~small, weight.dtype)):
         wide = weight[some].to(dtype)
-        exact = chosen.forward(wide, reg, power)[0] if dtype != weight.dtype else inverse[some]
+        exact = inverse[some]
+        if dtype != weight.dtype:  # NaN where forward found none
+            exact = torch.where(exact.isnan(), torch.nan, chosen.forward(wide, reg, power)[0])
         of_weight, of_reg = chosen.backward(grad[some].to(dtype), wide, exact, reg, power)
         grad_weight[some] = of_weight.to(weight.dtype)
         grad_reg += of_reg
@@ -309,8 +340,10 @@ def regularized_inverse(
             takes float32 and float64.
         reg: r > 0 and finite: a number, or a tensor of shape [] (then P is differentiable in it).
         power: α, 1 or 1/2.
-        check_errors: raise where a Gram matrix is not numerically positive definite. With ``False`` the inverse of
-            that matrix is NaN, and nothing waits for the device. A matrix that is not finite gives NaN either way.
+        check_errors: raise where a Gram matrix is not numerically positive definite: where, at power 1, its condition
+            ``(s_max² + r)/(s_min² + r)`` is above 2e13, or 2e5 where it is factored in float32. With ``False`` the
+            inverse of that matrix is NaN, and nothing waits for the device. A matrix that is not finite gives NaN
+            either way.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:

@@ -96,6 +96,29 @@ def gram(weight: Tensor, r: Tensor) -> Tensor:
     return product
 
 
+def condition(weight: Tensor, reg: Tensor) -> Tensor:
+    """``(s_max² + r)/(s_min² + r)``, the condition of the smaller Gram matrix, in float64 and without waiting for a
+    device: at most √n too small. Above 1e16, or NaN, where float64 cannot tell the matrix from a singular one.
+
+    ``[...]``, from ``weight: [..., m, n]``.
+    """
+    if weight.shape[-2] < weight.shape[-1]:
+        return condition(weight.mT, reg)
+    wide = weight.double()
+    r = on_device_of(wide, reg)
+    unit = wide.abs().amax(dim=(-2, -1)).hypot(r.sqrt())[..., None, None]  # in it no square overflows
+    matrix = gram(wide / unit, (r / unit / unit)[..., 0])
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    inverse = torch.cholesky_solve(identity.expand_as(matrix), factor)
+    return torch.where(info == 0, _largest_eigenvalue(matrix) * _largest_eigenvalue(inverse), torch.nan)
+
+
+def _largest_eigenvalue(matrix: Tensor) -> Tensor:
+    """Of a positive definite matrix: ``‖A²‖_F/‖A‖_F``, the root of a weighted mean of their squares."""
+    return torch.linalg.matrix_norm(matrix @ matrix) / torch.linalg.matrix_norm(matrix)
+
+
 def on_device_of(tensor: Tensor, reg: Tensor) -> Tensor:
     """r in the dtype and on the device of ``tensor``: a number of the host is written there, and nothing waits."""
     if reg.device == tensor.device:
