@@ -202,6 +202,23 @@ def test_through_a_changed_state_the_adjoint_goes_back(layer, backend):
     assert_identical(found, earlier + later, "grad_x")
 
 
+@pytest.mark.parametrize("kept", [0, 1], ids=["h", "c"])
+def test_a_state_of_two_parts_is_as_it_came_only_as_a_whole(kept, backend):
+    """One part that came with the other changed: the adjoint of both goes back, as through two that were changed."""
+    module = tp.nn.LSTM(M, N, backend=backend, dtype=torch.float64)
+    x, _ = inputs()
+    found = []
+    for changed in ((0, 1), (1 - kept,)):
+        _, state = module(x[:7])
+        state = [1.0 * part if index in changed else part for index, part in enumerate(state)]
+        with pytest.warns(UserWarning, match=r"nn\.LSTM: the state that this call begins with was changed") as caught:
+            output, _ = module(x[7:], state)
+        assert len(caught) == 1
+        found.append(torch.autograd.grad(output.sum(), [x, *module.parameters()]))
+    for one, other in zip(*found, strict=True):
+        assert_identical(one, other, "gradient")
+
+
 @pytest.mark.parametrize("rule", [tp.TargetProp(), tp.BackProp()], ids=["tp", "bp"])
 @over_layers
 def test_nothing_to_warn_of(layer, rule, backend):

@@ -329,7 +329,7 @@ def test_a_projection_and_other_subclasses_stay():
         (
             {"to": "torch", "rule": tp.BackProp()},
             ValueError,
-            "nn.convert: rule must be None with to='torch', whose layers have none, got BackProp()",
+            f"nn.convert: rule must be None with to='torch', whose layers have none, got {tp.BackProp()!r}",
         ),
     ],
     ids=["to", "only", "rule"],

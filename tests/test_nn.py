@@ -432,9 +432,9 @@ def test_wrong_shapes_raise_what_torch_raises(layer, name):
 
 @over_layers
 def test_repr(layer):
-    assert repr(layer.make(2, 3, rule=tp.BackProp())) == f"{layer.name}(2, 3, rule=BackProp())"
+    assert repr(layer.make(2, 3, rule=tp.BackProp())) == f"{layer.name}(2, 3, rule={tp.BackProp()!r})"
     refreshed = repr(layer.make(2, 3, rule=tp.BackProp(), refresh=4))
-    assert refreshed.startswith(f"{layer.name}(\n  2, 3, rule=BackProp(), refresh=4\n")
+    assert refreshed.startswith(f"{layer.name}(\n  2, 3, rule={tp.BackProp()!r}, refresh=4\n")
     other = layer.make(
         2,
         3,
@@ -446,14 +446,14 @@ def test_repr(layer):
         backend="reference",
     )
     assert repr(other) == (
-        f"{layer.name}(2, 3, bias=False, batch_first=True, rule=BackProp(), checkpoint_every=5, "
+        f"{layer.name}(2, 3, bias=False, batch_first=True, rule={tp.BackProp()!r}, checkpoint_every=5, "
         "return_sequence=False, backend='reference')"
     )
 
 
 def test_repr_of_what_an_rnn_has():
     layer = tp.nn.RNN(2, 3, nonlinearity="relu", displacements="sweep", rule=tp.BackProp())
-    assert repr(layer) == "RNN(2, 3, nonlinearity='relu', rule=BackProp(), displacements='sweep')"
+    assert repr(layer) == f"RNN(2, 3, nonlinearity='relu', rule={tp.BackProp()!r}, displacements='sweep')"
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def test_under_autocast(layer):
 @over_cells
 def test_repr_and_copies(layer):
     cell = cell_of(layer, rule=tp.BackProp(), bias=False, backend="reference")
-    text = f"{layer.name}Cell({M}, {N}, bias=False, rule=BackProp(), backend='reference')"
+    text = f"{layer.name}Cell({M}, {N}, bias=False, rule={cell.rule!r}, backend='reference')"
     assert repr(cell) == repr(copy.deepcopy(cell)) == text
 
 

@@ -175,7 +175,7 @@ def test_evaluation_drops_nothing(layer):
 @over_layers
 def test_repr(layer):
     ours = layer.make(2, 3, num_layers=2, dropout=0.5, bidirectional=True, rule=tp.BackProp())
-    assert repr(ours) == f"{layer.name}(2, 3, num_layers=2, dropout=0.5, bidirectional=True, rule=BackProp())"
+    assert repr(ours) == f"{layer.name}(2, 3, num_layers=2, dropout=0.5, bidirectional=True, rule={ours.rule!r})"
 
 
 # --- under every rule

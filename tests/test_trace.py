@@ -664,11 +664,11 @@ def test_bad_picture(monkeypatch, tmp_path):
     ("arguments", "kind", "text"),
     [
         ((torch.ones(2),), TypeError, "model must be a torch.nn.Module, got Tensor"),
-        ((nn.RNN(M, N),), ValueError, "model must have a tp_kernels.nn.RNN or GRU in it, got a RNN without one"),
+        ((nn.RNN(M, N),), ValueError, "model must have a tp_kernels.nn.RNN, GRU or LSTM in it, got a RNN without one"),
         (
             (nn.Sequential(),),
             ValueError,
-            "model must have a tp_kernels.nn.RNN or GRU in it, got a Sequential without one",
+            "model must have a tp_kernels.nn.RNN, GRU or LSTM in it, got a Sequential without one",
         ),
         ((tp.nn.RNN(M, N), 0), ValueError, "every must be at least 1, got 0"),
         ((tp.nn.RNN(M, N), 1.0), TypeError, "every must be an int, got float"),

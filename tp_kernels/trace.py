@@ -45,16 +45,16 @@ class Record:
         layer: the module's qualified name in the traced model; "" is the model itself. Where it has several layers or
             two directions, with the part behind it, as in "encoder.l0" and "encoder.l1_reverse".
         pass_index: how many backward passes went through the layer before, since the trace began.
-        displacement_mean, displacement_max: ``‖λ_t‖``.
+        displacement_mean, displacement_max: ``‖λ_t‖``, of an LSTM of both parts of the state together.
         adjoint_mean, adjoint_max: ``‖μ_t‖``.
         gradient_mean, gradient_max: ``‖g_t‖``, of the gradient that arrives at h_t from outside the layer.
         saturated: share of the units with ``|h_t| > 1 - clip`` (tanh; the rule's clip, 1e-3 for ``BackProp``) or
             ``h_t = 0`` (relu); 0 for the identity. Of a GRU's candidates and gates with ``|n_t| > 1 - clip``, and
-            ``|2r_t - 1|`` and ``|2z_t - 1|`` likewise.
+            ``|2r_t - 1|`` and ``|2z_t - 1|`` likewise; of an LSTM's with ``|g_t|``, ``|2i_t - 1|`` and so on.
         angle_weight_ih, angle_weight_hh, angle_all: degrees between the gradient that the layer returned and BP's, for
             one weight and for all trained parameters of the layer together. ``None`` where there is none: a parameter
             that is not trained, a gradient that is zero or not finite.
-        weight_hh_norm: spectral norm ``‖W‖₂`` of the recurrent weight, [N, N] or a GRU's [3N, N].
+        weight_hh_norm: spectral norm ``‖W‖₂`` of the recurrent weight, [N, N], a GRU's [3N, N] or an LSTM's [4N, N].
         solver_iterations: the largest number of iterations at each time step, for an inverse found by iteration.
             ``None`` for the others.
     """
@@ -128,7 +128,7 @@ class Trace:
 
 
 def trace(model: nn.Module, every: int = 1) -> AbstractContextManager[Trace]:
-    """Record how credit flows through every ``tp_kernels.nn.RNN`` and ``GRU`` of a model, from pass to pass.
+    """Record how credit flows through every ``tp_kernels.nn.RNN``, ``GRU`` and ``LSTM`` of a model, from pass to pass.
 
     Inside the context each backward pass through a layer leaves one ``Record``: for every time step the norms of
     displacement ``λ_t``, adjoint ``μ_t`` and incoming gradient ``g_t`` and the share of saturated units; for the pass
@@ -175,7 +175,7 @@ def trace(model: nn.Module, every: int = 1) -> AbstractContextManager[Trace]:
     }
     if not layers:
         raise ValueError(
-            f"trace: model must have a tp_kernels.nn.RNN or GRU in it, got a {type(model).__name__} without one"
+            f"trace: model must have a tp_kernels.nn.RNN, GRU or LSTM in it, got a {type(model).__name__} without one"
         )
     return _tracing(layers, every)
 
