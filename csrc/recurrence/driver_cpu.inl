@@ -227,7 +227,7 @@ void backward_tile(const RecurrenceBackward<T>& f, const Tile& tile, const Matri
     const auto receive = [&](const T* from, const Sent& sent, Form of) {
         const RowsOf<T> given = {from ? from + tile.in(outside) : zeros, from ? row : 0};
         copy_rows(given.data, given.row, tile.rows, N, sent.sum, columns);
-        if (two) copy_rows(given.data + given.row / S, given.row, tile.rows, N, sent.second, columns);
+        if (two) copy_rows(from ? given.data + N : zeros, given.row, tile.rows, N, sent.second, columns);
         for (ptrdiff_t j = 0; of.scale && j < size; ++j) sent.scale[j] = T(1);
         if (of.scale && of.by) clear(sent.by, size);
     };
