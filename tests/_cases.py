@@ -234,10 +234,10 @@ ALL_SWEEPS = tuple((cell, rule) for cell in CELLS for rule in rules_of(cell))
 SWEEPS = tuple(
     (cell, rule)
     for cell, rule in ALL_SWEEPS
-    if cell in ("rnn_tanh", "gru", "lstm")
-    or (
-        rule in ("bp", "weight-total", "layer-local", "difference-total", "direct-total", "jacobian-total")
-        if cell == "rnn_relu"
-        else rule in ("bp", "weight-local", "layer-total", "difference-local", "direct-local", "jacobian-local")
-    )
+    if rule
+    in {
+        "rnn_relu": ("bp", "weight-total", "layer-local", "difference-total", "direct-total", "jacobian-total"),
+        "rnn_identity": ("bp", "weight-local", "layer-total", "difference-local", "direct-local", "jacobian-local"),
+        "lstm": ("bp", "weight-total", "weight-local", "identity-total", "jacobian-total"),
+    }.get(cell, RULES)
 )

@@ -52,10 +52,13 @@ def forward_arguments(
     sequence: bool = True,
     keep: bool = True,
     inverse: str = "none",
+    time: tuple[Tensor | None, Tensor | None, bool] = (None, None, False),
     backend: str,
 ) -> tuple:
-    """Of the forward op, as it takes them. With ``weight_ih``, u is the input and the bias a layer's."""
-    return cell, u, weight_ih, bias_ih, weight, bias, h0, None, None, False, every, sequence, keep, inverse, backend
+    """Of the forward op, as it takes them. With ``weight_ih``, u is the input and the bias a layer's. ``time``: the
+    sizes of the batch, resets, and whether it is read in reverse.
+    """
+    return cell, u, weight_ih, bias_ih, weight, bias, h0, *time, every, sequence, keep, inverse, backend
 
 
 class States(NamedTuple):
@@ -122,13 +125,14 @@ class Back:
         bias_hh: Tensor | None = None,
         every: int | None = None,
         sums: bool = False,
+        time: tuple[Tensor | None, Tensor | None, bool] = (None, None, False),
     ) -> tuple:
         """Of the backward op, as it takes them. ``sums``: with the gradients of W and of the cell's own bias."""
         kept = self.h.new_zeros(0) if self.kept is None else self.kept
         layer = weight_ih, bias_ih, self.weight, bias_hh
         sent = self.feedback, self.carried, self.through
         needs = True, weight_ih is not None, sums, sums and (self.cell == "gru" or weight_ih is not None)
-        states = self.h0, None, None, False, self.h, kept
+        states = self.h0, *time, self.h, kept
         arrived = self.cell, self.grad, self.last
         return *arrived, self.u, *layer, *states, *sent, every, *needs, sweep.words, backend
 
