@@ -68,7 +68,7 @@ void recurrence_fwd(bool is_double, const Array4& sizes TPK_FORWARD_FIELDS(TPK_P
         check(!(f.projection && f.H != 1), function, "projection must be 0 with more heads than one");
         check(gru || !f.bias, function, "bias must be 0 with cell '" + cell + "'");
         check(gated || !f.kept, function, "kept must be 0 with cell '" + cell + "'");
-        check(f.last, function, "last is missing");
+        check(f.last || f.B == 0, function, "last is missing");
         launch(launchers<T>().recurrence_forward, f);
     });
 }

@@ -67,7 +67,7 @@ def hard_matrices(shape: tuple[int, int], size: float) -> Tensor:
 
 
 class Inputs(NamedTuple):
-    """What a cell's public function is given. ``None``: it is not there."""
+    """What a cell's public function is given. ``None``: it is not there. ``h0``: all parts, side by side."""
 
     u: Tensor
     weight: Tensor
@@ -99,12 +99,22 @@ class Case:
 
     @property
     def gates(self) -> int:
-        return 3 if self.cell == "gru" else 1
+        return {"gru": 3, "lstm": 4}.get(self.cell, 1)
+
+    @property
+    def states(self) -> int:
+        """The parts of a state."""
+        return 2 if self.cell == "lstm" else 1
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the states."""
+        """Of h."""
         return self.T, self.B, *self.heads, self.N
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Of one step's state, all parts."""
+        return self.B, *self.heads, self.states * self.N
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -117,18 +127,23 @@ class Case:
         def random(scale: float, *shape: int) -> Tensor:
             return (scale * torch.randn(shape, generator=numbers, dtype=torch.float64)).to(dtype)
 
-        gated, wide = self.cell == "gru", self.gates * self.N
+        wide = self.gates * self.N
         return Inputs(
-            u=random(1 if gated else 0.7, *self.shape[:-1], wide),
+            u=random(1 if self.gates > 1 else 0.7, *self.shape[:-1], wide),
             weight=random(0.9 / self.N**0.5, *self.heads, wide, self.N),
-            bias=random(0.5, *self.heads, self.N) if gated and self.bias else None,
-            h0=random(1, *self.shape[1:]) if self.h0 else None,
+            bias=random(0.5, *self.heads, self.N) if self.cell == "gru" and self.bias else None,
+            h0=random(1, *self.state_shape) if self.h0 else None,
         )
 
     def gradient(self, dtype: torch.dtype, seed: int = 1) -> Tensor:
-        """What arrives from the loss at every state."""
+        """What arrives from the loss at every h."""
         numbers = torch.Generator().manual_seed(seed)
         return torch.randn(self.shape, generator=numbers, dtype=torch.float64).to(dtype)
+
+    def gradient_of_state(self, dtype: torch.dtype, seed: int = 3) -> Tensor:
+        """What arrives at one state, all parts."""
+        numbers = torch.Generator().manual_seed(seed)
+        return torch.randn((self.T, *self.state_shape), generator=numbers, dtype=torch.float64)[0].to(dtype)
 
     def feedback(self, dtype: torch.dtype, sweep: Sweep, seed: int = 2) -> Tensor | None:
         """Some P where the sweep needs one; of all blocks of the weight where it needs several."""
@@ -143,7 +158,7 @@ class Case:
         return replace(self, **changes)
 
 
-CELLS = ("rnn_tanh", "rnn_relu", "rnn_identity", "gru")
+CELLS = ("rnn_tanh", "rnn_relu", "rnn_identity", "gru", "lstm")
 
 # Edges of register blocks: widths around 4, 8 and 16 lanes and their multiples, batches around 8 rows of a block and 48
 # of a tile, and of several tiles on one thread.
@@ -206,11 +221,12 @@ RULES: dict[str, tp.BackProp | tp.TargetProp] = {
 }
 
 GRU_RULES = {name: rule for name, rule in RULES.items() if getattr(rule, "mode", "linearized") == "linearized"}
+LSTM_RULES = {name: rule for name, rule in GRU_RULES.items() if getattr(rule, "inverse", "") != "layer"}
 
 
 def rules_of(cell: str) -> dict[str, tp.BackProp | tp.TargetProp]:
     """Those that it has."""
-    return GRU_RULES if cell == "gru" else RULES
+    return {"gru": GRU_RULES, "lstm": LSTM_RULES}.get(cell, RULES)
 
 
 # Every rule of every cell; and with every activation at least once each of its functions.
@@ -218,10 +234,10 @@ ALL_SWEEPS = tuple((cell, rule) for cell in CELLS for rule in rules_of(cell))
 SWEEPS = tuple(
     (cell, rule)
     for cell, rule in ALL_SWEEPS
-    if cell in ("rnn_tanh", "gru")
-    or (
-        rule in ("bp", "weight-total", "layer-local", "difference-total", "direct-total", "jacobian-total")
-        if cell == "rnn_relu"
-        else rule in ("bp", "weight-local", "layer-total", "difference-local", "direct-local", "jacobian-local")
-    )
+    if rule
+    in {
+        "rnn_relu": ("bp", "weight-total", "layer-local", "difference-total", "direct-total", "jacobian-total"),
+        "rnn_identity": ("bp", "weight-local", "layer-total", "difference-local", "direct-local", "jacobian-local"),
+        "lstm": ("bp", "weight-total", "weight-local", "identity-total", "jacobian-total"),
+    }.get(cell, RULES)
 )

@@ -52,10 +52,13 @@ def forward_arguments(
     sequence: bool = True,
     keep: bool = True,
     inverse: str = "none",
+    time: tuple[Tensor | None, Tensor | None, bool] = (None, None, False),
     backend: str,
 ) -> tuple:
-    """Of the forward op, as it takes them. With ``weight_ih``, u is the input and the bias a layer's."""
-    return cell, u, weight_ih, bias_ih, weight, bias, h0, None, None, False, every, sequence, keep, inverse, backend
+    """Of the forward op, as it takes them. With ``weight_ih``, u is the input and the bias a layer's. ``time``: the
+    sizes of the batch, resets, and whether it is read in reverse.
+    """
+    return cell, u, weight_ih, bias_ih, weight, bias, h0, *time, every, sequence, keep, inverse, backend
 
 
 class States(NamedTuple):
@@ -66,7 +69,9 @@ class States(NamedTuple):
 def forward_op(cell: str, *tensors: Tensor | None, **options: object) -> States:
     """The forward op, with the arguments of ``forward_arguments``."""
     h, last, ends, kept = ops.recurrence_fwd(*forward_arguments(cell, *tensors, **options))
-    assert_identical(last, h[-1], "the last state")
+    assert_identical(last[..., : h.shape[-1]], h[-1], "the last h")
+    if kept.numel():
+        assert_identical(last, CELLS[cell].state(h, kept)[-1], "the last state")
     assert not ends.numel()
     return States(h, kept)
 
@@ -120,15 +125,21 @@ class Back:
         bias_hh: Tensor | None = None,
         every: int | None = None,
         sums: bool = False,
+        time: tuple[Tensor | None, Tensor | None, bool] = (None, None, False),
     ) -> tuple:
         """Of the backward op, as it takes them. ``sums``: with the gradients of W and of the cell's own bias."""
         kept = self.h.new_zeros(0) if self.kept is None else self.kept
         layer = weight_ih, bias_ih, self.weight, bias_hh
         sent = self.feedback, self.carried, self.through
         needs = True, weight_ih is not None, sums, sums and (self.cell == "gru" or weight_ih is not None)
-        states = self.h0, None, None, False, self.h, kept
+        states = self.h0, *time, self.h, kept
         arrived = self.cell, self.grad, self.last
         return *arrived, self.u, *layer, *states, *sent, every, *needs, sweep.words, backend
+
+    @property
+    def states(self) -> Tensor:
+        """All their parts."""
+        return CELLS[self.cell].state(self.h, self.kept)
 
     def run(self, sweep: Sweep, backend: str, **options: object) -> Found:
         return Found(*ops.recurrence_bwd(*self.arguments(sweep, backend, **options)))
@@ -169,7 +180,7 @@ class Back:
         return self.map(lambda tensor: tensor[:cut], "h", "kept", "grad", "u").with_(last=None)
 
     def later(self, cut: int) -> "Back":
-        return self.map(lambda tensor: tensor[cut:], "h", "kept", "grad", "u").with_(h0=self.h[cut - 1])
+        return self.map(lambda tensor: tensor[cut:], "h", "kept", "grad", "u").with_(h0=self.states[cut - 1])
 
 
 def back_of(case: Case, dtype: torch.dtype, sweep: Sweep, seed: int = 0) -> Back:
@@ -182,7 +193,7 @@ def back_of(case: Case, dtype: torch.dtype, sweep: Sweep, seed: int = 0) -> Back
         weight=inputs.weight,
         kept=kept if kept.dim() > 1 else None,
         grad=case.gradient(dtype),
-        last=case.gradient(dtype, seed=3)[0],
+        last=case.gradient_of_state(dtype),
         u=inputs.u,
         h0=inputs.h0,
         feedback=case.feedback(dtype, sweep),
@@ -194,7 +205,20 @@ def layer(case: Case, inputs: Inputs, **options: object) -> Tensor:
     u, weight, bias, h0 = inputs
     if case.cell == "gru":
         return tp.gru(u, weight, h0, bias=bias, **options)
+    if case.cell == "lstm":
+        return tp.lstm(u, weight, None if h0 is None else parts_of(case.cell, h0), **options)
     return tp.rnn(u, weight, h0, nonlinearity=case.cell.removeprefix("rnn_"), **options)
+
+
+def parts_of(cell: str, state: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """A state's first and second part, as the functions take them, or ``None``."""
+    return (state, None) if state is None or CELLS[cell].states == 1 else state.chunk(2, dim=-1)
+
+
+def supports(cell: str, sweep: Sweep, backend: str) -> tuple[bool, str]:
+    """Whether that back-end has that rule of that cell, and the reason where it has not."""
+    cell = CELLS[cell]
+    return op.backends(cell.op).supports(backend, torch.empty(0), cell=cell, sweep=sweep)
 
 
 def leaves_of(inputs: Inputs) -> dict[str, Tensor]:
@@ -262,8 +286,10 @@ def grows_and_cancels(case: Case, sweep: Sweep) -> bool:
 
 
 def condition_of_jacobian(cell: str, weight: Tensor, sweep: Sweep) -> float:
-    """Of ``J Jᵀ + rI`` at most: no slope exceeds 1, but the GRU's of z, in which a state stands, at 1/2."""
-    slopes = 4 if cell == "gru" else 1
+    """Of ``J Jᵀ + rI`` at most: no slope exceeds 1, but the GRU's of z, in which a state stands, at 1/2; the LSTM's
+    state stands in two.
+    """
+    slopes = {"gru": 4, "lstm": 8}.get(cell, 1)
     return 1 + slopes * float(torch.linalg.matrix_norm(weight.double(), 2).max()) ** 2 / sweep.reg
 
 
@@ -272,7 +298,7 @@ def condition_of(case: Case, weight: Tensor, sweep: Sweep) -> float:
     if sweep.inverse == "jacobian":
         return condition_of_jacobian(case.cell, weight, sweep)
     # 1 - h² loses digits where h is near 1, and a gate's slope where that is near its ends.
-    return 10.0 if case.cell == "gru" or sweep.inverse in THROUGH_ACTIVATION else 1.0
+    return 10.0 if case.gates > 1 or sweep.inverse in THROUGH_ACTIVATION else 1.0
 
 
 def assert_sweep_budget(
@@ -330,13 +356,17 @@ def forward_check(
     placed = [None if tensor is None else LAYOUTS[layout](tensor.to(device)) for tensor in inputs]
     found, (plain, states) = forward_op(case.cell, *placed, backend=backend), _expected_states(case, dtype)
     exact = list(map(extended, inputs))
-    assert_budget(found.h.cpu(), plain.h, states, "h")
+    assert_budget(found.h.cpu(), plain.h, states[..., : case.N], "h")
     assert found.h.is_contiguous()
     assert found.kept.is_contiguous()
-    if case.cell == "gru":
-        answers = (oracle.kept(case.cell, *exact, extended(results.h.cpu())) for results in (found, plain))
+    names = CELLS[case.cell].kept
+    if names:
+        answers = (
+            oracle.kept(case.cell, *exact, extended(CELLS[case.cell].state(results.h, results.kept).cpu()))
+            for results in (found, plain)
+        )
         gates = zip(
-            "rznq",
+            names,
             found.kept.cpu().unbind(-2),
             plain.kept.unbind(-2),
             *(np.moveaxis(x, -2, 0) for x in answers),
@@ -353,12 +383,14 @@ def forward_check(
 
 def exact_back(back: Back, bias: Tensor | None, sweep: Sweep) -> oracle.Backward:
     """The oracle's answer to the same question."""
-    grad = extended(torch.zeros_like(back.h) if back.grad is None else back.grad).copy()
+    states = extended(back.states)
+    grad = np.zeros_like(states)
+    if back.grad is not None:
+        grad[..., : back.h.shape[-1]] = extended(back.grad)
     if back.last is not None:
         grad[-1] += extended(back.last)
-    names = ("h", "weight", "u", "h0", "feedback")
-    tensors = {name: extended(getattr(back, name)) for name in names}
-    return oracle.backward(back.cell, sweep, grad=grad, bias=extended(bias), **tensors)
+    tensors = {name: extended(getattr(back, name)) for name in ("weight", "u", "h0", "feedback")}
+    return oracle.backward(back.cell, sweep, grad=grad, h=states, bias=extended(bias), **tensors)
 
 
 def backward_check(

@@ -134,9 +134,84 @@ class GRUStep:
         return z * lam + through_z.dot(of_z.T) + through_r.dot(of_r.T) + (r * through_n).dot(of_n.T)
 
 
-def step_of(cell: str, *arguments: np.ndarray | None) -> ElmanStep | GRUStep:
-    """With u_t, W, b, h_{t-1} and, for a backward pass, h_t."""
-    return GRUStep(*arguments) if cell == "gru" else ElmanStep(cell.removeprefix("rnn_"), *arguments)
+class LSTMStep:
+    """One step of long short-term memory, as in ``torch.nn.LSTM``. A state is h and c, side by side."""
+
+    def __init__(
+        self,
+        u: np.ndarray,
+        weight: np.ndarray,
+        bias: np.ndarray | None,
+        before: np.ndarray,
+        state: np.ndarray | None = None,
+    ) -> None:
+        self.weight = weight
+        h_before, self.c_before = np.split(before, 2, axis=-1)
+        i, f, g, o = np.split(u + h_before.dot(weight.T), 4, axis=-1)
+        self.i, self.f, self.o = (1 / (1 + np.exp(-x)) for x in (i, f, o))
+        self.g = np.tanh(g)
+        self.c = self.f * self.c_before + self.i * self.g if state is None else np.split(state, 2, axis=-1)[1]
+
+    def forward(self) -> np.ndarray:
+        return np.concatenate([self.o * np.tanh(self.c), self.c], axis=-1)
+
+    def kept(self) -> tuple[np.ndarray, ...]:
+        return self.i, self.f, self.g, self.o, self.c
+
+    def delta(self, mu: np.ndarray) -> np.ndarray:
+        """The gradient in u."""
+        of_h, of_c = np.split(mu, 2, axis=-1)
+        return sum(
+            np.concatenate([slope * part for slope in slopes], axis=-1)
+            for slopes, part in zip(self._slopes(), (of_h, of_c), strict=True)
+        )
+
+    into = delta
+    """The gradient in ``W h_{t-1}``."""
+
+    def _slopes(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Of h_t, and of c_t, in the arguments of i, f, g and o."""
+        i, f, g, o, c = self.kept()
+        of_c = [i * (1 - i) * g, f * (1 - f) * self.c_before, (1 - g**2) * i, np.zeros_like(o)]
+        of_h = [self._slope_of_h() * slope for slope in of_c[:3]]
+        return [*of_h, o * (1 - o) * np.tanh(c)], of_c
+
+    def _slope_of_h(self) -> np.ndarray:
+        """In c_t, where o is held fixed."""
+        return self.o * (1 - np.tanh(self.c) ** 2)
+
+    def back(self, mu: np.ndarray) -> np.ndarray:
+        """``Jᵀ μ``."""
+        return np.einsum("bij,bi->bj", self.jacobian(), mu)
+
+    def jacobian(self) -> np.ndarray:
+        """``∂(h, c)_t/∂(h, c)_{t-1}`` of each sample: [B, 2N, 2N]."""
+        blocks = np.split(self.weight, 4)
+        in_h = (
+            sum(slope[:, :, None] * block for slope, block in zip(slopes, blocks, strict=True))
+            for slopes in self._slopes()
+        )
+        eye = np.eye(self.weight.shape[1], dtype=self.weight.dtype)
+        in_c = ((factor * self.f)[:, :, None] * eye for factor in (self._slope_of_h(), 1))
+        return np.concatenate([np.concatenate(row, axis=2) for row in zip(in_h, in_c, strict=True)], axis=1)
+
+    def term(self, lam: np.ndarray, feedback: np.ndarray, sweep: Sweep) -> np.ndarray:
+        """Of "weight", the only one with a matrix."""
+        of_h, of_c = np.split(lam, 2, axis=-1)
+        kappa = of_c + self.o * of_h
+        i, f = (gate / np.maximum(1, self.i + self.f) for gate in (self.i, self.f))
+        return np.concatenate([np.sqrt(i) * (np.sqrt(i) * kappa).dot(feedback.T), f * kappa], axis=-1)
+
+
+def step_of(cell: str, *arguments: np.ndarray | None) -> ElmanStep | GRUStep | LSTMStep:
+    """With u_t, W, b, the state before and, for a backward pass, that after."""
+    gated = {"gru": GRUStep, "lstm": LSTMStep}.get(cell)
+    return ElmanStep(cell.removeprefix("rnn_"), *arguments) if gated is None else gated(*arguments)
+
+
+def parts(cell: str) -> int:
+    """Of a state, side by side; the first is h."""
+    return 2 if cell == "lstm" else 1
 
 
 def solved(lam: np.ndarray, jacobian: np.ndarray, reg: float) -> np.ndarray:
@@ -161,11 +236,11 @@ def _head(array: np.ndarray | None, axis: int, k: int) -> np.ndarray | None:
 
 
 def forward(cell: str, u: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, h0: np.ndarray | None) -> np.ndarray:
-    """All states; heads are independent layers."""
+    """All states, [T, B, N], of several parts [T, B, S N]; heads are independent layers."""
     if u.ndim == 4:
         heads = [forward(cell, u[:, :, k], weight[k], _head(bias, 0, k), _head(h0, 1, k)) for k in range(u.shape[2])]
         return np.stack(heads, axis=2)
-    state = np.zeros((u.shape[1], weight.shape[1]), u.dtype) if h0 is None else h0
+    state = np.zeros((u.shape[1], parts(cell) * weight.shape[1]), u.dtype) if h0 is None else h0
     states = []
     for u_t in u:
         state = step_of(cell, u_t, weight, bias, state).forward()
@@ -187,7 +262,7 @@ def kept(
 
 
 def weight_gradient(into: np.ndarray, h: np.ndarray, h0: np.ndarray | None) -> np.ndarray:
-    """``∂W = Σ_t into_tᵀ h_{t-1}``, for each head where there are heads."""
+    """``∂W = Σ_t into_tᵀ h_{t-1}``, for each head where there are heads. ``h``: no other parts."""
     before = states_before(h, h0)
     if h.ndim == 4:
         heads = [weight_gradient(into[:, :, k], h[:, :, k], before[0][:, k]) for k in range(h.shape[2])]
@@ -196,7 +271,9 @@ def weight_gradient(into: np.ndarray, h: np.ndarray, h0: np.ndarray | None) -> n
 
 
 class Backward(NamedTuple):
-    """Gradients in u, W, the GRU's own bias and h_0; the displacements λ_0 … λ_T and what ``total`` sends on."""
+    """Gradients in u, W, the GRU's own bias and the first state; the displacements λ_0 … λ_T and what ``total`` sends
+    on, of all parts of a state.
+    """
 
     grad_u: np.ndarray
     grad_weight: np.ndarray
@@ -219,7 +296,9 @@ def backward(
     bias: np.ndarray | None = None,
     feedback: np.ndarray | None = None,
 ) -> Backward:
-    """By the rule, at the given states. Back-propagation is "none" with "total"."""
+    """By the rule, at the given states, h, of all parts, as ``grad`` and ``h0`` are. Back-propagation is "none" with
+    "total".
+    """
     if h.ndim == 4:
         heads = [
             backward(
@@ -257,11 +336,11 @@ def backward(
             carried = step.term(lam, feedback, sweep)
         if sweep.update == "total":
             through = step.back(mu)
-    into = np.stack(intos[::-1])
+    into, N = np.stack(intos[::-1]), weight.shape[1]
     return Backward(
         grad_u=np.stack(deltas[::-1]),
-        grad_weight=weight_gradient(into, h, h0),
-        grad_bias=into[..., -h.shape[-1] :].sum((0, 1)),
+        grad_weight=weight_gradient(into, h[..., :N], None if h0 is None else h0[..., :N]),
+        grad_bias=into[..., -N:].sum((0, 1)),
         grad_h0=through if sweep.update == "total" else carried,
         into=into,
         displacements=np.stack([carried, *displacements[::-1]]),

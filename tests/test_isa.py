@@ -16,6 +16,7 @@ from _checks import (
     forward_op,
     gradients,
     inverse_check,
+    supports,
     tanh_check,
 )
 from _compare import assert_identical
@@ -23,6 +24,7 @@ from _compare import assert_identical
 import tp_kernels as tp
 from conftest import assert_within_fences
 from tp_kernels import _native
+from tp_kernels.ops.recurrence.cell import CELLS
 from tp_kernels.rules import Sweep
 
 ODD = Case(T=2, B=7, N=17)
@@ -40,7 +42,9 @@ def test_tiles(case, cell, dtype, isa_level):
     backward_check(case, RULES["jacobian-total"], dtype, "cpu")
 
 
-@pytest.mark.parametrize(("cell", "rule"), SWEEPS)
+@pytest.mark.parametrize(
+    ("cell", "rule"), [pair for pair in SWEEPS if pair[0] != "lstm" or not pair[1].startswith("jacobian")]
+)
 def test_rules(cell, rule, dtype, isa_level):
     backward_check(ODD.with_(cell=cell), RULES[rule], dtype, "cpu")
 
@@ -85,15 +89,17 @@ def test_not_finite_stays_in_its_unit_until_the_next_step(nonlinearity, value, d
 
 
 def test_threads_do_not_change_results(dtype, isa_level):
-    weight, sweep = matrices((41, 17, 17), dtype), Sweep("jacobian")
-    cases = [Case(T=4, B=33, N=33, cell=cell) for cell in BOTH]
-    backs = [back_of(case, dtype, sweep) for case in cases]  # once: torch's own sums follow the threads
+    weight = matrices((41, 17, 17), dtype)
+    cases = [Case(T=4, B=33, N=33, cell=cell) for cell in (*BOTH, "lstm")]
+    sweeps = [Sweep("weight") if case.cell == "lstm" else Sweep("jacobian") for case in cases]
+    # Once: torch's own sums follow the threads.
+    backs = [back_of(case, dtype, sweep) for case, sweep in zip(cases, sweeps, strict=True)]
     first = None
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         found = {"P": tp.regularized_inverse(weight, 0.25, backend="cpu")}
         found["P at power 1/2"] = tp.regularized_inverse(weight, 0.25, power=0.5, backend="cpu")
-        for case, back in zip(cases, backs, strict=True):
+        for case, sweep, back in zip(cases, sweeps, backs, strict=True):
             found[f"h of {case.cell}"] = forward_op(case.cell, *case.tensors(dtype), backend="cpu").h
             swept = back.run(sweep, "cpu").swept
             found |= {f"{what} of {case.cell}": tensor for what, tensor in swept.items()}
@@ -101,15 +107,15 @@ def test_threads_do_not_change_results(dtype, isa_level):
         assert_same_bits(found, first)
 
 
-@pytest.mark.parametrize("cell", BOTH)
+@pytest.mark.parametrize("cell", [*BOTH, "lstm"])
 @pytest.mark.parametrize("case", [ODD, Case(T=2, B=3, N=1), Case(T=2, B=2, H=3, N=5), Case(N=33)], ids=str)
 def test_nothing_is_written_outside_of_the_outputs(case, cell, dtype, isa_level, fences):
     case = case.with_(cell=cell)
-    inverses = ("none", "weight", "layer", "identity", "jacobian")
-    inverses += ("difference", "direct") if cell != "gru" else ()
+    inverses = ("none", *CELLS[cell].inverses)
+    inverses = [word for word in inverses if supports(cell, Sweep(word), "cpu")[0]]
     backs = {Sweep(inverse, clip=0.1): None for inverse in inverses}
     for sweep in backs:
-        sent = case.gradient(dtype, seed=5)[0]
+        sent = case.gradient_of_state(dtype, seed=5)
         backs[sweep] = back_of(case, dtype, sweep).with_(carried=sent, through=sent)
     fences.clear()
     forward_op(cell, *case.tensors(dtype), backend="cpu")
@@ -118,8 +124,8 @@ def test_nothing_is_written_outside_of_the_outputs(case, cell, dtype, isa_level,
     for power in (1.0, 0.5):
         tp.regularized_inverse(matrices((3, 7, case.N), dtype), 0.25, power=power, backend="cpu")
     polar = 1 if dtype == torch.float32 else 0  # in float64 LAPACK decomposes
-    kept = 1 if cell == "gru" else 0
-    outputs = 1 + kept + 3 * len(inverses) - 1 + 1 + polar  # "none" carries nothing
+    kept = 1 if CELLS[cell].kept else 0
+    outputs = 2 + kept + 3 * len(inverses) - 1 + 1 + polar  # h and the last state; "none" carries nothing
     assert assert_within_fences(fences) == outputs
 
 
@@ -136,10 +142,12 @@ def test_denormal_numbers_elsewhere_stay(dtype, isa_level):
 CHECKS = """
 import torch, _checks, _cases
 for dtype in _cases.DTYPES:
-    for case in (*_cases.HEAD_CASES, _cases.Case(T=2, B=7, H=3, N=17, cell="gru")):
+    odd = _cases.Case(T=2, B=7, H=3, N=17)
+    for case in (*_cases.HEAD_CASES, odd.with_(cell="gru"), odd.with_(cell="lstm")):
         _checks.forward_check(case, dtype, "cpu")
         for rule in ("weight-total", "identity-local", "jacobian-total", "layer-local", "direct-local"):
-            if rule in _cases.rules_of(case.cell):
+            sweep = _checks.Sweep.of(_cases.RULES[rule])
+            if rule in _cases.rules_of(case.cell) and _checks.supports(case.cell, sweep, "cpu")[0]:
                 _checks.backward_check(case, _cases.RULES[rule], dtype, "cpu")
     for shape in ((3, 3), (2, 17, 15), (5, 9)):
         for power in (1.0, 0.5):
