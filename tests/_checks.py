@@ -55,7 +55,8 @@ def forward_arguments(
     backend: str,
 ) -> tuple:
     """Of the forward op, as it takes them. With ``weight_ih``, u is the input and the bias a layer's."""
-    return cell, u, weight_ih, bias_ih, weight, bias, h0, None, None, False, every, sequence, keep, inverse, backend
+    tensors = u, weight_ih, bias_ih, weight, bias, h0, None, None, None, None
+    return cell, *tensors, False, every, sequence, keep, "auto", Sweep(inverse).words, backend
 
 
 class States(NamedTuple):
@@ -65,7 +66,7 @@ class States(NamedTuple):
 
 def forward_op(cell: str, *tensors: Tensor | None, **options: object) -> States:
     """The forward op, with the arguments of ``forward_arguments``."""
-    h, last, ends, kept = ops.recurrence_fwd(*forward_arguments(cell, *tensors, **options))
+    h, last, ends, kept, _ = ops.recurrence_fwd(*forward_arguments(cell, *tensors, **options))
     assert_identical(last, h[-1], "the last state")
     assert not ends.numel()
     return States(h, kept)

@@ -277,7 +277,7 @@ def test_without_gradients_nothing_is_kept(layer, backend, monkeypatch):
     forward = op._run_forward
 
     def spy(*arguments: object) -> tuple[Tensor, ...]:
-        kept.append(arguments[12])
+        kept.append(arguments[14])
         return forward(*arguments)
 
     monkeypatch.setattr(op, "_run_forward", spy)

@@ -218,7 +218,7 @@ class LearnedInverseFunction(torch.autograd.Function):
         rule: LearnedRule,
     ) -> tuple[Tensor, Tensor]:
         x = x.transpose(0, 1) if rule.batch_first else x
-        h, last, _, _ = torch.ops.tp_kernels.recurrence_fwd(
+        h, last, *_ = torch.ops.tp_kernels.recurrence_fwd(
             rule.cell,
             x,
             weight_ih,
@@ -226,13 +226,16 @@ class LearnedInverseFunction(torch.autograd.Function):
             weight_hh,
             bias_hh,
             start,
+            None,  # feedback
+            None,  # relay
             None,  # batch_sizes
             None,  # reset
             False,  # reverse
             None,  # every
             True,  # sequence
             False,  # keep
-            "none",
+            "sweep",
+            Sweep("none", rule.update).words,
             rule.backend,
         )
         ctx.save_for_backward(x, weight_ih, bias_ih, weight_hh, bias_hh, start, inverse_ih, inverse_hh, inverse_bias, h)
