@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -133,6 +134,10 @@ def register(
 
     # Not torch.library.register_autograd: what that makes raises under torch.func, and has tangents of zero.
     def differentiable(*arguments: object) -> object:
+        if "torch.utils.flop_counter" in sys.modules:
+            from tp_kernels import _flops
+
+            _flops.tell_counters()
         if torch.is_grad_enabled() or (torch._C._is_fwd_grad_enabled() and forward_ad._current_level >= 0):
             with enable_single_level_autograd_function():
                 return function.apply(*arguments)
