@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from tp_kernels import _validate
 from tp_kernels._autograd import first_derivatives_only
+from tp_kernels._library import differentiates_ops
 from tp_kernels.nn.rnn import RNN
 from tp_kernels.ops.rnn.cell import ACTIVATIONS
 from tp_kernels.rules import BackProp, Rule, Sweep
@@ -152,6 +153,8 @@ class LearnedInverse(RNN):
         weights: list[Tensor],
         **options: Any,
     ) -> tuple[Tensor, tuple[Tensor], None]:
+        if torch.is_grad_enabled() and differentiates_ops():
+            raise self._not_implemented("training by torch.export, make_fx or torch.func")
         M, N = self.input_size, self.hidden_size
         inverse = [getattr(self, name) for name in _INVERSE]
         for name, parameter, shape in zip(_INVERSE, inverse, ((N, M), (N, N), (N,)), strict=True):
