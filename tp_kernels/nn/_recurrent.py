@@ -71,6 +71,11 @@ class Ruled:
         floating = isinstance(value, Tensor) and value.is_floating_point()
         return value.to(weight.dtype) if floating else value
 
+    def _as_leaf(self, input: fx.Proxy, hx: Any, **options: Any) -> fx.Proxy:
+        """The call as one node of the graph that ``torch.fx`` is tracing, as of a module of ``torch.nn``."""
+        options = {name: value for name, value in options.items() if value is not None}
+        return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input, hx), options)
+
 
 class Recurrent(Ruled, nn.RNNBase):
     """Layers of one cell, with the parameters, names and initialization of their ``torch.nn`` counterpart, and the
@@ -192,11 +197,8 @@ class Recurrent(Ruled, nn.RNNBase):
         lengths: Tensor | Sequence[int] | None = None,
         reset: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence | None, Tensor | tuple[Tensor, Tensor]]:
-        if isinstance(input, fx.Proxy):  # a leaf of torch.fx's graph, as torch.nn's layers are
-            options = {"lengths": lengths, "reset": reset}
-            options = {name: value for name, value in options.items() if value is not None}
-            target = input.tracer.path_of_module(self)
-            return input.tracer.create_proxy("call_module", target, (input, hx), options)
+        if isinstance(input, fx.Proxy):
+            return self._as_leaf(input, hx, lengths=lengths, reset=reset)
         packed = isinstance(input, PackedSequence)
         x = input.data if packed else input
         weights = self.all_weights  # each once: it may be parametrized
