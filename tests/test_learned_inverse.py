@@ -251,13 +251,17 @@ def test_layouts(layout):
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_autocast_keeps_to_the_parameters_dtype(half):
-    layer = layer_of(torch.float32, noise=0.0)
-    plain = run(layer, torch.float32)
+def test_under_autocast_it_computes_in_the_parameters_dtype(half):
+    layer, x = layer_of(torch.float32, noise=0.0), torch.randn(T, B, M)
+    output, last = layer(x)
+    plain = torch.autograd.grad(last.sum(), list(layer.parameters()))
     with torch.autocast("cpu", half):
-        found = run(layer, torch.float32)
-    for name in ("output", "last", "hx", "weight_hh_l0", "inverse_hh_l0"):
-        assert_identical(found[name], plain[name], name)
+        found, found_last = layer(x)
+        gradients = torch.autograd.grad(found_last.sum(), list(layer.parameters()))
+    assert_identical(found.detach(), output.detach().to(half), "output")
+    assert_identical(found_last.detach(), last.detach(), "last state")
+    for name, *pair in zip(dict(layer.named_parameters()), gradients, plain, strict=True):
+        assert_identical(*pair, name)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)

@@ -277,7 +277,7 @@ def test_without_gradients_nothing_is_kept(layer, backend, monkeypatch):
     forward = op._run_forward
 
     def spy(*arguments: object) -> tuple[Tensor, ...]:
-        kept.append(arguments[12])
+        kept.append(arguments[14])
         return forward(*arguments)
 
     monkeypatch.setattr(op, "_run_forward", spy)
@@ -675,12 +675,10 @@ def _loss(layer: Recurrent) -> Callable[[dict[str, Tensor]], Tensor]:
     ("call", "text"),
     [
         (_tangent, "implement the jvp function"),
-        (lambda layer: torch.func.grad(_loss(layer))(dict(layer.named_parameters())), "functorch transforms"),
-        (lambda layer: torch.func.vmap(layer)(torch.stack([X, X])), "functorch transforms"),
-        (lambda layer: torch.func.jvp(layer, (X,), (X,)), "functorch transforms"),
+        (lambda layer: torch.func.jvp(layer, (X,), (X,)), "implement the jvp function"),
         (torch.jit.script, "Compiled functions can't take|expected str instance"),
     ],
-    ids=["forward mode", "grad", "vmap", "jvp", "script"],
+    ids=["forward mode", "jvp", "script"],
 )
 @over_layers
 def test_what_only_torch_has_raises(layer, call, text):
@@ -815,8 +813,10 @@ def test_portions_cover_the_sequence(reverse):
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @over_layers
-def test_autocast_keeps_to_the_parameters_dtype(layer, half, backend):
-    """Also after a layer that autocast runs in half precision, and wherever backward is called."""
+def test_under_autocast_a_layer_computes_in_the_parameters_dtype(layer, half, backend):
+    """Also after a layer that autocast runs in half precision, and wherever backward is called. What it puts out is
+    rounded to the dtype of torch's output.
+    """
     ours = layer.make(N, N, backend=backend)
     before = nn.Linear(M, N)
     with torch.autocast("cpu", half):
@@ -825,9 +825,10 @@ def test_autocast_keeps_to_the_parameters_dtype(layer, half, backend):
         inside = torch.autograd.grad(last.sum(), list(ours.parameters()), retain_graph=True)
     outside = torch.autograd.grad(last.sum(), list(ours.parameters()))
     assert features.dtype == half
-    assert output.dtype == torch.float32
     expected = gradients(ours, features.detach().float(), hx=H0)
-    assert_identical(last.detach(), ours(features.float(), H0)[1].detach(), "last state")
+    states, last_state = ours(features.float(), H0)
+    assert_identical(output.detach(), states.detach().to(output.dtype), "output")
+    assert_identical(last.detach(), last_state.detach(), "last state")
     for found in (inside, outside):
         assert_same_bits(dict(zip(expected, found, strict=True)), expected)
 

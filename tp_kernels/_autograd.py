@@ -13,9 +13,15 @@ from tp_kernels._library import without_autocast
 class _Refusal(torch.autograd.Function):
     """Hands on the first ``count`` tensors, and raises where a derivative is taken through them in any of the rest."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return tuple(None if tensor is None else tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
@@ -35,7 +41,16 @@ def first_derivatives_only(backward: Callable[..., tuple]) -> Callable[..., tupl
 
     @functools.wraps(backward)
     def run(ctx: Any, *gradients: Tensor | None) -> tuple:
-        saved = ctx.saved_tensors
+        try:
+            saved = ctx.saved_tensors
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            op = getattr(getattr(ctx, "options", None), "op", "tp_kernels")
+            raise RuntimeError(
+                f"{op}: what backward computes from was changed in place. If that is the output, change a copy of it, "
+                f"output = output.clone(). {error}"
+            ) from error
         device = next(tensor.device.type for tensor in saved if tensor is not None)
         with torch.no_grad(), without_autocast(device):
             found = backward(ctx, saved, *gradients)

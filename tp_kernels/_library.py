@@ -2,10 +2,14 @@
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("tp_kernels", "FRAGMENT")
 
@@ -48,6 +52,25 @@ def dispatches_to_nobody(*tensors: Tensor | None) -> bool:
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.autograd._profiler_enabled()
+        and not _traced_before_dispatch()
+    )
+
+
+def _traced_before_dispatch() -> bool:
+    """By ``torch.export`` or ``make_fx(pre_dispatch=True)``, whose mode is on no stack of modes."""
+    return torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+
+
+def differentiates_ops() -> bool:
+    """Whether ops are recorded to be differentiated later, or differentiated by ``torch.func``: then a call has to be
+    ops that have derivatives. An autograd Function is not recorded, only what it calls. ``torch.compile`` traces both.
+    """
+    if torch.compiler.is_exporting():
+        return True
+    return not torch.compiler.is_compiling() and (
+        _traced_before_dispatch()
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
     )
 
 
@@ -60,11 +83,19 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def register(
-    schema: str, implementation: Callable, fake: Callable, *, cudagraph_unsafe: bool = False, twin: bool = False
+    schema: str,
+    implementation: Callable,
+    fake: Callable,
+    *,
+    derivative: type[torch.autograd.Function] | None = None,
+    cudagraph_unsafe: bool = False,
+    twin: bool = False,
 ) -> Callable:
     """Define ``tp_kernels::<schema>``: the implementation picks the back-end, the fake gives shapes and dtypes.
 
     Args:
+        derivative: an autograd Function that takes what the op takes, and whose ``forward`` calls the op: for graphs of
+            ops. ``None``: backward through the op raises.
         cudagraph_unsafe: it must not be recorded in a CUDA graph; ``torch.compile`` is told.
         twin: some calls of the op wait for the device and must not be recorded, others may be. A tag is of an op, not
             of a call: so there is the same once more, under the name with ``WAITING`` behind it, for the former.
@@ -75,7 +106,8 @@ def register(
     """
     name = schema.partition("(")[0]
     if twin:
-        register(schema.replace(name, name + WAITING, 1), implementation, fake, cudagraph_unsafe=True)
+        name_of_twin = schema.replace(name, name + WAITING, 1)
+        register(name_of_twin, implementation, fake, derivative=derivative, cudagraph_unsafe=True)
 
     @functools.wraps(implementation)
     def run(*arguments: object) -> object:
@@ -96,4 +128,43 @@ def register(
     _LIBRARY.define(schema, tags=tags)
     _LIBRARY.impl(name, filled, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tp_kernels::{name}", fake, lib=_LIBRARY)
+    op = getattr(torch.ops.tp_kernels, name).default
+
+    function = _of_one_level(derivative or _without_derivative(op))
+
+    # Not torch.library.register_autograd: what that makes raises under torch.func, and has tangents of zero.
+    def differentiable(*arguments: object) -> object:
+        if "torch.utils.flop_counter" in sys.modules:
+            from tp_kernels import _flops
+
+            _flops.tell_counters()
+        if torch.is_grad_enabled() or (torch._C._is_fwd_grad_enabled() and forward_ad._current_level >= 0):
+            with enable_single_level_autograd_function():
+                return function.apply(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    if not op._schema.is_mutable:
+        _LIBRARY.impl(name, differentiable, "Autograd")
     return run
+
+
+def _of_one_level(function: type[torch.autograd.Function]) -> type:
+    """The same for an op's Autograd key, where torch's dispatcher sees to the levels of ``torch.func``."""
+    methods = {name: staticmethod(getattr(function, name)) for name in ("forward", "backward")}
+    return type(function.__name__, (torch.autograd.function._SingleLevelFunction,), methods)
+
+
+def _without_derivative(op: torch._ops.OpOverload) -> type[torch.autograd.Function]:
+    """The op as a Function that raises in backward, in place of a gradient that is missing without a word."""
+
+    class NoDerivative(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: object) -> object:
+            return op(*arguments)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
+            raise RuntimeError(f"{op}: there is no derivative; second derivatives are not implemented")
+
+    return NoDerivative

@@ -314,7 +314,7 @@ def _record(
 
 def _states(inputs: dict[str, Tensor | None], time: Timeline, options: Options) -> tuple[Tensor, Tensor]:
     """The layer's states h, to the same bits, and what its cell keeps, whether or not forward kept them."""
-    h, _, _, kept = torch.ops.tp_kernels.recurrence_fwd(
+    h, _, _, kept, _ = torch.ops.tp_kernels.recurrence_fwd(
         options.cell,
         inputs["input"],
         inputs["weight_ih"],
@@ -322,13 +322,16 @@ def _states(inputs: dict[str, Tensor | None], time: Timeline, options: Options) 
         inputs["weight_hh"],
         inputs["bias_hh"],
         inputs["h0"],
+        None,  # feedback
+        None,  # relay
         time.batch_sizes,
         time.reset,
         time.reverse,
         None,  # every
         True,  # sequence
         True,  # keep
-        options.sweep.inverse,
+        options.displacements,
+        options.words,
         options.backend,
     )
     return h, kept

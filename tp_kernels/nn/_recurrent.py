@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -70,6 +70,11 @@ class Ruled:
         """A floating-point tensor in the dtype of the parameters, whatever that of the layer before; the rest as is."""
         floating = isinstance(value, Tensor) and value.is_floating_point()
         return value.to(weight.dtype) if floating else value
+
+    def _as_leaf(self, input: fx.Proxy, hx: Any, **options: Any) -> fx.Proxy:
+        """The call as one node of the graph that ``torch.fx`` is tracing, as of a module of ``torch.nn``."""
+        options = {name: value for name, value in options.items() if value is not None}
+        return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input, hx), options)
 
 
 class Recurrent(Ruled, nn.RNNBase):
@@ -192,11 +197,15 @@ class Recurrent(Ruled, nn.RNNBase):
         lengths: Tensor | Sequence[int] | None = None,
         reset: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence | None, Tensor | tuple[Tensor, Tensor]]:
+        if isinstance(input, fx.Proxy):
+            return self._as_leaf(input, hx, lengths=lengths, reset=reset)
         packed = isinstance(input, PackedSequence)
         x = input.data if packed else input
         weights = self.all_weights  # each once: it may be parametrized
         starts = self._parts(hx)
+        output_dtype = None
         if isinstance(x, Tensor) and autocast_enabled(x.device.type):
+            output_dtype = self._output_dtype(x, starts, weights[0][0])
             x = self._in_own_dtype(x, weights[0][0])
             starts = tuple(self._in_own_dtype(start, weights[0][0]) for start in starts)
         self._check_parameters(weights)
@@ -220,6 +229,8 @@ class Recurrent(Ruled, nn.RNNBase):
         if not batched:
             h, lasts = None if h is None else h.squeeze(1 - time), tuple(last.squeeze(1) for last in lasts)
         lasts = tuple(hand_on(last, relays) for last in lasts)
+        if output_dtype is not None and h is not None:
+            h = h.to(output_dtype)
         return h, lasts if len(lasts) > 1 else lasts[0]
 
     def _padded(
@@ -376,6 +387,12 @@ class Recurrent(Ruled, nn.RNNBase):
 
     def _not_implemented(self, what: str) -> NotImplementedError:
         return NotImplementedError(f"{self._NAME}: {what} is not implemented yet")
+
+    def _output_dtype(self, x: Tensor, starts: tuple[Tensor, ...], weight: Tensor) -> torch.dtype:
+        """Of the output under autocast, as of torch's layer. Last states keep the parameters': the next call goes on
+        from them.
+        """
+        return weight.dtype if weight.dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
 
     def _check_parameters(self, weights: list[list[Tensor]]) -> None:
         """Parameters can be put in from outside; the kernels read them by their address."""

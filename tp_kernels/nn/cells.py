@@ -1,7 +1,7 @@
 """One step at a time: swap ``torch.nn.RNNCell``, ``GRUCell`` and ``LSTMCell`` for this library's."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from tp_kernels import _validate
@@ -42,6 +42,8 @@ class RecurrentCell(Ruled, nn.RNNCellBase):
     def forward(
         self, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None = None, *, reset: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
+        if isinstance(input, fx.Proxy):
+            return self._as_leaf(input, hx, reset=reset)
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         weights = {name: getattr(self, name) for name in names}  # each once: it may be parametrized
         starts = self._parts(hx)

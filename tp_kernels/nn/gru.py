@@ -111,3 +111,10 @@ class GRU(Recurrent):
             refresh=refresh,
             backend=backend,
         )
+
+    def _output_dtype(self, x: Tensor, starts: tuple[Tensor, ...], weight: Tensor) -> torch.dtype:
+        half = super()._output_dtype(x, starts, weight)
+        if x.device.type != "cpu":
+            return half
+        before = starts[0] if starts else x  # torch's kernel for the CPU adds the state before, in the dtype it came in
+        return torch.promote_types(before.dtype, half) if isinstance(before, Tensor) else half

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from tp_kernels import _validate
 from tp_kernels._autograd import first_derivatives_only
+from tp_kernels._library import differentiates_ops
 from tp_kernels.nn.rnn import RNN
 from tp_kernels.ops.rnn.cell import ACTIVATIONS
 from tp_kernels.rules import BackProp, Rule, Sweep
@@ -152,6 +153,8 @@ class LearnedInverse(RNN):
         weights: list[Tensor],
         **options: Any,
     ) -> tuple[Tensor, tuple[Tensor], None]:
+        if torch.is_grad_enabled() and differentiates_ops():
+            raise self._not_implemented("training by torch.export, make_fx or torch.func")
         M, N = self.input_size, self.hidden_size
         inverse = [getattr(self, name) for name in _INVERSE]
         for name, parameter, shape in zip(_INVERSE, inverse, ((N, M), (N, N), (N,)), strict=True):
@@ -218,7 +221,7 @@ class LearnedInverseFunction(torch.autograd.Function):
         rule: LearnedRule,
     ) -> tuple[Tensor, Tensor]:
         x = x.transpose(0, 1) if rule.batch_first else x
-        h, last, _, _ = torch.ops.tp_kernels.recurrence_fwd(
+        h, last, *_ = torch.ops.tp_kernels.recurrence_fwd(
             rule.cell,
             x,
             weight_ih,
@@ -226,13 +229,16 @@ class LearnedInverseFunction(torch.autograd.Function):
             weight_hh,
             bias_hh,
             start,
+            None,  # feedback
+            None,  # relay
             None,  # batch_sizes
             None,  # reset
             False,  # reverse
             None,  # every
             True,  # sequence
             False,  # keep
-            "none",
+            "sweep",
+            Sweep("none", rule.update).words,
             rule.backend,
         )
         ctx.save_for_backward(x, weight_ih, bias_ih, weight_hh, bias_hh, start, inverse_ih, inverse_hh, inverse_bias, h)

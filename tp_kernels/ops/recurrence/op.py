@@ -15,7 +15,7 @@ from torch.nn import functional
 from tp_kernels import _native, _triton
 from tp_kernels._autograd import first_derivatives_only
 from tp_kernels._backends import Backend, BackendTable
-from tp_kernels._library import dispatches_to_nobody, find_op, register
+from tp_kernels._library import differentiates_ops, dispatches_to_nobody, find_op, register
 from tp_kernels.ops.recurrence import cpu, cuda, parallel, reference, triton_blocks
 from tp_kernels.ops.recurrence.cell import CELLS, Cell
 from tp_kernels.ops.recurrence.feedback import feedback_of
@@ -145,28 +145,32 @@ def _forward(
     weight_hh: Tensor,
     bias_hh: Tensor | None,
     start: Tensor | None,
+    feedback: Tensor | None,
+    relay: Tensor | None,
     batch_sizes: Tensor | None,
     reset: Tensor | None,
     reverse: bool,
     every: int | None,
     sequence: bool,
     keep: bool,
-    inverse: str,
+    displacements: str,
+    words: str,
     backend: str,
-) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """h at all steps, ``None`` without ``sequence``; the last states; with ``every=k`` the states after every k-th step
-    that is read, and the last; and without it what the cell keeps for backward.
+    that is read, and the last; without it what the cell keeps for backward; and the relay of the last states.
 
-    The back-end is the one that a backward pass with this inverse resolves to ("none", which every back-end has, is
-    also that of a call without gradients). So it fails here, at the user's call, where the back-end asked for could
-    not do backward.
+    The back-end is the one that a backward pass with this rule resolves to, or without gradients (``keep``) any. So it
+    fails here, at the user's call, where the back-end asked for could not do backward. ``feedback``, ``relay`` and
+    ``displacements`` are for backward, and not read here.
     """
-    time = Timeline.of(x, batch_sizes, reset, reverse)
-    call = Call.of(cell_name, x, weight_ih, bias_ih, weight_hh, bias_hh, time, Sweep(inverse), backend)
+    time, sweep = Timeline.of(x, batch_sizes, reset, reverse), Sweep.parse(words) if keep else Sweep("none")
+    call = Call.of(cell_name, x, weight_ih, bias_ih, weight_hh, bias_hh, time, sweep, backend)
     start = _state(start, weight_ih)
     if every is None:
         h, kept, last = call.states(x, start, time, keep)
-        return h, _of_layer(last, weight_ih), None, kept
+        relay = new_relay(last, sweep.kinds) if sweep.inverse != "none" else None
+        return h, _of_layer(last, weight_ih), None, kept, relay
     h = x.new_empty((*x.shape[:-1], weight_hh.shape[-1])) if sequence else None
     ends = []
     for steps in time.portions(every):
@@ -174,8 +178,8 @@ def _forward(
         ends.append(start)
         if sequence:
             time.cut(h, steps).copy_(part)
-    last = start.clone()
-    return h, _of_layer(last, weight_ih), torch.stack(ends), None
+    relay = new_relay(start, sweep.kinds) if sweep.inverse != "none" else None
+    return h, _of_layer(start.clone(), weight_ih), torch.stack(ends), None, relay
 
 
 def _state(state: Tensor | None, weight_ih: Tensor | None) -> Tensor | None:
@@ -196,22 +200,28 @@ def _fake_forward(
     weight_hh: Tensor,
     bias_hh: Tensor | None,
     start: Tensor | None,
+    feedback: Tensor | None,
+    relay: Tensor | None,
     batch_sizes: Tensor | None,
     reset: Tensor | None,
     reverse: bool,
     every: int | None,
     sequence: bool,
     keep: bool,
-    *rest: object,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    displacements: str,
+    words: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     cell, T = CELLS[cell_name], (x if batch_sizes is None else batch_sizes).shape[0]
     h, kept = forward_outputs(cell, x, weight_hh, keep and every is None)
     state = state_shape(cell, h, _state(start, weight_ih))
     last = h.new_empty(state if weight_ih is None else (1, *state))
+    sweep = Sweep.parse(words) if keep else Sweep("none")
+    relay = h.new_empty(0) if sweep.inverse == "none" else new_relay(_state(last, weight_ih), sweep.kinds)
     if every is None:
-        return h, last, h.new_empty(0), h.new_empty(0) if kept is None else kept
+        return h, last, h.new_empty(0), h.new_empty(0) if kept is None else kept, relay
     ends = h.new_empty(((T + every - 1) // every, *state))
-    return h if sequence else h.new_empty(0), last, ends, h.new_empty(0)
+    return h if sequence else h.new_empty(0), last, ends, h.new_empty(0), relay
 
 
 def _backward(
@@ -427,13 +437,6 @@ def _fake_backward(
     return tuple(states.new_empty(shape if needed else (0,)) for shape, needed in shapes)
 
 
-_run_forward = register(
-    "recurrence_fwd(str cell, Tensor x, Tensor? weight_ih, Tensor? bias_ih, Tensor weight_hh, Tensor? bias_hh, "
-    "Tensor? start, Tensor? batch_sizes, Tensor? reset, bool reverse, SymInt? every, bool sequence, bool keep, "
-    "str inverse, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _fake_forward,
-)
 _run_backward = register(
     "recurrence_bwd(str cell, Tensor? grad_h, Tensor? grad_last, Tensor? x, Tensor? weight_ih, Tensor? bias_ih, "
     "Tensor weight_hh, Tensor? bias_hh, Tensor? start, Tensor? batch_sizes, Tensor? reset, bool reverse, "
@@ -458,6 +461,7 @@ class Options(NamedTuple):
         batch_first, reverse: whether x and h are [B, T, ·], and whether they are read from the last step.
         checkpoint_every, return_sequence, displacements, backend: as in the public functions.
         needs_backward: whether gradients will be asked for.
+        dispatches_to_nobody: whether forward may go past the dispatcher.
     """
 
     cell: str
@@ -470,6 +474,12 @@ class Options(NamedTuple):
     displacements: str
     backend: str
     needs_backward: bool
+    dispatches_to_nobody: bool
+
+    @property
+    def op(self) -> str:
+        """The public function, as errors name it."""
+        return CELLS[self.cell].op
 
 
 class RecurrenceFunction(torch.autograd.Function):
@@ -496,12 +506,10 @@ class RecurrenceFunction(torch.autograd.Function):
         options: Options,
     ) -> tuple[Tensor | None, ...]:
         every, needs_backward = options.checkpoint_every, options.needs_backward
-        # Without gradients any back-end will do that has the forward pass.
-        inverse = options.sweep.inverse if needs_backward else "none"
         x = x.transpose(0, 1) if options.batch_first else x
         start = start if second is None else torch.cat((start, second), dim=-1)
-        run = _run_forward if dispatches_to_nobody(x) else torch.ops.tp_kernels.recurrence_fwd
-        h, last, ends, kept = run(
+        run = _run_forward if options.dispatches_to_nobody else torch.ops.tp_kernels.recurrence_fwd
+        h, last, ends, kept, relay_of_last = run(
             options.cell,
             x,
             weight_ih,
@@ -509,21 +517,24 @@ class RecurrenceFunction(torch.autograd.Function):
             weight_hh,
             bias_hh,
             start,
+            feedback,
+            relay,
             batch_sizes,
             reset,
             options.reverse,
             every,
             options.return_sequence,
             needs_backward,
-            inverse,
+            options.displacements,
+            options.words,
             options.backend,
         )
-        needs_x = weight_ih is not None or every is not None or inverse == "direct"
         states = h if every is None else ends
         if options.batch_first and options.return_sequence:  # a tensor of its own, not a view: it may be detached
             h = h.detach().transpose_(0, 1)
         if needs_backward:
-            x, kept = x if needs_x else None, kept if every is None else None
+            x = x if _needs_x(weight_ih, options) else None
+            kept = kept if every is None else None
             ctx.save_for_backward(
                 x, weight_ih, bias_ih, weight_hh, bias_hh, start, feedback, states, kept, batch_sizes, reset
             )
@@ -531,8 +542,7 @@ class RecurrenceFunction(torch.autograd.Function):
             ctx.options = options
         carries = needs_backward and options.sweep.inverse != "none"
         lasts = (last,) if CELLS[options.cell].states == 1 else tuple(part.clone() for part in last.chunk(2, dim=-1))
-        relay = new_relay(_state(last, weight_ih), options.sweep.kinds) if carries else None
-        return h if options.return_sequence else None, relay, *lasts
+        return h if options.return_sequence else None, relay_of_last if carries else None, *lasts
 
     @staticmethod
     @first_derivatives_only
@@ -542,81 +552,169 @@ class RecurrenceFunction(torch.autograd.Function):
         grad_last = _side_by_side(grad_lasts)
         if grad_h is None and grad_last is None and grad_relay is None:
             return (None,) * len(ctx.needs_input_grad)
-        x, weight_ih, bias_ih, weight_hh, bias_hh, start, feedback, states, kept, batch_sizes, reset = saved
         options: Options = ctx.options
-        cell, sweep, words, every = options.cell, options.sweep, options.words, options.checkpoint_every
-        needs_x, needs_weight_ih, needs_bias_ih, needs_weight, needs_bias = ctx.needs_input_grad[:5]
+        needs_start, needs_second, _, needs_relay = ctx.needs_input_grad[5:9]
         if grad_h is not None and options.batch_first:
             grad_h = grad_h.transpose(0, 1)
-        if feedback is None and sweep.uses_inverse:
-            feedback = feedback_of(weight_hh, CELLS[cell], sweep, words, options.backend)
-        carried, through = (None, None) if grad_relay is None else grad_relay.unbind()
-        if through is not None and sweep.kinds > 1:
-            through = through.chunk(2, dim=-1)[0]
-        first_displacement = None
-        if options.displacements == "parallel" or (
-            options.displacements == "auto"
-            and sweep.is_plain_weight
-            and "weight" in CELLS[cell].without_states
-            and every is None
-            and Timeline.of(states, batch_sizes, reset, options.reverse).plain
-            and parallel.worth_it(grad_h, states)
-        ):
-            grad_last = None if grad_last is None else _state(grad_last, weight_ih)
-            if carried is not None:  # a source like any other, but for γ
-                grad_last = carried / sweep.step if grad_last is None else grad_last + carried / sweep.step
-            grad_h, first_displacement = torch.ops.tp_kernels.recurrence_displacements(
-                grad_h, grad_last, states, feedback, sweep.step
-            )
-            grad_last, sweep = None, Sweep("none", sweep.update)
-            words = WITHOUT_INVERSE[sweep.update]
-        run = _run_backward
-        if not dispatches_to_nobody(grad_h, grad_last, grad_relay):
-            run = find_op("recurrence_bwd", waits=sweep.inverse == "jacobian")
-        *gradients, carried, through = run(
-            cell,
-            grad_h,
-            grad_last,
-            x,
-            weight_ih,
-            bias_ih,
-            weight_hh,
-            bias_hh,
-            start,
-            batch_sizes,
-            reset,
-            options.reverse,
-            states,
-            kept,
-            feedback,
-            carried,
-            through,
-            every,
-            needs_x,
-            needs_weight_ih or needs_bias_ih,
-            needs_weight,
-            needs_bias,
-            words,
-            options.backend,
+        needed = (*ctx.needs_input_grad[:5], needs_start or needs_second)
+        (grad_x, *gradients), sent, relayed = _send_back(
+            saved, options, needed, needs_relay, grad_h, grad_last, grad_relay
         )
-        if needs_x and options.batch_first:
-            gradients[0] = gradients[0].transpose(0, 1)
-        carried = first_displacement if sweep.inverse == "none" else carried
-        through = None if sweep.update == "local" else through
-        sent = carried if through is None else through
-        needs_start, needs_second, _, needs_relay = ctx.needs_input_grad[5:9]
-        gradient = sent if start is None else sent.view(start.shape)
-        of_states = (gradient, None) if CELLS[cell].states == 1 else gradient.chunk(2, dim=-1)
-        needed = (*ctx.needs_input_grad[:5], needs_start and not needs_relay, needs_second and not needs_relay)
-        found = [grad if need else None for grad, need in zip((*gradients, *of_states), needed, strict=True)]
-        relayed = None
-        if needs_relay:  # the call before gets both, and the state itself no gradient
-            nothing = torch.zeros_like(sent)
-            through = nothing if through is None else through
-            if sweep.kinds > 1:
-                through = torch.cat((through, nothing), dim=-1)
-            relayed = torch.stack((torch.zeros_like(through) if carried is None else carried, through))
-        return *found, None, relayed, None, None, None
+        if grad_x is not None and options.batch_first:
+            grad_x = grad_x.transpose(0, 1)
+        of_states = (sent, None)
+        if sent is not None and CELLS[options.cell].states == 2:
+            of_states = sent.chunk(2, dim=-1)
+        of_states = (part if need else None for part, need in zip(of_states, (needs_start, needs_second), strict=True))
+        return grad_x, *gradients, *of_states, None, relayed, None, None, None
+
+
+class RecurrenceOpFunction(torch.autograd.Function):
+    """The derivative of the op ``recurrence_fwd``, where it is called by itself: in a graph that ``torch.export`` or
+    ``make_fx`` has made, or under ``torch.func``. That of ``RecurrenceFunction``, which costs less a call.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        cell, x, weight_ih, bias_ih, weight_hh, bias_hh, start, feedback, _, batch_sizes, reset, *rest = arguments
+        reverse, every, sequence, keep, displacements, words, backend = rest
+        h, _, ends, kept, relay = output = torch.ops.tp_kernels.recurrence_fwd(*arguments)
+        ctx.options = options = Options(
+            cell=cell,
+            sweep=Sweep.parse(words),
+            words=words,
+            batch_first=False,
+            reverse=reverse,
+            checkpoint_every=every,
+            return_sequence=sequence,
+            displacements=displacements,
+            backend=backend,
+            needs_backward=keep,
+            dispatches_to_nobody=False,
+        )
+        without = [ends, kept] if options.sweep.inverse != "none" and keep else [ends, kept, relay]
+        ctx.mark_non_differentiable(*without)
+        ctx.set_materialize_grads(False)
+        if not keep:  # then backward raises
+            ctx.save_for_backward(weight_hh)
+            return output
+        x = x if _needs_x(weight_ih, options) else None
+        states, kept = (h, kept) if every is None else (ends, None)
+        ctx.save_for_backward(
+            x, weight_ih, bias_ih, weight_hh, bias_hh, start, feedback, states, kept, batch_sizes, reset
+        )
+        return output
+
+    @staticmethod
+    @first_derivatives_only
+    def backward(
+        ctx: Any, saved: tuple, grad_h: Tensor | None, grad_last: Tensor | None, *rest: Tensor | None
+    ) -> tuple:
+        *_, grad_relay = rest
+        found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        if grad_h is None and grad_last is None and grad_relay is None:
+            return tuple(found)
+        if not ctx.options.needs_backward:
+            raise RuntimeError(
+                f"{ctx.options.op}: this graph was made where gradients were disabled, and keeps nothing "
+                "for backward: make it again with gradients enabled (without torch.no_grad)"
+            )
+        needed, needs_relay = ctx.needs_input_grad[1:7], ctx.needs_input_grad[8]
+        found[1:6], found[6], found[8] = _send_back(
+            saved, ctx.options, needed, needs_relay, grad_h, grad_last, grad_relay
+        )
+        return tuple(found)
+
+
+def _needs_x(weight_ih: Tensor | None, options: Options) -> bool:
+    """Whether backward needs the input."""
+    return weight_ih is not None or options.checkpoint_every is not None or options.sweep.inverse == "direct"
+
+
+def _send_back(
+    saved: tuple,
+    options: Options,
+    needed: tuple[bool, ...],
+    needs_relay: bool,
+    grad_h: Tensor | None,
+    grad_last: Tensor | None,
+    grad_relay: Tensor | None,
+) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
+    """One backward pass, over arrays in order of time.
+
+    Args:
+        needed: whether gradients are needed in x, W_ih, its bias, W_hh, its bias and the first state.
+        needs_relay: whether the first state came with a relay.
+        grad_h, grad_last, grad_relay: what arrived; one of them at least.
+
+    Returns:
+        The gradients in the first five of these; in the first state; and of its relay.
+    """
+    x, weight_ih, bias_ih, weight_hh, bias_hh, start, feedback, states, kept, batch_sizes, reset = saved
+    cell, sweep, words, every = options.cell, options.sweep, options.words, options.checkpoint_every
+    needs_x, needs_weight_ih, needs_bias_ih, needs_weight, needs_bias, needs_start = needed
+    if feedback is None and sweep.uses_inverse:
+        feedback = feedback_of(weight_hh, CELLS[cell], sweep, words, options.backend)
+    carried, through = (None, None) if grad_relay is None else grad_relay.unbind()
+    if through is not None and sweep.kinds > 1:
+        through = through.chunk(2, dim=-1)[0]
+    first_displacement = None
+    if options.displacements == "parallel" or (
+        options.displacements == "auto"
+        and sweep.is_plain_weight
+        and "weight" in CELLS[cell].without_states
+        and every is None
+        and Timeline.of(states, batch_sizes, reset, options.reverse).plain
+        and parallel.worth_it(grad_h, states)
+    ):
+        grad_last = None if grad_last is None else _state(grad_last, weight_ih)
+        if carried is not None:  # a source like any other, but for γ
+            grad_last = carried / sweep.step if grad_last is None else grad_last + carried / sweep.step
+        grad_h, first_displacement = torch.ops.tp_kernels.recurrence_displacements(
+            grad_h, grad_last, states, feedback, sweep.step
+        )
+        grad_last, sweep = None, Sweep("none", sweep.update)
+        words = WITHOUT_INVERSE[sweep.update]
+    run = _run_backward
+    if not dispatches_to_nobody(states, grad_h, grad_last, grad_relay):
+        run = find_op("recurrence_bwd", waits=sweep.inverse == "jacobian")
+    *gradients, carried, through = run(
+        cell,
+        grad_h,
+        grad_last,
+        x,
+        weight_ih,
+        bias_ih,
+        weight_hh,
+        bias_hh,
+        start,
+        batch_sizes,
+        reset,
+        options.reverse,
+        states,
+        kept,
+        feedback,
+        carried,
+        through,
+        every,
+        needs_x,
+        needs_weight_ih or needs_bias_ih,
+        needs_weight,
+        needs_bias,
+        words,
+        options.backend,
+    )
+    found = [grad if need else None for grad, need in zip(gradients, needed[:5], strict=True)]
+    carried = first_displacement if sweep.inverse == "none" else carried
+    through = None if sweep.update == "local" else through
+    sent = carried if through is None else through
+    if needs_relay:  # the call before gets both, and the state itself no gradient
+        nothing = torch.zeros_like(sent)
+        through = nothing if through is None else through
+        if sweep.kinds > 1:
+            through = torch.cat((through, nothing), dim=-1)
+        return found, None, torch.stack((torch.zeros_like(through) if carried is None else carried, through))
+    return found, sent.view(start.shape) if needs_start else None, None
 
 
 def _side_by_side(parts: tuple[Tensor | None, ...]) -> Tensor | None:
@@ -625,6 +723,17 @@ def _side_by_side(parts: tuple[Tensor | None, ...]) -> Tensor | None:
     if len(parts) == 1 or not there:
         return parts[0]
     return torch.cat([torch.zeros_like(there[0]) if part is None else part for part in parts], dim=-1)
+
+
+_run_forward = register(
+    "recurrence_fwd(str cell, Tensor x, Tensor? weight_ih, Tensor? bias_ih, Tensor weight_hh, Tensor? bias_hh, "
+    "Tensor? start, Tensor? feedback, Tensor? relay, Tensor? batch_sizes, Tensor? reset, bool reverse, SymInt? every, "
+    "bool sequence, bool keep, str displacements, str words, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    derivative=RecurrenceOpFunction,
+)
 
 
 def recurrent_layer(
@@ -670,6 +779,34 @@ def recurrent_layer(
             f"{CELLS[cell].op}: checkpoint_every must be None with a rule that has chunk, as its chunks overlap, "
             f"got {checkpoint_every}"
         )
+    to_nobody = dispatches_to_nobody(x)
+    if not to_nobody and differentiates_ops():
+        if batch_first:
+            x = x.transpose(0, 1)
+        h, last, _, _, relay_of_last = torch.ops.tp_kernels.recurrence_fwd(
+            cell,
+            x,
+            weight_ih,
+            bias_ih,
+            weight_hh,
+            bias_hh,
+            start if second is None else torch.cat((start, second), dim=-1),
+            feedback,
+            relay,
+            batch_sizes,
+            reset,
+            reverse,
+            checkpoint_every,
+            return_sequence,
+            torch.is_grad_enabled(),  # who will call the graph, and with what, is not known yet
+            displacements,
+            rule.words,
+            backend,
+        )
+        h = h.transpose(0, 1) if batch_first else h
+        lasts = (last,) if CELLS[cell].states == 1 else last.chunk(2, dim=-1)
+        carries = rule.carries and torch.is_grad_enabled()
+        return h if return_sequence else None, lasts, relay_of_last if carries else None
     trained = (x, weight_hh, start, second, weight_ih, bias_ih, bias_hh)
     options = Options(
         cell=cell,
@@ -683,6 +820,7 @@ def recurrent_layer(
         backend=backend,
         needs_backward=torch.is_grad_enabled()
         and any(tensor is not None and tensor.requires_grad for tensor in trained),
+        dispatches_to_nobody=to_nobody,
     )
     h, relay, *last = RecurrenceFunction.apply(
         x, weight_ih, bias_ih, weight_hh, bias_hh, start, second, feedback, relay, batch_sizes, reset, options

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tp_kernels._library import differentiates_ops
+
 _ATTRIBUTE = "_tp_kernels_relay"
 _FAR = 12
 """How many autograd nodes to search for a layer of this library."""
@@ -51,9 +53,14 @@ def hand_on(state: Tensor, relay: Relay | None) -> Tensor:
             return state
         state = state.view_as(state)  # the attributes of what an autograd Function returns are not tracked
         setattr(state, _ATTRIBUTE, _Brought(relay, state.detach().clone()))
-    elif state.requires_grad:
+    elif state.requires_grad or _is_there(relay):
         setattr(state, _ATTRIBUTE, _Brought(relay, state._version))
     return state
+
+
+def _is_there(relay: Relay | None) -> bool:
+    """A call that is recorded by make_fx has one, whether or not its tensors require gradients when it is."""
+    return isinstance(relay, Tensor) or (relay is not None and any(part is not None for part in relay))
 
 
 def relay_of(state: Tensor | None, op: str, carries: bool, *, several: bool = False) -> Relay | None:
@@ -71,13 +78,17 @@ def relay_of(state: Tensor | None, op: str, carries: bool, *, several: bool = Fa
         RuntimeError: under torch.compile: the state comes from a call that was not compiled; or, when the compiled
             function runs, it has been changed in place.
     """
-    if state is None or not carries or not state.requires_grad or not torch.is_grad_enabled():
+    if state is None or not carries or not torch.is_grad_enabled():
         return None
     brought = getattr(state, _ATTRIBUTE, None)
+    if brought is None and not state.requires_grad:
+        return None
     fits = brought is not None and isinstance(brought.relay, tuple) == several
     if torch.compiler.is_compiling():
         return _relay_in_graph(state, brought, op) if fits else None
-    if brought is not None and state.is_leaf:  # detached in place: it is the beginning of another graph
+    if (
+        brought is not None and state.is_leaf and not differentiates_ops()
+    ):  # detached in place: it is the beginning of another graph
         delattr(state, _ATTRIBUTE)
     elif fits and _is_as_it_came(state, brought.mark):
         return brought.relay
@@ -156,7 +167,7 @@ def _comes_from_layer(state: Tensor) -> bool:
         node = nodes.pop(0)
         if node is None:
             continue
-        if node.name() == "RecurrenceFunctionBackward":
+        if node.name() in ("RecurrenceFunctionBackward", "RecurrenceOpFunctionBackward"):
             return True
         seen += 1
         nodes += (before for before, _ in node.next_functions)

@@ -9,7 +9,7 @@ from torch import Tensor
 from tp_kernels import _native, _triton, _validate
 from tp_kernels._autograd import first_derivatives_only
 from tp_kernels._backends import Backend, BackendTable, Support, dtype_name
-from tp_kernels._library import register
+from tp_kernels._library import differentiates_ops, register
 from tp_kernels.ops.regularized_inverse import products, reference
 
 
@@ -287,11 +287,6 @@ def _backward(
 
 
 register(
-    "regularized_inverse_fwd(Tensor weight, Tensor reg, float power, bool check_errors, str backend) -> Tensor",
-    compute,
-    lambda weight, reg, *rest: weight.new_empty(weight.mT.shape),
-)
-register(
     "regularized_inverse_bwd(Tensor grad, Tensor weight, Tensor inverse, Tensor reg, float power, str backend) "
     "-> (Tensor, Tensor)",
     _backward,
@@ -318,6 +313,14 @@ class RegularizedInverseFunction(torch.autograd.Function):
         )
         needs_weight, needs_reg = ctx.needs_input_grad[:2]
         return grad_weight if needs_weight else None, grad_reg if needs_reg else None, None, None, None
+
+
+register(
+    "regularized_inverse_fwd(Tensor weight, Tensor reg, float power, bool check_errors, str backend) -> Tensor",
+    compute,
+    lambda weight, reg, *rest: weight.new_empty(weight.mT.shape),
+    derivative=RegularizedInverseFunction,
+)
 
 
 def regularized_inverse(
@@ -366,4 +369,5 @@ def regularized_inverse(
     """
     _validate.regularized_inverse(weight, reg, power, check_errors, backend)
     r = reg if isinstance(reg, Tensor) else torch.tensor(float(reg), dtype=torch.float64, device="cpu")
-    return RegularizedInverseFunction.apply(weight, r, float(power), check_errors, backend)
+    compute = torch.ops.tp_kernels.regularized_inverse_fwd if differentiates_ops() else RegularizedInverseFunction.apply
+    return compute(weight, r, float(power), check_errors, backend)
