@@ -55,16 +55,12 @@ def forward_arguments(
     time: tuple[Tensor | None, Tensor | None, bool] = (None, None, False),
     backend: str,
 ) -> tuple:
-<<<<<<< HEAD
     """Of the forward op, as it takes them. With ``weight_ih``, u is the input and the bias a layer's. ``time``: the
     sizes of the batch, resets, and whether it is read in reverse.
     """
-    return cell, u, weight_ih, bias_ih, weight, bias, h0, *time, every, sequence, keep, inverse, backend
-=======
-    """Of the forward op, as it takes them. With ``weight_ih``, u is the input and the bias a layer's."""
-    tensors = u, weight_ih, bias_ih, weight, bias, h0, None, None, None, None
-    return cell, *tensors, False, every, sequence, keep, "auto", Sweep(inverse).words, backend
->>>>>>> 0b45f0da08483c7f4578fdf6437a1c9f22f511a7
+    batch_sizes, reset, reverse = time
+    tensors = u, weight_ih, bias_ih, weight, bias, h0, None, None, batch_sizes, reset
+    return cell, *tensors, reverse, every, sequence, keep, "auto", Sweep(inverse).words, backend
 
 
 class States(NamedTuple):
@@ -74,15 +70,10 @@ class States(NamedTuple):
 
 def forward_op(cell: str, *tensors: Tensor | None, **options: object) -> States:
     """The forward op, with the arguments of ``forward_arguments``."""
-<<<<<<< HEAD
-    h, last, ends, kept = ops.recurrence_fwd(*forward_arguments(cell, *tensors, **options))
+    h, last, ends, kept, _ = ops.recurrence_fwd(*forward_arguments(cell, *tensors, **options))
     assert_identical(last[..., : h.shape[-1]], h[-1], "the last h")
     if kept.numel():
         assert_identical(last, CELLS[cell].state(h, kept)[-1], "the last state")
-=======
-    h, last, ends, kept, _ = ops.recurrence_fwd(*forward_arguments(cell, *tensors, **options))
-    assert_identical(last, h[-1], "the last state")
->>>>>>> 0b45f0da08483c7f4578fdf6437a1c9f22f511a7
     assert not ends.numel()
     return States(h, kept)
 

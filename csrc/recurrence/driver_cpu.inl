@@ -236,11 +236,7 @@ void backward_tile(const RecurrenceBackward<T>& f, const Tile& tile, const Matri
     const auto receive = [&](const T* from, const Strides& strides, const Sent& sent, Form of) {
         const RowsOf<T> given = {from ? from + tile.in(strides) : zeros, from ? strides.batch : 0};
         copy_rows(given.data, given.row, tile.rows, N, sent.sum, columns);
-<<<<<<< HEAD
         if (two) copy_rows(given.data + (from ? N : 0), given.row, tile.rows, N, sent.second, columns);
-=======
-        if (two) copy_rows(from ? given.data + N : zeros, given.row, tile.rows, N, sent.second, columns);
->>>>>>> 48c62a4346d1c6d319cf729c8b56e750df70a602
         for (ptrdiff_t j = 0; of.scale && j < size; ++j) sent.scale[j] = T(1);
         if (of.scale && of.by) clear(sent.by, size);
     };
