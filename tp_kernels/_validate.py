@@ -8,7 +8,7 @@ import torch
 
 from tp_kernels._backends import NAMES, dtype_name
 from tp_kernels.ops.recurrence.cell import Cell
-from tp_kernels.rules import Rule, Sweep, TargetProp, uses_inverse
+from tp_kernels.rules import Rule, TargetProp, is_plain_weight, uses_inverse
 
 
 class ShapeError(ValueError, RuntimeError):
@@ -161,7 +161,7 @@ def checkpoint_every(op: str, value: object) -> None:
 
 def displacements(op: str, value: object, rule: Rule, every: int | None) -> None:
     word(op, "displacements", value, ("auto", "sweep", "parallel"))
-    if value == "parallel" and not Sweep.of(rule).is_plain_weight:
+    if value == "parallel" and not is_plain_weight(rule.words):
         raise ValueError(
             f"{op}: displacements='parallel' needs a rule with inverse='weight', without blend, latch and chunk, "
             f"got {rule!r}"

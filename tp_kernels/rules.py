@@ -248,11 +248,6 @@ class Sweep(NamedTuple):
         return 2 if self.latch else 1
 
     @property
-    def is_plain_weight(self) -> bool:
-        """Whether displacements are the inverse "weight"'s alone, and adjoints come of nothing else."""
-        return self.inverse == "weight" and self.blend == 1 and not self.latch and not self.chunk
-
-    @property
     def uses_inverse(self) -> bool:
         """Whether it multiplies by P."""
         return self.inverse in ("weight", "layer", "difference", "direct")
@@ -318,6 +313,19 @@ class Sweep(NamedTuple):
 
 _WORDS = {"inverse": ("none", *_INVERSES, *_MODES[1:]), "update": _UPDATES}
 """Of a sweep; its other fields are numbers."""
+
+
+_PLAIN = Sweep().words.partition(" blend=")[2]
+
+
+def is_plain_weight(words: str) -> bool:
+    """Of a sweep's words: whether displacements are the inverse "weight"'s alone, and adjoints come of nothing else."""
+    return words.startswith("inverse=weight ") and words.endswith(f" blend={_PLAIN}")
+
+
+def kinds_of(words: str) -> int:
+    """``kinds`` of the sweep of these words."""
+    return 1 if " latch=0.0 " in words else 2
 
 
 WITHOUT_INVERSE = {update: Sweep("none", update).words for update in _UPDATES}

@@ -22,7 +22,7 @@ from tp_kernels.ops.recurrence.feedback import feedback_of
 from tp_kernels.ops.recurrence.launch import forward_outputs, state_before, state_shape
 from tp_kernels.ops.recurrence.state import new_relay
 from tp_kernels.ops.recurrence.timeline import Timeline
-from tp_kernels.rules import WITHOUT_INVERSE, Rule, Sweep
+from tp_kernels.rules import WITHOUT_INVERSE, Rule, Sweep, is_plain_weight, kinds_of
 
 # --- back-ends
 
@@ -656,12 +656,12 @@ def _send_back(
     if feedback is None and sweep.uses_inverse:
         feedback = feedback_of(weight_hh, CELLS[cell], sweep, words, options.backend)
     carried, through = (None, None) if grad_relay is None else grad_relay.unbind()
-    if through is not None and sweep.kinds > 1:
+    if through is not None and kinds_of(words) > 1:
         through = through.chunk(2, dim=-1)[0]
     first_displacement = None
     if options.displacements == "parallel" or (
         options.displacements == "auto"
-        and sweep.is_plain_weight
+        and is_plain_weight(words)
         and "weight" in CELLS[cell].without_states
         and every is None
         and Timeline.of(states, batch_sizes, reset, options.reverse).plain
@@ -711,7 +711,7 @@ def _send_back(
     if needs_relay:  # the call before gets both, and the state itself no gradient
         nothing = torch.zeros_like(sent)
         through = nothing if through is None else through
-        if sweep.kinds > 1:
+        if kinds_of(words) > 1:
             through = torch.cat((through, nothing), dim=-1)
         return found, None, torch.stack((torch.zeros_like(through) if carried is None else carried, through))
     return found, sent.view(start.shape) if needs_start else None, None
