@@ -29,16 +29,29 @@ METHODS = {
         Contender("nn.GRU", "bp", "nn.GRU", tp.BackProp(), lambda M, N, _: LastState(nn.GRU(M, N))),
         in_jax("jax", "GRU"),
     ],
+    "lstm": [
+        fused("tp", "tp", "tp", tp.TargetProp(), layer="LSTM"),
+        fused("identity", "tp", "identity", tp.TargetProp(inverse="identity"), layer="LSTM"),
+        fused("bp", "bp", "bp", tp.BackProp(), layer="LSTM"),
+        Contender("nn.LSTM", "bp", "nn.LSTM", tp.BackProp(), lambda M, N, _: LastState(nn.LSTM(M, N))),
+    ],
 }
 STEPS = {
     "rnn": (Case(60, 100, 20), Case(784, 64, 16), Case(784, 100, 16), Case(784, 256, 16), Case(784, 128, 128)),
     "gru": (Case(60, 100, 20), Case(784, 64, 16), Case(784, 128, 16), Case(784, 100, 1), Case(100, 256, 64)),
+    "lstm": (Case(60, 100, 20), Case(784, 64, 16), Case(784, 100, 16), Case(784, 100, 1), Case(100, 256, 64)),
 }
 # By the names of their groups.
-FORWARD = {"rnn forward tanh": "rnn_tanh", "rnn forward identity": "rnn_identity", "gru forward": "gru"}
+FORWARD = {
+    "rnn forward tanh": "rnn_tanh",
+    "rnn forward identity": "rnn_identity",
+    "gru forward": "gru",
+    "lstm forward": "lstm",
+}
 SHAPES = {
     "rnn": (*(Case(784, N, 16) for N in (64, 100, 128, 256)), Case(784, 128, 64), Case(784, 100, 1)),
     "gru": STEPS["gru"],
+    "lstm": STEPS["lstm"],
 }
 # Spectral radius of the weight, and the size of the input. At radius 1 far steps count; at 1/3 what goes back in time
 # is denormal after a hundred steps; large inputs saturate every unit, and 1 - h² becomes 0.

@@ -75,14 +75,15 @@ def _kind(case: Case) -> str:
 
 
 class LastState(nn.Module):
-    """The last state, [B, N], of a layer with the interface of ``torch.nn.RNN``."""
+    """The last state h, [B, N], of a layer with the interface of ``torch.nn.RNN``."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)[1][0]
+        last = self.layer(x)[1]
+        return (last[0] if isinstance(last, tuple) else last)[0]  # an LSTM has a pair
 
 
 class CellLoop(nn.Module):
@@ -121,6 +122,8 @@ def in_jax(name: str, layer: str) -> Contender:
     return Contender(name, "bp", "JAX, lax.scan", BackProp(), build, library="jax")
 
 
+# Chunks of time: C and K.
+_CUT = {"chunk": 128, "overlap": 16}
 # The least memory: every 64th state is kept, the others are computed again, and there is no output of T states.
 _CHECKPOINTS = {"checkpoint_every": 64, "return_sequence": False}
 
@@ -133,7 +136,10 @@ CONTENDERS = {
         fused("tp-layer", "tp", "TP as in the paper", TargetProp.paper()),
         fused("tp-refresh8", "tp", "TP, P every 8 steps", TargetProp(), period=8, refresh=8),
         fused("tp-jacobian", "tp", "TP, inverse of the Jacobian", TargetProp(inverse="jacobian")),
+        fused("tp-chunks", "tp", "TP in chunks, P every 8 steps", TargetProp(**_CUT), period=8, refresh=8),
+        fused("tp-identity-chunks", "tp", "identity in chunks", TargetProp(inverse="identity", **_CUT)),
         fused("bp", "bp", "BP, same kernels", BackProp()),
+        fused("bp-truncated", "bp", "truncated BP, same kernels", BackProp(**_CUT)),
         fused("tp-keep64", "tp", "TP, checkpoints", TargetProp(), **_CHECKPOINTS),
         fused("bp-keep64", "bp", "BP, checkpoints", BackProp(), **_CHECKPOINTS),
         Contender("nn.RNN", "bp", "torch.nn.RNN", BackProp(), lambda M, N, _: LastState(nn.RNN(M, N))),

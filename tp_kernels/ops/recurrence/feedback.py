@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tp_kernels._library import dispatches_to_nobody, register
+from tp_kernels.ops.recurrence import parallel
 from tp_kernels.ops.recurrence.cell import Cell
 from tp_kernels.ops.regularized_inverse import op as regularized_inverse
 from tp_kernels.rules import Sweep, TargetProp
@@ -22,6 +23,7 @@ LARGEST_DRIFT = 0.1
 def _inverse(weight: Tensor, words: str, backend: str) -> Tensor:
     """P for the sweep of these words."""
     sweep = Sweep.parse(words)
+    parallel.forget_powers()  # of a P that is used no more, most likely
     if backend != "auto" and not regularized_inverse.BACKENDS.supports(backend, weight)[0]:
         backend = "auto"  # the name is that of the recurrence's back-end, which need not have an inverse
     # Within an op there is nothing left to dispatch.

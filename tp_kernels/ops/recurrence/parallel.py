@@ -103,6 +103,12 @@ def power(matrix: Tensor, exponent: int) -> Tensor:
     return known[1]
 
 
+def forget_powers() -> None:
+    """Of all matrices."""
+    with _one_at_a_time:
+        _kept.clear()
+
+
 def apply(matrix: Tensor, states: Tensor) -> Tensor:
     """``matrix · state`` over the last axis, as one product for all steps; head by head where there are heads."""
     matrix = matrix.to(states.dtype)
