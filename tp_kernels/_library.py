@@ -46,19 +46,24 @@ def dispatches_to_nobody(*tensors: Tensor | None) -> bool:
 
     It takes as long as the rest of a short call.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and all(tensor is None or _is_plain(tensor) for tensor in tensors)
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch.autograd._profiler_enabled()
-        and not _traced_before_dispatch()
+    if torch.compiler.is_compiling():
+        return False
+    for tensor in tensors:
+        if tensor is not None and not (
+            type(tensor) in _PLAIN and tensor.device.type in _OF_THE_KERNELS and torch._C._has_storage(tensor)
+        ):  # it stands for numbers: fake, batched, of another class
+            return False
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd._profiler_enabled()
+        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
     )
 
 
-def _traced_before_dispatch() -> bool:
-    """By ``torch.export`` or ``make_fx(pre_dispatch=True)``, whose mode is on no stack of modes."""
-    return torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+_PLAIN = (Tensor, torch.nn.Parameter)
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+"""Of ``torch.export`` and ``make_fx(pre_dispatch=True)``, whose mode is on no stack of modes."""
 
 
 def differentiates_ops() -> bool:
@@ -68,18 +73,10 @@ def differentiates_ops() -> bool:
     if torch.compiler.is_exporting():
         return True
     return not torch.compiler.is_compiling() and (
-        _traced_before_dispatch()
+        torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
         or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """A tensor of numbers, not one that stands for some: fake, batched, of another class."""
-    return type(tensor) in _PLAIN and tensor.device.type in _OF_THE_KERNELS and torch._C._has_storage(tensor)
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def register(

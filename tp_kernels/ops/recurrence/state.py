@@ -53,14 +53,10 @@ def hand_on(state: Tensor, relay: Relay | None) -> Tensor:
             return state
         state = state.view_as(state)  # the attributes of what an autograd Function returns are not tracked
         setattr(state, _ATTRIBUTE, _Brought(relay, state.detach().clone()))
-    elif state.requires_grad or _is_there(relay):
+    elif state.requires_grad or isinstance(relay, Tensor) or (relay and relay[0] is not None):
+        # A call that make_fx records has a relay, whether or not its tensors require gradients when it is recorded.
         setattr(state, _ATTRIBUTE, _Brought(relay, state._version))
     return state
-
-
-def _is_there(relay: Relay | None) -> bool:
-    """A call that is recorded by make_fx has one, whether or not its tensors require gradients when it is."""
-    return isinstance(relay, Tensor) or (relay is not None and any(part is not None for part in relay))
 
 
 def relay_of(state: Tensor | None, op: str, carries: bool, *, several: bool = False) -> Relay | None:

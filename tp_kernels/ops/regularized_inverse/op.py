@@ -9,7 +9,7 @@ from torch import Tensor
 from tp_kernels import _native, _triton, _validate
 from tp_kernels._autograd import first_derivatives_only
 from tp_kernels._backends import Backend, BackendTable, Support, dtype_name
-from tp_kernels._library import differentiates_ops, register
+from tp_kernels._library import differentiates_ops, dispatches_to_nobody, register
 from tp_kernels.ops.regularized_inverse import products, reference
 
 
@@ -299,7 +299,8 @@ class RegularizedInverseFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, reg: Tensor, power: float, check_errors: bool, backend: str) -> Tensor:
-        inverse = torch.ops.tp_kernels.regularized_inverse_fwd(weight, reg, power, check_errors, backend)
+        run = _run if dispatches_to_nobody(weight, reg) else torch.ops.tp_kernels.regularized_inverse_fwd
+        inverse = run(weight, reg, power, check_errors, backend)
         ctx.save_for_backward(weight, reg, inverse)
         ctx.power, ctx.backend = power, backend
         return inverse
@@ -315,7 +316,7 @@ class RegularizedInverseFunction(torch.autograd.Function):
         return grad_weight if needs_weight else None, grad_reg if needs_reg else None, None, None, None
 
 
-register(
+_run = register(
     "regularized_inverse_fwd(Tensor weight, Tensor reg, float power, bool check_errors, str backend) -> Tensor",
     compute,
     lambda weight, reg, *rest: weight.new_empty(weight.mT.shape),
