@@ -53,9 +53,9 @@ class GRU(Recurrent):
     The last state, handed to the next call as it is, makes the gradients of both calls those of one. Changed in
     between, it is a new tensor, through which no displacement goes back: a ``UserWarning`` says so.
 
-    Under autocast the layer computes in the dtype of its parameters. Its output must not be changed in place: backward
-    computes from it. There are no second derivatives, no forward mode, no transforms of ``torch.func`` but
-    ``functional_call``, and no TorchScript: each raises.
+    Under autocast the layer computes in the dtype of its parameters; its output has the dtype that torch's layer would
+    return, its last state that of the parameters. The output must not be changed in place, as backward computes from
+    it: change a copy. There are no second derivatives, no forward mode and no TorchScript: each raises.
 
     Warns:
         UserWarning: the rule sends displacements, and the first state was changed after a layer had returned it.
