@@ -43,7 +43,7 @@ LENGTHS = (7, 5, 5, 1)
 @dataclass(frozen=True)
 class Question:
     """A call of a layer, [T, B, M], or without a projection of an op, [T, B(, H), G N], and the gradients that arrive.
-    ``lengths``, sorted: the longest first, x is packed. ``None``: all are of length T.
+    With ``lengths``, the longest first, x is packed; ``None``: all are of length T.
     """
 
     cell: str
@@ -252,18 +252,20 @@ def test_reset_of_the_functions(cell, H, backend):
 
 @pytest.mark.parametrize("cell", KINDS)
 def test_the_native_kernels_are_the_reference(cell, cpu, monkeypatch):
-    """Random lengths, resets, directions, portions, checkpoints and threads."""
+    """Random lengths, resets, directions, heads, portions, checkpoints and threads."""
     numbers = random.Random(0)
     names = [name for name in rules_of(cell) if supports(cell, Sweep.of(RULES[name]), "cpu")[0]]
     for seed in range(60):
         T, B, packed = numbers.randint(1, 9), numbers.choice([1, 2, 7, 20, 60]), numbers.random() < 0.7
         lengths = tuple(sorted((numbers.randint(1, T) for _ in range(B)), reverse=True)) if packed else None
+        M = numbers.choice([None, 1, 9])
         question = Question.of(
             cell,
             tamed(cell, numbers.choice(names)),
             T=T,
             B=B,
-            M=numbers.choice([None, 1, 9]),
+            M=M,
+            H=numbers.choice([None, 2]) if M is None else None,
             N=numbers.randint(1, 20),
             lengths=lengths,
             resets=numbers.choice([0, 0.2, 0.9]),
