@@ -19,7 +19,7 @@ from tp_kernels._library import autocast_enabled
 from tp_kernels.ops.recurrence import op as recurrence
 from tp_kernels.ops.regularized_inverse import op as inverse
 
-CASES = {"rnn": Case(), "gru": Case(cell="gru")}
+CASES = {"rnn": Case(), "gru": Case(cell="gru"), "lstm": Case(cell="lstm")}
 OPS = (*CASES, "regularized_inverse")
 ON_A_GPU = ("rnn", "regularized_inverse")  # have kernels there
 

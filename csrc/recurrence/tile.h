@@ -38,7 +38,7 @@ class Course {
     static constexpr bool has_chunks = is_backward<Call>;
 
 public:
-    Course(const Call& f, const Tile& tile) : f_(f), tile_(tile) {}
+    Course(const Call& f, const Tile& tile) : f_(f), tile_(tile), plain(is_plain(f)) {}
 
     // The k-th that is read.
     ptrdiff_t step(ptrdiff_t k) const { return f_.reverse ? f_.T_ - 1 - k : k; }
@@ -46,6 +46,7 @@ public:
     // How many of the tile's sequences, the first ones, have a k-th step; none outside of time.
     ptrdiff_t rows(ptrdiff_t k) const {
         if (k < 0 || k >= f_.T_) return 0;
+        if (plain) return tile_.rows;
         if constexpr (has_chunks)
             if (f_.chunk) return within(divide_up(f_.length - k, f_.chunk));
         if (!f_.offsets) return tile_.rows;
@@ -78,8 +79,17 @@ public:
     }
 
 private:
+    static bool is_plain(const Call& f) {
+        if constexpr (has_chunks)
+            if (f.chunk) return false;
+        return !f.offsets && !f.reset;
+    }
+
     const Call& f_;
     const Tile& tile_;
+
+public:
+    const bool plain;  // all sequences have all steps, and the first state only is where they start
 };
 
 // Rows of numbers, `row` apart.
@@ -96,6 +106,7 @@ RowsOf<T> part_before(const Call& f, const Course<Call>& course, const Tile& til
                       ptrdiff_t parts, RowsOf<T> there, const T* zeros, T* mixed) {
     const Strides strides = outside_time(f, parts);
     const RowsOf<T> start = {f.start ? f.start + tile.in(strides) + part * f.N : zeros, f.start ? strides.batch : 0};
+    if (course.plain) return k > 0 ? there : start;
     const ptrdiff_t t = course.step(k), rows = course.rows(k), columns = padded<T>(f.N);
     if constexpr (is_backward<Call>)
         if (f.chunk && k == 0) {  // there is the end of the chunk before, but for the first one
