@@ -365,7 +365,7 @@ def test_opcheck(cell, backend):
         torch.library.opcheck(ops.recurrence_fwd, forward_arguments(*biased, **options, **given))
     sweep = Sweep("weight")
     arguments = forward_arguments(*biased, **projection, **given)
-    h, _, _, kept = ops.recurrence_fwd(*arguments)
+    h, _, _, kept, _ = ops.recurrence_fwd(*arguments)
     ends = ops.recurrence_fwd(*forward_arguments(*biased, every=3, **projection, **given))[2]
     last, feedback = question.arrives["last"], 0.2 * torch.randn(5, 5)
     back = Back(cell, h, weight, kept if kept.dim() > 1 else None, question.arrives["h"], last, x, start, feedback)
