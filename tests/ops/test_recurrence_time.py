@@ -196,12 +196,13 @@ def tamed(cell: str, name: str) -> Rule:
     return tp.TargetProp(rule.reg, rule.inverse, rule.update, rule.mode, rule.power, rule.step, clip, 1e-13)
 
 
-@pytest.mark.parametrize("every", [None, 2])
+@pytest.mark.parametrize(("every", "portion"), [(None, 99), (5, 2)])
 @pytest.mark.parametrize(("cell", "rule"), [(cell, rule) for cell in KINDS for rule in FEW if rule in rules_of(cell)])
-def test_each_sequence_is_a_call_of_its_own(cell, rule, every):
+def test_each_sequence_is_a_call_of_its_own(cell, rule, every, portion, monkeypatch):
     """With a loss on every h, on the last states, and with what a later call sends back. Of the reference, with which
     the native kernels are compared below.
     """
+    monkeypatch.setattr(op, "_portion", lambda *sizes: portion)
     for lengths in (LENGTHS, None):
         for reverse in (False, True):
             question = Question.of(cell, tamed(cell, rule), lengths=lengths, reverse=reverse)
@@ -364,7 +365,7 @@ def test_opcheck(cell, backend):
         torch.library.opcheck(ops.recurrence_fwd, forward_arguments(*biased, **options, **given))
     sweep = Sweep("weight")
     arguments = forward_arguments(*biased, **projection, **given)
-    h, _, _, kept = ops.recurrence_fwd(*arguments)
+    h, _, _, kept, _ = ops.recurrence_fwd(*arguments)
     ends = ops.recurrence_fwd(*forward_arguments(*biased, every=3, **projection, **given))[2]
     last, feedback = question.arrives["last"], 0.2 * torch.randn(5, 5)
     back = Back(cell, h, weight, kept if kept.dim() > 1 else None, question.arrives["h"], last, x, start, feedback)
