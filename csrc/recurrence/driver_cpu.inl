@@ -142,6 +142,11 @@ bool recurrence_forward(const RecurrenceForwardCpu<T>& f) {
     });
 }
 
+template <bool constant>
+struct Constant {
+    static constexpr bool value = constant;
+};
+
 // A head's matrices, packed for products of rows with W and with the P of all of the inverse's products.
 template <class Cell, class T>
 struct Matrices {
@@ -305,8 +310,9 @@ void backward_tile(const RecurrenceBackward<T>& f, const Tile& tile, const Matri
         T* grad_u = !f.grad_u ? nullptr : own ? f.grad_u + course.at(gates, t) : dropped;
         const ptrdiff_t u_row = own ? gates.batch : wide;
         const StepOfTile<Cell, T> step_of_tile(f, course, tile, k, zeros, mixed);
-        for_elements<T>(rows, N, [=](auto zero, ptrdiff_t i, ptrdiff_t j) {
+        const auto pass = [=](auto zero, ptrdiff_t i, ptrdiff_t j, auto is_plain) {
             using V = decltype(zero);
+            constexpr bool is_blend = !decltype(is_plain)::value, may_lack_delta = is_blend;
             const ptrdiff_t at = i * columns + j;
             const auto step = step_of_tile.template at<V, inverse>(i, j);
             Several<V, S> lambda = {}, source = {};  // λ and the gradient
@@ -317,7 +323,7 @@ void backward_tile(const RecurrenceBackward<T>& f, const Tile& tile, const Matri
                 for (int part = 0; part < S; ++part) source[part] += load<V>(last + i * last_row + part * N + j);
             for (int part = 0; part < S; ++part) lambda[part] += step_size * source[part];
             Several<V, S> mu = lambda;
-            if (blends)
+            if (is_blend && blends)
                 for (int part = 0; part < S; ++part) {
                     mu[part] = source[part] + blend * (lambda[part] - source[part]);
                     if (!latches) continue;
@@ -327,7 +333,7 @@ void backward_tile(const RecurrenceBackward<T>& f, const Tile& tile, const Matri
                 }
             if (through_here) mu[0] += load<V>(through.sum + at);
             if (two && through_here) mu[S - 1] += load<V>(through.second + at);
-            if (grad_u) {
+            if (!may_lack_delta || grad_u) {
                 const auto adjoint = Cell::template back<T>(mu, step);
                 store_all(grad_u + i * u_row + j, N, adjoint.delta);
                 if (total && !Cell::into_is_delta) store_all(into + i * wide + j, N, adjoint.into);
@@ -340,7 +346,11 @@ void backward_tile(const RecurrenceBackward<T>& f, const Tile& tile, const Matri
                 if (form.scale) store(next_carried.scale + at, term.scale);
                 if (two) store(next_carried.second + at, term.by[S - 1]);
             }
-        });
+        };
+        if (blends || !grad_u)
+            for_elements<T>(rows, N, [=](auto zero, ptrdiff_t i, ptrdiff_t j) { pass(zero, i, j, Constant<false>{}); });
+        else
+            for_elements<T>(rows, N, [=](auto zero, ptrdiff_t i, ptrdiff_t j) { pass(zero, i, j, Constant<true>{}); });
         if (k > 0 || f.carried_out) {
             if constexpr (jacobian) solver.solve(t, rows, step_of_tile, form.by ? next_carried.sum : sent);
             if constexpr (form.products > 0)

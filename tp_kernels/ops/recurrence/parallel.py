@@ -44,30 +44,30 @@ def displacements(
     # Squaring doubles a power's relative error: in float32, T of them would be worse than the sweep's T products.
     power = feedback.double()
     if grad_h is None:
-        result = from_last(step * grad_last, power, h.shape[0])
+        result = _from_last(step * grad_last, power, h.shape[0])
     else:
         sources = step * grad_h
         if grad_last is not None:
             sources[-1] += step * grad_last
-        result = from_all(sources.contiguous(), power)
-    return result, apply(feedback, result[:1])[0]
+        result = _from_all(sources.contiguous(), power)
+    return result, _apply(feedback, result[:1])[0]
 
 
-def from_last(last: Tensor, power: Tensor, T: int) -> Tensor:
+def _from_last(last: Tensor, power: Tensor, T: int) -> Tensor:
     """``P^{T-1} λ, …, P λ, λ``: the latest k of them times P^k are the k before, with k = 1, 2, 4, …"""
     result = last.new_empty((T, *last.shape))
     result[-1] = last
     known = 1
     while known < T:
         more = min(known, T - known)
-        result[T - known - more : T - known] = apply(power, result[T - more :])
+        result[T - known - more : T - known] = _apply(power, result[T - more :])
         known += more
         if known < T:
             power = power @ power
     return result
 
 
-def from_all(sources: Tensor, power: Tensor) -> Tensor:
+def _from_all(sources: Tensor, power: Tensor) -> Tensor:
     """``λ_t = g_t + P λ_{t+1}``: the half of the steps at an odd distance from the end is a problem of the same kind
     with P², whose sources are ``g_t + P g_{t+1}``; each of the others is one product away from it.
     """
@@ -76,10 +76,10 @@ def from_all(sources: Tensor, power: Tensor) -> Tensor:
         return sources.clone()
     even, odd = sources[(T - 1) % 2 :: 2], sources[T % 2 :: 2]  # the distance from the end
     result = torch.empty_like(sources)
-    solved = from_all(odd + apply(power, even[-len(odd) :]), power @ power)
+    solved = _from_all(odd + _apply(power, even[-len(odd) :]), power @ power)
     result[T % 2 :: 2] = solved
     result[-1] = sources[-1]
-    result[(T - 1) % 2 : -1 : 2] = even[:-1] + apply(power, solved[len(solved) - len(even) + 1 :])
+    result[(T - 1) % 2 : -1 : 2] = even[:-1] + _apply(power, solved[len(solved) - len(even) + 1 :])
     return result
 
 
@@ -109,7 +109,7 @@ def forget_powers() -> None:
         _kept.clear()
 
 
-def apply(matrix: Tensor, states: Tensor) -> Tensor:
+def _apply(matrix: Tensor, states: Tensor) -> Tensor:
     """``matrix · state`` over the last axis, as one product for all steps; head by head where there are heads."""
     matrix = matrix.to(states.dtype)
     if matrix.dim() == 2:
