@@ -108,7 +108,12 @@ def test_where_it_is_chosen(monkeypatch):
 
 BAD = {
     "word": ("fast", tp.TargetProp(), None, "must be one of 'auto', 'sweep', 'parallel', got 'fast'"),
-    "bp": ("parallel", tp.BackProp(), None, "='parallel' needs a rule with inverse='weight', got BackProp()"),
+    "bp": (
+        "parallel",
+        tp.BackProp(),
+        None,
+        f"='parallel' needs a rule with inverse='weight', without blend, latch and chunk, got {tp.BackProp()}",
+    ),
     "checkpoints": (
         "parallel",
         tp.TargetProp(),

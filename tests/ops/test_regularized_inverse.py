@@ -270,6 +270,7 @@ BAD_INPUT = {
     "power-bool": ({"power": True}, TypeError, f"{NAME}: power must be a number, got bool"),
     "power-value": ({"power": 0.25}, ValueError, f"{NAME}: power must be one of 1.0, 0.5, got 0.25"),
     "check_errors": ({"check_errors": 1}, TypeError, f"{NAME}: check_errors must be a bool, got int"),
+    "backend-kind": ({"backend": None}, TypeError, f"{NAME}: backend must be a str, got NoneType"),
     "backend": (
         {"backend": "gpu"},
         ValueError,
