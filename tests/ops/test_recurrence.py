@@ -680,7 +680,7 @@ def bad_input(name: str) -> dict[str, tuple[dict[str, object], type[Exception], 
         "feedback-bp": (
             {"feedback": ONES(5, 5), "rule": tp.BackProp()},
             ValueError,
-            f"{no_inverse} BackProp()",
+            f"{no_inverse} {tp.BackProp()}",
         ),
         "feedback-identity": (
             {"feedback": ONES(5, 5), "rule": identity},
