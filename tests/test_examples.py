@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from torch import distributed
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 CONVERT = sorted(path.stem for path in (EXAMPLES / "convert").glob("*.py") if path.stem != "compare")
@@ -61,3 +62,18 @@ def test_a_masked_state_is_an_error(example, monkeypatch):
     monkeypatch.setattr(example.Model, "forward", forward)
     with pytest.raises(UserWarning, match="was changed after a layer"):
         example.main(["--steps", "2", "--hidden", "8"])
+
+
+@pytest.mark.skipif(not distributed.is_available() or not distributed.is_gloo_available(), reason="no gloo")
+@pytest.mark.parametrize(
+    ("options", "ranks"),
+    [("--overlap 3", 3), ("--overlap 0 --inverse identity", 2)],
+    ids=["weight", "identity without overlap"],
+)
+def test_sequence_parallel(options, ranks, monkeypatch):
+    """Of several processes as of one: the middle one of three has neighbours on both sides."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = importlib.import_module("sequence_parallel")
+    losses, difference = example.main([*options.split(), *f"--ranks {ranks} --chunk 7 --hidden 6 --steps 3".split()])
+    assert difference < 1e-12
+    assert losses[-1] < losses[0]
