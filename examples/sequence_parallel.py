@@ -141,7 +141,7 @@ def work(rank: int, folder: str, rules: list[tp.TargetProp], hidden: int, steps:
 
 
 def main(arguments: Sequence[str] | None = None) -> list[tuple[list[float], float]]:
-    """Of each rule: the losses, and the largest difference of a gradient, at the first step, from that of one process."""
+    """Of each rule: the losses, and how much gradients of the first step differ from those of one process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2, help="processes (2)")
     parser.add_argument("--chunk", type=int, default=64, help="steps of each (64)")
