@@ -179,7 +179,7 @@ def test_a_sweep_in_words_and_back(rule):
 def test_words_that_are_no_sweep(words):
     with pytest.raises(ValueError, match="sweep must have the words") as caught:
         Sweep.parse(words)
-    expected = f"sweep must have the words inverse, update, step, clip, reg, rtol, power, got {words!r}"
+    expected = f"sweep must have the words inverse, update, step, clip, reg, rtol, power, blend, latch, chunk, overlap, got {words!r}"
     assert str(caught.value) == expected
 
 

@@ -243,6 +243,11 @@ class Sweep(NamedTuple):
         return (chunk, overlap) if 0 < chunk < T else None
 
     @property
+    def is_pure(self) -> bool:
+        """Whether adjoints come of the inverse's displacements alone, over the whole sequence."""
+        return self.blend == 1 and not self.latch and not self.chunk
+
+    @property
     def kinds(self) -> int:
         """How many displacements there are, side by side in what is carried back: the inverse's and the latched one."""
         return 2 if self.latch else 1

@@ -8,6 +8,7 @@ from _cases import matrices
 from torch import Tensor
 
 import tp_kernels as tp
+from tp_kernels.ops.recurrence import cuda, triton_blocks
 from tp_kernels.ops.recurrence.cell import CELLS
 from tp_kernels.ops.recurrence.op import recurrent_layer
 from tp_kernels.rules import BackProp, Rule, Sweep, TargetProp
@@ -310,3 +311,20 @@ def test_checkpoints_and_chunks_exclude_each_other(backend):
     module = tp.nn.RNN(2, 3, rule=TargetProp(chunk=3), checkpoint_every=2, backend=backend)
     with pytest.raises(ValueError, match="checkpoint_every must be None with a rule that has chunk"):
         module(torch.randn(5, 1, 2))
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+@pytest.mark.parametrize("changes", [{"blend": 0.5}, {"latch": 0.1, "blend": 0.5}, {"chunk": 3}], ids=str)
+def test_a_gpu_refuses_what_it_has_no_kernel_for(name, changes, monkeypatch):
+    """It would compute the rule without them."""
+    module = {"triton": triton_blocks, "cuda": cuda}[name]
+    for checked in ("_triton", "_native"):
+        if hasattr(module, checked):
+            monkeypatch.setattr(getattr(module, checked), "supports" if checked == "_triton" else "cuda_supports", _yes)
+    ok, reason = module.supports(torch.empty(1), size=1, sweep=Sweep.of(TargetProp(**changes)))
+    assert not ok
+    assert "blend, latch or chunk" in reason
+
+
+def _yes(*arguments: object, **options: object) -> tuple[bool, str]:
+    return True, ""

@@ -73,6 +73,8 @@ def supports(
         return ok, reason
     if time is not None and not time.plain:
         return False, "it takes sequences of one length, read forwards and without a reset"
+    if sweep is not None and not sweep.is_pure:
+        return False, "it has no kernel for a rule with blend, latch or chunk"
     dtype, largest = dtype_name(tensor.dtype), LARGEST_ON_ONE[tensor.dtype]
     if _path(tensor, size) is None:
         return False, f"it keeps the weight of up to {largest} units in {dtype}, and there are {size}"

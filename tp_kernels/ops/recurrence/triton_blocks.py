@@ -119,6 +119,8 @@ def supports(
         return ok, reason
     if time is not None and not time.plain:
         return False, "it takes sequences of one length, read forwards and without a reset"
+    if sweep is not None and not sweep.is_pure:
+        return False, "it has no kernel for a rule with blend, latch or chunk"
     largest = max(n for n in SIZES[tensor.dtype] if fits(tensor, 1, n))
     if size > largest:
         dtype = dtype_name(tensor.dtype)
