@@ -179,8 +179,8 @@ def test_a_sweep_in_words_and_back(rule):
 def test_words_that_are_no_sweep(words):
     with pytest.raises(ValueError, match="sweep must have the words") as caught:
         Sweep.parse(words)
-    expected = f"sweep must have the words inverse, update, step, clip, reg, rtol, power, blend, latch, chunk, overlap, got {words!r}"
-    assert str(caught.value) == expected
+    names = "inverse, update, step, clip, reg, rtol, power, blend, latch, chunk, overlap"
+    assert str(caught.value) == f"sweep must have the words {names}, got {words!r}"
 
 
 def test_the_numbers_of_a_sweep_are_numbers():
