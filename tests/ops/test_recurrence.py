@@ -776,12 +776,15 @@ def test_smallest_clip(name, dtype):
 
 
 BAD_WORDS = {
-    "none": ("", "the words inverse, update, step, clip, reg, rtol, power"),
+    "none": ("", "the words inverse, update, step, clip, reg, rtol, power, blend, latch, chunk, overlap"),
     "order": (
         "update=total inverse=none step=1 clip=0 reg=1 rtol=1",
-        "the words inverse, update, step, clip, reg, rtol, power",
+        "the words inverse, update, step, clip, reg, rtol, power, blend, latch, chunk, overlap",
     ),
-    "more": (f"{Sweep().words} nonlinearity=tanh", "the words inverse, update, step, clip, reg, rtol, power"),
+    "more": (
+        f"{Sweep().words} nonlinearity=tanh",
+        "the words inverse, update, step, clip, reg, rtol, power, blend, latch, chunk, overlap",
+    ),
     "number": (Sweep().words.replace("step=1.0", "step=x"), "a number as step"),
     "inverse": (
         Sweep().words.replace("inverse=none", "inverse=linearized"),
