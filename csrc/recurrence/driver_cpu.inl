@@ -213,7 +213,7 @@ void backward_tile(const RecurrenceBackward<T>& f, const Tile& tile, const Matri
     static constexpr Form form = form_of<Cell>(inverse);
     constexpr bool carries = inverse != Inverse::none, jacobian = inverse == Inverse::jacobian, two = S > 1;
     constexpr bool adds_past = Cell::passes_by && !two;  // to the product with W
-    static constexpr Form of_adjoint = {1, false, false};
+    static constexpr Form unscaled = {1, false, false};  // of an adjoint, and of the latched displacement
     using Sent = Sent<Cell, T>;
     const Course<RecurrenceBackward<T>> course(f, tile);
     const bool total = f.update == Update::total, latches = f.latch != 0, blends = f.blend != 1 || latches;
@@ -228,8 +228,8 @@ void backward_tile(const RecurrenceBackward<T>& f, const Tile& tile, const Matri
     // writes the next: overlapping vectors are computed twice.
     const auto take_sent = [&](Form of) { return Sent(take(Sent::arrays(of) * size), size, of); };
     Sent carried = take_sent(form), next_carried = form.by || two ? take_sent(form) : carried;
-    Sent through = take_sent(of_adjoint), next_through = Cell::passes_by ? take_sent(of_adjoint) : through;
-    T *latched = take(S * size), *next_latched = take(S * size);
+    Sent through = take_sent(unscaled), next_through = Cell::passes_by ? take_sent(unscaled) : through;
+    Sent latched = take_sent(unscaled), next_latched = take_sent(unscaled);
     T* sent = take(tile.rows * sent_row);                              // what the inverse's products take
     T* into = Cell::into_is_delta ? nullptr : take(tile.rows * wide);  // what W takes, where that is not δ
     T* dropped = take(f.chunk ? tile.rows * wide : 0);                 // δ of steps that are another chunk's
@@ -262,18 +262,9 @@ void backward_tile(const RecurrenceBackward<T>& f, const Tile& tile, const Matri
         if (of.scale && of.by) clear(sent.by + at, N);
         if (two) clear(sent.second + at, N);
     };
-    const auto receive_latched = [&](T* to) {
-        for (ptrdiff_t part = 0; part < S; ++part) {
-            const T* from = f.carried_in ? f.carried_in + tile.in(of_displacements) + (S + part) * N : zeros;
-            copy_rows(from, f.carried_in ? of_displacements.batch : 0, tile.rows, N, to + part * size, columns);
-        }
-    };
-    const auto send_latched = [&](ptrdiff_t first, ptrdiff_t end) {
-        for (ptrdiff_t part = 0; f.carried_out && part < S && first < end; ++part)
-            copy_rows(latched + part * size + first * columns, columns, end - first, N,
-                      f.carried_out + tile.in(of_displacements) + first * of_displacements.batch + (S + part) * N,
-                      of_displacements.batch);
-    };
+    // λ' follows λ in what is carried.
+    const T* latched_in = f.carried_in ? f.carried_in + S * N : nullptr;
+    T* latched_out = f.carried_out ? f.carried_out + S * N : nullptr;
     const bool several_lengths = f.offsets || f.chunk;
     const bool received_carried = carries && (f.carried_in || several_lengths);
     const bool received_through = total && (f.through_in || several_lengths);
@@ -282,14 +273,17 @@ void backward_tile(const RecurrenceBackward<T>& f, const Tile& tile, const Matri
         receive(f.carried_in, of_displacements, next_carried, form);
     }
     if (received_through) {
-        receive(f.through_in, of_adjoints, through, of_adjoint);
-        receive(f.through_in, of_adjoints, next_through, of_adjoint);
+        receive(f.through_in, of_adjoints, through, unscaled);
+        receive(f.through_in, of_adjoints, next_through, unscaled);
     }
-    if (latches) receive_latched(latched), receive_latched(next_latched);
+    if (latches) {
+        receive(latched_in, of_displacements, latched, unscaled);
+        receive(latched_in, of_displacements, next_latched, unscaled);
+    }
     const auto send_on = [&](ptrdiff_t first, ptrdiff_t end) {
         if (carries) send(carried, form, f.carried_out, of_displacements, first, end);
-        if (total) send(through, of_adjoint, f.through_out, of_adjoints, first, end);
-        if (latches) send_latched(first, end);
+        if (total) send(through, unscaled, f.through_out, of_adjoints, first, end);
+        if (latches) send(latched, unscaled, latched_out, of_displacements, first, end);
     };
     if (several_lengths) send_on(0, tile.rows);  // some may have no step here
     Listener& listener = tpk::listener();
@@ -327,8 +321,8 @@ void backward_tile(const RecurrenceBackward<T>& f, const Tile& tile, const Matri
                 for (int part = 0; part < S; ++part) {
                     mu[part] = source[part] + blend * (lambda[part] - source[part]);
                     if (!latches) continue;
-                    const V sum = load<V>(latched + part * size + at) + step_size * source[part];
-                    store(next_latched + part * size + at, sum);
+                    const V sum = load<V>((part ? latched.second : latched.sum) + at) + step_size * source[part];
+                    store((part ? next_latched.second : next_latched.sum) + at, sum);
                     mu[part] += latch * (sum - source[part]);
                 }
             if (through_here) mu[0] += load<V>(through.sum + at);
@@ -364,8 +358,8 @@ void backward_tile(const RecurrenceBackward<T>& f, const Tile& tile, const Matri
                                                                  matrices.weight, G * N, N, next_through.sum, columns);
         course.for_resets(t, rows, [&](ptrdiff_t i) {
             forget(next_carried, form, i);
-            forget(next_through, of_adjoint, i);
-            for (ptrdiff_t part = 0; part < S; ++part) clear(next_latched + part * size + i * columns, N);
+            forget(next_through, unscaled, i);
+            forget(next_latched, unscaled, i);
         });
         exchange(carried, next_carried);
         exchange(through, next_through);
