@@ -23,12 +23,12 @@ class RecurrentCell(Ruled, nn.RNNCellBase):
         self,
         input_size: int,
         hidden_size: int,
-        bias: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
-        rule: Rule | None,
-        backend: str,
+        rule: Rule | None = None,
+        backend: str = "auto",
     ) -> None:
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
             _validate.count(self._NAME, name, size)
@@ -193,19 +193,6 @@ class GRUCell(RecurrentCell):
     _NAME = "nn.GRUCell"
     _cell = GRU
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        rule: Rule | None = None,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, device, dtype, rule=rule, backend=backend)
-
 
 class LSTMCell(RecurrentCell):
     """One step of ``tp_kernels.nn.LSTM``: a drop-in for ``torch.nn.LSTMCell``, plus ``rule``.
@@ -229,16 +216,3 @@ class LSTMCell(RecurrentCell):
 
     _NAME = "nn.LSTMCell"
     _cell = LSTM
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        rule: Rule | None = None,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, device, dtype, rule=rule, backend=backend)

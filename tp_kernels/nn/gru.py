@@ -5,7 +5,6 @@ from torch import Tensor
 
 from tp_kernels.nn._recurrent import Recurrent
 from tp_kernels.ops.gru.cell import CELL
-from tp_kernels.rules import Rule
 
 
 class GRU(Recurrent):
@@ -41,21 +40,10 @@ class GRU(Recurrent):
     the gradient in its input; that layer takes it for the gradient in its states.
 
     Call:
-        ``layer(input, hx=None, *, lengths=None, reset=None)``. ``input`` may be a ``PackedSequence``: so is the output
-        then, and ``hx`` and the last states are in the order that the sequences had before they were sorted.
+        ``layer(input, hx=None, *, lengths=None, reset=None)`` as in ``tp_kernels.nn.RNN``.
 
-        lengths: [B], ints, a list or a tensor: of padded sequences. The output is zero beyond them, last states are
-            those of each sequence's own end, and a second direction begins there.
-        reset: bool, [T, B] ([B, T] with ``batch_first``, [T] unbatched, [P] in the order of a ``PackedSequence``):
-            where another sequence begins. No state passes from the step before to that one, in no direction, and
-            nothing goes back.
-
-    The last state, handed to the next call as it is, makes the gradients of both calls those of one. Changed in
-    between, it is a new tensor, through which no displacement goes back: a ``UserWarning`` says so.
-
-    Under autocast the layer computes in the dtype of its parameters; its output has the dtype that torch's layer would
-    return, its last state that of the parameters. The output must not be changed in place, as backward computes from
-    it: change a copy. There are no second derivatives, no forward mode and no TorchScript: each raises.
+    The last state, handed to the next call as it is, makes the gradients of both calls those of one. Under autocast,
+    second derivatives, transforms, in-place changes of the output: as in ``tp_kernels.nn.RNN``.
 
     Warns:
         UserWarning: the rule sends displacements, and the first state was changed after a layer had returned it.
@@ -74,43 +62,6 @@ class GRU(Recurrent):
     _NAME = "nn.GRU"
     _MODE = "GRU"
     _cell = CELL
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        rule: Rule | None = None,
-        checkpoint_every: int | None = None,
-        return_sequence: bool = True,
-        feedback: Tensor | None = None,
-        refresh: int = 1,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            device,
-            dtype,
-            rule=rule,
-            checkpoint_every=checkpoint_every,
-            return_sequence=return_sequence,
-            feedback=feedback,
-            refresh=refresh,
-            backend=backend,
-        )
 
     def _output_dtype(self, x: Tensor, starts: tuple[Tensor, ...], weight: Tensor) -> torch.dtype:
         half = super()._output_dtype(x, starts, weight)
