@@ -2,11 +2,9 @@
 Python is most of the time. A drop-in should cost no more than what it replaces.
 """
 
-from dataclasses import asdict
-
 import pytest
 import torch
-from bench_recurrence import METHODS, skip_where_it_cannot_run
+from bench_recurrence import METHODS, note, skip_where_it_cannot_run
 
 from tp_kernels.regimes import measure
 from tp_kernels.regimes.cases import Case, Contender
@@ -48,13 +46,7 @@ def bench_call(benchmark, op: str, case: Case, method: Contender, what: str) -> 
             module(cell.x)
 
         benchmark.group = f"{op} {what} {case}"
-        benchmark.extra_info |= {
-            **asdict(case),
-            "contender": method.label,
-            "gate": asdict(gate),
-            "warmup": 1,
-            **measure.environment(case.device),
-        }
+        note(benchmark, case, method.label, gate)
         run = step if what == "step" else forward
         benchmark.pedantic(run, rounds=50, iterations=REPEATS, warmup_rounds=1)
         benchmark.extra_info["rounds"] = 0 if benchmark.disabled else benchmark.stats.stats.rounds

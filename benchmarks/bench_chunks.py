@@ -3,10 +3,8 @@
 P and its power serve eight steps, which are timed together.
 """
 
-from dataclasses import asdict
-
 import pytest
-from bench_recurrence import skip_where_it_cannot_run
+from bench_recurrence import note, skip_where_it_cannot_run
 
 from tp_kernels.regimes import measure
 from tp_kernels.regimes.cases import CONTENDERS, Case, Contender
@@ -45,12 +43,6 @@ def bench_chunks(benchmark, case: Case, method: Contender) -> None:
         gate = cell.check(method, module)
         assert gate.passed, f"no time without a passed check: {gate}"
         benchmark.group = f"chunks {case} threads={case.threads}"
-        benchmark.extra_info |= {
-            **asdict(case),
-            "contender": method.label,
-            "gate": asdict(gate),
-            "warmup": 1,
-            **measure.environment(case.device),
-        }
+        note(benchmark, case, method.label, gate)
         benchmark.pedantic(cell.step(module), rounds=10, iterations=method.period, warmup_rounds=1)
         benchmark.extra_info["rounds"] = 0 if benchmark.disabled else benchmark.stats.stats.rounds

@@ -95,7 +95,8 @@ def skip_where_it_cannot_run(method: Contender, case: Case) -> None:
         pytest.skip(reason)
 
 
-def _note(benchmark, case: Case, contender: str, gate: measure.Gate, **extra: object) -> None:
+def note(benchmark, case: Case, contender: str, gate: measure.Gate, **extra: object) -> None:
+    """What a kept result says beside its times."""
     benchmark.extra_info |= {
         **asdict(case),
         "contender": contender,
@@ -118,7 +119,7 @@ def bench_step(benchmark, op: str, case: Case, method: Contender) -> None:
         assert gate.error <= gate.budget + solved, f"no time without a passed check: {gate}"
         step = cell.step(module)
         benchmark.group = f"{op} {case}"
-        _note(benchmark, case, method.label, gate, backend=cell.backend_of(method), solve_error=solved)
+        note(benchmark, case, method.label, gate, backend=cell.backend_of(method), solve_error=solved)
         steps = method.period  # alike only in groups of so many
         benchmark.pedantic(measure.synchronized(step, cell.device), rounds=20, iterations=steps, warmup_rounds=1)
         benchmark.extra_info["rounds"] = 0 if benchmark.disabled else benchmark.stats.stats.rounds
@@ -143,7 +144,7 @@ def bench_forward(benchmark, op: str, case: Case, group: str) -> None:
         assert gate.passed, f"no time without a passed check: {gate}"
         benchmark.group = group
         operations = 2 * case.T * case.B * cell.gates * case.N**2
-        _note(benchmark, case, "forward", gate, backend="cpu", operations=operations)
+        note(benchmark, case, "forward", gate, backend="cpu", operations=operations)
         benchmark.extra_info["peak_flops"] = 0.0 if benchmark.disabled else peak(torch.float32, case.threads)
         # Into memory that is there: what a fresh output's page faults cost is another question.
         out, run = forward_outputs(cell, u, weight, keep=False), backends(op).backends["cpu"].forward
@@ -162,5 +163,5 @@ def bench_conditions(benchmark, op: str, case: Case, method: Contender, conditio
         gate = cell.check(method, module)
         assert gate.passed, f"no time without a passed check: {gate}"
         benchmark.group = f"{op} conditions {method.label}"
-        _note(benchmark, case, condition, gate, backend=cell.backend_of(method))
+        note(benchmark, case, condition, gate, backend=cell.backend_of(method))
         benchmark.pedantic(cell.step(module), rounds=20, warmup_rounds=1)
